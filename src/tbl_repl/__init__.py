@@ -1,0 +1,1 @@
+"""Tools for the PostgreSQL extension tbl_repl: installer, demo, disposable servers."""

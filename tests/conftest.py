@@ -1,0 +1,109 @@
+"""Real clusters for every test; see tests/README.md."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from support import Node, Pair, Proxy, World
+
+from tbl_repl.servers import Server, discover
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--pg",
+        default="",
+        help="run on these major versions only, e.g. --pg 18 or --pg 15,18 (default: every server found)",
+    )
+
+
+def _servers(config: pytest.Config) -> list[Server]:
+    found = discover()
+    wanted = [word for word in config.getoption("--pg").split(",") if word]
+    servers = [s for s in found if not wanted or str(s.major) in wanted or str(s) in wanted]
+    if not servers:
+        raise pytest.UsageError(f"no such PostgreSQL; found: {', '.join(map(str, found)) or 'none'}")
+    return servers
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return "PostgreSQL: " + ", ".join(f"{s} ({s.bindir})" for s in _servers(config))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "server" in metafunc.fixturenames:
+        servers = _servers(metafunc.config)
+        if metafunc.definition.get_closest_marker("once"):
+            servers = servers[:1]
+        metafunc.parametrize("server", servers, ids=str, indirect=True, scope="session")
+
+
+@pytest.fixture(scope="session")
+def server(request: pytest.FixtureRequest) -> Server:
+    """The PostgreSQL installation that the test runs on."""
+    assert isinstance(request.param, Server)
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def world(server: Server) -> Iterator[World]:
+    """The clusters of that installation: source, target, third."""
+    world = World(server)
+    try:
+        yield world
+    finally:
+        world.close()
+
+
+@pytest.fixture
+def pair(world: World, request: pytest.FixtureRequest) -> Iterator[Pair]:
+    """A source and a target database with a foreign server between them."""
+    pair = Pair(world, plain_target=request.node.get_closest_marker("plain_target") is not None)
+    try:
+        yield pair
+    finally:
+        pair.close()
+
+
+@pytest.fixture
+def trio(world: World, request: pytest.FixtureRequest) -> Iterator[Pair]:
+    """A pair with a third node."""
+    plain = request.node.get_closest_marker("plain_target") is not None
+    trio = Pair(world, with_third=True, plain_target=plain)
+    try:
+        yield trio
+    finally:
+        trio.close()
+
+
+@pytest.fixture
+def node(world: World) -> Iterator[Node]:
+    """One database with the extension, for what needs no second server."""
+    node = Node(world.cluster("source"))
+    try:
+        yield node
+    finally:
+        node.close()
+        world.repair()
+
+
+@pytest.fixture
+def proxy(pair: Pair) -> Proxy:
+    """A proxy on the line of ``pair``, in mode 'pass'."""
+    return pair.proxy()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """What the servers logged during a test that failed."""
+    report = yield
+    if report.failed:  # type: ignore[attr-defined]
+        arguments = getattr(item, "funcargs", {})
+        for name in ("pair", "trio"):
+            if isinstance(arguments.get(name), Pair):
+                for node_name, log in arguments[name].logs():
+                    report.sections.append((f"log of {node_name}", log[-6000:]))  # type: ignore[attr-defined]
+        if isinstance(arguments.get("node"), Node):
+            report.sections.append(("log", arguments["node"].log()[-6000:]))  # type: ignore[attr-defined]
+    return report
