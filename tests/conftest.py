@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from support import Node, Pair, Proxy, World
 
+from support import Node, Pair, Proxy, World
 from tbl_repl.servers import Server, discover
 
 

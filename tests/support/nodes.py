@@ -15,8 +15,8 @@ import psycopg
 import pytest
 from psycopg import sql as pgsql
 from psycopg.types.json import Jsonb
-from support.proxy import Proxy
 
+from support.proxy import Proxy
 from tbl_repl.cluster import Cluster, make_workdir, rows_of
 from tbl_repl.errors import TblReplError
 from tbl_repl.install import install, install_into
@@ -42,7 +42,7 @@ class World:
 
     def __init__(self, server: Server) -> None:
         self.server = server
-        self.workdir = make_workdir()
+        self.workdir = make_workdir(in_memory=True)
         self._clusters: dict[str, Cluster] = {}
 
     def cluster(self, name: str) -> Cluster:
@@ -118,7 +118,7 @@ class Node:
         self._roles: list[str] = []
         self.log_mark = cluster.log_size()
         template = WITH_EXTENSION if extension else WITHOUT_EXTENSION
-        strategy = " STRATEGY wal_log" if cluster.server.major >= 15 else ""
+        strategy = " STRATEGY file_copy" if cluster.server.major >= 15 else ""
         cluster.sql(f"CREATE DATABASE {self.dbname} TEMPLATE {template} OWNER owner{strategy}")
 
     # --- SQL
@@ -169,12 +169,15 @@ class Node:
 
     def rows(self, table: str, columns: str = "*", where: str = "true") -> list[str]:
         """The table's rows as sorted text."""
-        query = f'SELECT r::text FROM (SELECT {columns} FROM {table} WHERE {where}) r ORDER BY (r::text) COLLATE "C"'
+        chosen = f"SELECT {columns} FROM {table} WHERE {where}"
+        query = f'SELECT r::text FROM ({chosen}) r ORDER BY (r::text) COLLATE "C"'
         return [row[0] for row in self.sql(query)]
 
     # --- faults
 
     def stop(self, mode: str = "fast") -> None:
+        """Stop the server of this node ('fast' or 'immediate')."""
+        self.forget()
         self.cluster.stop(mode)  # type: ignore[arg-type]
 
     def start(self) -> None:
@@ -182,6 +185,7 @@ class Node:
 
     def kill(self) -> None:
         """SIGKILL to the whole server."""
+        self.forget()
         self.cluster.kill()
 
     def backends(self, application_name: str = "tbl_repl%") -> list[int]:
