@@ -18,7 +18,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, LiteralString, Self, cast
+from typing import Any, Literal, Self
 
 import psycopg
 from psycopg import sql as pgsql
@@ -348,7 +348,7 @@ def rows_of(
     conn: psycopg.Connection, query: str, params: Sequence[Any] | Mapping[str, Any] | None = None
 ) -> list[tuple[Any, ...]]:
     """Execute; the rows of the last result, or [] where there are none."""
-    cursor = conn.execute(cast(LiteralString, query), params)
+    cursor = conn.execute(query, params)
     while cursor.nextset():
         pass
     return cursor.fetchall() if cursor.description else []

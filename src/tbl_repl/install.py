@@ -6,6 +6,7 @@ import os
 import tempfile
 from pathlib import Path
 
+from tbl_repl.cluster import Cluster
 from tbl_repl.errors import TblReplError
 from tbl_repl.script import extension_files
 from tbl_repl.servers import Server, server_of
@@ -37,3 +38,16 @@ def install(target: Server | str | Path) -> list[Path]:
     """Install into the server that a pg_config belongs to; the paths written."""
     server = target if isinstance(target, Server) else server_of(target)
     return install_into(server.extension_dir)
+
+
+def install_for(cluster: Cluster) -> None:
+    """Make a disposable cluster find the extension; before its first start.
+
+    From PostgreSQL 18 on without a trace in the server's own directories.
+    """
+    if cluster.server.major < 18:
+        install(cluster.server)
+        return
+    directory = cluster.workdir / "ext"
+    install_into(directory / "extension")
+    cluster.settings["extension_control_path"] = f"{directory}:$system"

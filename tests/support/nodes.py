@@ -19,7 +19,7 @@ from psycopg.types.json import Jsonb
 from support.proxy import Proxy
 from tbl_repl.cluster import Cluster, make_workdir, rows_of
 from tbl_repl.errors import TblReplError
-from tbl_repl.install import install, install_into
+from tbl_repl.install import install_for
 from tbl_repl.servers import Server
 
 PASSWORD = "secret"
@@ -49,7 +49,10 @@ class World:
         """The running cluster of that name: 'source', 'target', 'third'."""
         if name not in self._clusters:
             cluster = Cluster(self.server, name, workdir=self.workdir, password=PASSWORD, settings=SETTINGS)
-            _install_for(cluster)
+            try:
+                install_for(cluster)
+            except TblReplError as error:
+                pytest.skip(f"cannot install into {cluster.server}: {error}")
             self._clusters[name] = cluster
             cluster.start()
             _prepare(cluster)
@@ -74,18 +77,6 @@ class World:
         for cluster in self.clusters:
             cluster.remove()
         shutil.rmtree(self.workdir, ignore_errors=True)
-
-
-def _install_for(cluster: Cluster) -> None:
-    """The extension, where this cluster's server finds it."""
-    try:
-        install(cluster.server)
-    except TblReplError as error:
-        if cluster.server.major < 18:
-            pytest.skip(f"cannot install into {cluster.server}: {error}")
-        directory = cluster.workdir / "ext"
-        install_into(directory / "extension")
-        cluster.settings["extension_control_path"] = f"{directory}:$system"
 
 
 def _prepare(cluster: Cluster) -> None:
@@ -252,16 +243,24 @@ class Pair:
     'owner' logs in as 'owner' there, by TCP and password.  third_server: the same to third.
     """
 
-    def __init__(self, world: World, *, with_third: bool = False, plain_target: bool = False) -> None:
+    def __init__(
+        self,
+        world: World,
+        *,
+        with_third: bool = False,
+        plain_target: bool = False,
+        plain_source: bool = False,  # then there is no foreign server either: dblink is missing
+    ) -> None:
         self.world = world
         self.major = world.server.major
         self.server = "target_server"
         self.third_server = "third_server"
         self._proxies: list[Proxy] = []
-        self.source = Node(world.cluster("source"))
+        self.source = Node(world.cluster("source"), extension=not plain_source)
         self.target = Node(world.cluster("target"), extension=not plain_target)
         self.third = Node(world.cluster("third"), extension=not plain_target) if with_third else None
-        self.join(self.source, self.target, self.server)
+        if not plain_source:
+            self.join(self.source, self.target, self.server)
         if self.third:
             self.join(self.source, self.third, self.third_server)
 
