@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,18 +51,28 @@ def test_demo_works_as_an_ordinary_user(scratch: Path) -> None:
     if os.geteuid() != 0:
         pytest.skip("the other test is as an ordinary user already")
     ordinary: dict[str, Any] = {"user": "nobody", "group": pwd.getpwnam("nobody").pw_gid, "extra_groups": []}
-    probe = subprocess.run(
-        ["/bin/sh", "-c", 'test -x "$0" && exec "$0" -c "import tbl_repl"', sys.executable],
-        cwd="/",
-        check=False,
-        stderr=subprocess.DEVNULL,
-        **ordinary,
+    # The virtual environment's own Python may be one that lies in root's home: any other of the
+    # same version will do.
+    packages = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *sys.path]
+    env = environment(
+        scratch,
+        HOME=str(scratch),
+        PYTHONDONTWRITEBYTECODE="1",
+        PYTHONPATH=os.pathsep.join(filter(None, packages)),
     )
-    if probe.returncode != 0:
-        pytest.skip("an ordinary user cannot reach this virtual environment")
+    code = f"import sys, tbl_repl.demo; assert sys.version_info[:2] == {sys.version_info[:2]}"
+    for python in (sys.executable, f"/usr/bin/python3.{sys.version_info[1]}", "/usr/bin/python3"):
+        reached = ["/bin/sh", "-c", 'test -x "$0" && exec "$0" -c "$1"', python, code]
+        if (
+            subprocess.run(reached, cwd="/", env=env, capture_output=True, check=False, **ordinary).returncode
+            == 0
+        ):
+            break
+    else:
+        pytest.skip("an ordinary user can reach no Python with these packages")
     done = subprocess.run(
-        DEMO,
-        env=environment(scratch, HOME=str(scratch), PYTHONDONTWRITEBYTECODE="1"),
+        [python, "-m", "tbl_repl", "demo"],
+        env=env,
         cwd="/",
         capture_output=True,
         text=True,

@@ -39,6 +39,7 @@ FAST: dict[str, str] = {
     "max_wal_size": "1GB",
     "autovacuum_naptime": "10s",
     "log_min_messages": "warning",
+    "log_checkpoints": "off",
     "log_line_prefix": "%m [%p] %d/%u/%a ",
 }
 
@@ -75,9 +76,14 @@ def reachable(server: Server, workdir: Path) -> Server:
         return server
     if _may_execute(server.bindir / "postgres", user):
         return server
-    copy = workdir / f"pg{server.major}"
+    # A wheel keeps the libraries it brings along in PACKAGE.libs, beside the package.
+    package = server.root.parent
+    libraries = package.with_name(f"{package.name}.libs")
+    copy = workdir / f"pg{server.major}" / package.name / server.root.name
     if not copy.exists():
         shutil.copytree(server.root, copy, symlinks=True)
+        if libraries.is_dir():
+            shutil.copytree(libraries, copy.parent.with_name(libraries.name), symlinks=True)
     return server.at(copy)
 
 

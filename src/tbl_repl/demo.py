@@ -113,7 +113,7 @@ class Stage:
         self.console.print()
         self.console.rule(f"[bold]{self.number}. {title}", align="left")
         if text:
-            self.console.print(dedent(text).strip(), style="italic")
+            self.console.print(" ".join(text.split()), style="italic")
 
     def prompt(self, side: Side, sql: str) -> None:
         mark = Text(f"{side.name}=> ", style="bold cyan" if side.name == "source" else "bold magenta")
