@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from support import Node, Pair, Proxy, World
 from tbl_repl.servers import Server, discover
+
+# Without TBL_REPL_LONG the same few histories are tried every time; with it, many and others.
+_COMMON = {"deadline": None, "print_blob": True, "suppress_health_check": list(HealthCheck)}
+settings.register_profile("short", max_examples=10, stateful_step_count=25, derandomize=True, **_COMMON)
+settings.register_profile("long", max_examples=300, stateful_step_count=60, **_COMMON)
+settings.load_profile("long" if os.environ.get("TBL_REPL_LONG") else "short")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

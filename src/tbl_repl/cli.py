@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import psycopg
 
 from tbl_repl.errors import TblReplError, from_psycopg
-from tbl_repl.script import control_version, extension_files
+from tbl_repl.script import version
 
 
 def _install(args: argparse.Namespace) -> int:
@@ -37,8 +37,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="tbl-repl", description="Replicate single tables between PostgreSQL servers."
     )
-    version = control_version(extension_files()["tbl_repl.control"])
-    top.add_argument("--version", action="version", version=f"tbl-repl {version}")
+    top.add_argument("--version", action="version", version=f"tbl-repl {version()}")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     demo = verbs.add_parser("demo", help="start two disposable servers and show everything on them")

@@ -20,6 +20,12 @@ def control_version(control: str) -> str:
     return found.group(1)
 
 
+def version() -> str:
+    """The version of this package, which is that of its control file."""
+    root = PACKAGED if PACKAGED.is_dir() else CHECKOUT
+    return control_version((root / "tbl_repl.control").read_text(encoding="utf-8"))
+
+
 def build_script(root: Path) -> str:
     """The install script, from the sources under root: what ``make script`` builds."""
     order = (root / "sql" / "order").read_text(encoding="utf-8").split()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import re
 import shutil
 import signal
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,9 +14,10 @@ import psycopg
 import pytest
 from psycopg import sql as pgsql
 from psycopg.types.json import Jsonb
+from pytest_postgresql.janitor import DatabaseJanitor
 
 from support.proxy import Proxy
-from tbl_repl.cluster import Cluster, make_workdir, rows_of
+from tbl_repl.cluster import SUPERUSER, Cluster, make_workdir, rows_of
 from tbl_repl.errors import TblReplError
 from tbl_repl.install import install_for
 from tbl_repl.servers import Server
@@ -108,9 +108,15 @@ class Node:
         self._cached: dict[str, psycopg.Connection] = {}
         self._roles: list[str] = []
         self.log_mark = cluster.log_size()
-        template = WITH_EXTENSION if extension else WITHOUT_EXTENSION
-        strategy = " STRATEGY file_copy" if cluster.server.major >= 15 else ""
-        cluster.sql(f"CREATE DATABASE {self.dbname} TEMPLATE {template} OWNER owner{strategy}")
+        self._janitor = DatabaseJanitor(
+            user=SUPERUSER,
+            host=str(cluster.socket_dir),
+            port=cluster.port,
+            dbname=self.dbname,
+            template_dbname=WITH_EXTENSION if extension else WITHOUT_EXTENSION,
+        )
+        self._janitor.init()
+        cluster.sql(f"ALTER DATABASE {self.dbname} OWNER TO owner")
 
     # --- SQL
 
@@ -220,7 +226,8 @@ class Node:
             ).fetchall():
                 with self.cluster.connect(self.dbname) as there:
                     there.execute(pgsql.SQL("ROLLBACK PREPARED {}").format(pgsql.Literal(gid)))
-            conn.execute(f"DROP DATABASE {self.dbname} WITH (FORCE)")
+        self._janitor.drop()
+        with self.cluster.connect() as conn:
             for role in reversed(self._roles):
                 conn.execute(pgsql.SQL("DROP ROLE IF EXISTS {}").format(pgsql.Identifier(role)))
 
@@ -363,7 +370,5 @@ class Pair:
             proxy.close()
         for node in self.nodes:
             node.close()
-            if not re.match("t_", node.dbname):
-                raise AssertionError("not a database of the tests")
             node.cluster.sql(f"ALTER ROLE owner PASSWORD '{PASSWORD}'")
         self.world.repair()
