@@ -155,6 +155,13 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return found
 
 
+def test_installcheck_passes(server: Server, world: World) -> None:
+    cluster = world.cluster("source")
+    where = {"PGHOST": str(cluster.socket_dir), "PGPORT": str(cluster.port), "PGUSER": "postgres"}
+    said = run("make", "installcheck", f"PG_CONFIG={server.pg_config}", env=server.env | where)
+    assert "All " in said
+
+
 def test_install_says_what_is_wrong(tmp_path: Path) -> None:
     program = [sys.executable, "-m", "tbl_repl", "install", "--pg-config", str(tmp_path / "none")]
     done = subprocess.run(program, capture_output=True, text=True, check=False)

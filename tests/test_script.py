@@ -27,7 +27,7 @@ FORBIDDEN = (
     r"\bsession_replication_role\b",
     r"\bpg_(read|write)_(binary_)?file\b",
     r"\bCOPY\b[^;]*\b(PROGRAM|FROM '|TO ')",
-    r"\bCREATE (CAST|ACCESS METHOD|TABLESPACE|ROLE|USER)\b",
+    r"\bCREATE (CAST|ACCESS METHOD|TABLESPACE|ROLE|USER(?! MAPPING))\b",
     r"\bWHEN OTHERS THEN\s+RAISE EXCEPTION '%', SQLERRM",
 )
 
@@ -62,8 +62,17 @@ def test_script_has_routines() -> None:
     assert "tbl_repl.replay" in names
 
 
+def is_bound(text: str) -> bool:
+    """Whether the body is an SQL-standard one: its names are resolved when it is created."""
+    return re.search(r"\bAS\s+[$']", text) is None
+
+
 def test_every_function_is_pinned_before_its_body() -> None:
-    unpinned = {name for name, text, _ in routines() if not PINNED.search(text.split("$", 1)[0])}
+    unpinned = {
+        name
+        for name, text, _ in routines()
+        if not is_bound(text) and not PINNED.search(text.split("$", 1)[0])
+    }
     assert unpinned <= UNPINNED
 
 
@@ -110,13 +119,22 @@ def test_security_definer_functions_state_their_reason() -> None:
 
 
 def test_pgspot_finds_nothing(tmp_path: Path) -> None:
+    """Each statement is a file of its own, in append mode: pgspot's parser knows no catalog and
+    gives up on some bodies (record types of our tables, SQL-standard bodies), not on all behind them.
+
+    CREATE EXTENSION sets the path while the script runs.
+    """
+    files = []
+    for number, text in enumerate(["SET search_path = pg_catalog, pg_temp", *statements()]):
+        path = tmp_path / f"{number:04}.sql"
+        path.write_text(text + ";\n", encoding="utf-8")
+        files.append(str(path))
     program = Path(sysconfig.get_path("scripts")) / "pgspot"
-    if not program.exists():
-        pytest.skip("pgspot is not installed")
-    script = tmp_path / "script.sql"
-    script.write_text("".join(line for line in build_script(ROOT).splitlines(True) if line[0] != "\\"))
-    done = subprocess.run([str(program), str(script)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    allowed = [f"--proc-without-search-path={name}" for name in UNPINNED]
+    command = [str(program), "--append", *allowed, *files]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "TOTAL:" in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]
+    assert re.findall(r"^PS\d+:.*|^Unknown \w+:.*", done.stdout, re.M) == []
 
 
 def has_plpgsql_check(pair: Pair) -> bool:
