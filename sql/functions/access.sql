@@ -1,0 +1,40 @@
+-- Access: what the two kinds of users besides the owner of the extension may do.
+
+-- grant_access(role, level): 'reader' sees status, queue and errors, no row contents; 'operator' may define
+-- and run targets of tables that he owns.  For the owner of the extension.
+CREATE OR REPLACE FUNCTION tbl_repl.grant_access(role regrole, level text)
+RETURNS void
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    grantee text := role::text;
+    item    record;
+BEGIN
+    PERFORM tbl_repl._check_word('access level', level, '{operator,reader}');
+    EXECUTE format('GRANT USAGE ON SCHEMA tbl_repl TO %s', grantee);
+    EXECUTE format('GRANT SELECT ON tbl_repl.target_status, tbl_repl.pending, tbl_repl.quarantine, tbl_repl.conflict_log TO %s', grantee);
+    EXECUTE format('GRANT SELECT (at, target_id, key, sqlstate, message, hint) ON tbl_repl.error_log TO %s', grantee);
+    EXECUTE format('GRANT EXECUTE ON FUNCTION tbl_repl._pending_rows(integer), tbl_repl._pending_keys(), tbl_repl._key_json(regclass, name[], text), '
+                   'tbl_repl._key_parts(regclass, name[]), tbl_repl.node_name() TO %s', grantee);
+    IF level = 'operator' THEN
+        -- CREATE: the functions generated for a target belong to who defines it
+        EXECUTE format('GRANT CREATE ON SCHEMA tbl_repl TO %s', grantee);
+        EXECUTE format('GRANT SELECT ON ALL TABLES IN SCHEMA tbl_repl TO %s', grantee);
+        EXECUTE format('GRANT INSERT, UPDATE, DELETE ON tbl_repl.source, tbl_repl.target, tbl_repl.target_state, tbl_repl.change, '
+                       'tbl_repl.stash, tbl_repl.flush, tbl_repl.shipped, tbl_repl.quarantined, tbl_repl.error TO %s', grantee);
+        EXECUTE format('GRANT USAGE ON ALL SEQUENCES IN SCHEMA tbl_repl TO %s', grantee);
+        FOR item IN
+            SELECT f.oid::regprocedure AS signature
+            FROM pg_proc AS f
+            JOIN pg_depend AS d ON d.classid = 'pg_proc'::regclass AND d.objid = f.oid AND d.deptype = 'e'
+            WHERE f.pronamespace = 'tbl_repl'::regnamespace
+              AND f.proname <> ALL ('{grant_access,set_node_name,_flush,_cancel_connecting}'::name[])
+        LOOP
+            EXECUTE format('GRANT EXECUTE ON ROUTINE %s TO %s', item.signature, grantee);
+        END LOOP;
+    END IF;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl.grant_access(regrole, text) IS
+    'lets a role read the views (reader) or define and run targets of its own tables (operator)';

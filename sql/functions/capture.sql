@@ -1,0 +1,249 @@
+-- Capture: the triggers and the trigger function of one replicated table, as text first.
+--
+-- Promises that every committed change leaves its key in the queue (async targets) or in the stash of
+-- its transaction (direct targets), and no trace in the application.  Which rows go where is left to
+-- shipping: here only rows are skipped that no target of the table wants, before and after.
+
+-- _capture_sql(source_id): CREATE OR REPLACE FUNCTION tbl_repl.capture_N for the present targets.
+-- The function is SECURITY DEFINER: who writes the table has no right on the queue.
+CREATE OR REPLACE FUNCTION tbl_repl._capture_sql(source_id integer)
+RETURNS text
+LANGUAGE plpgsql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    source    tbl_repl.source%ROWTYPE;
+    key_s     text;
+    settings  text;
+    direct    boolean;
+    queued    boolean;
+    filter    text;
+    selected  text;
+    body      text;
+    store     text;
+    truncated text;
+BEGIN
+    SELECT * INTO STRICT source FROM tbl_repl.source AS s WHERE s.source_id = _capture_sql.source_id;
+    key_s := tbl_repl._key_text(source.key_columns, 's');
+    SELECT tbl_repl._text_settings(array_agg(p.type_id)) INTO settings
+    FROM tbl_repl._key_parts(source.source_table, source.key_columns) AS p;
+    SELECT bool_or(t.mode <> 'async'), bool_or(t.mode = 'async'),
+           -- A filter runs as its target's owner: only where all targets have the owner of this function.
+           CASE WHEN bool_and(t.filter_expr IS NOT NULL) AND count(DISTINCT t.owner) = 1
+                     AND min(t.owner::text) = coalesce((SELECT r.rolname::text FROM pg_proc AS f JOIN pg_roles AS r ON r.oid = f.proowner
+                                                  WHERE f.pronamespace = 'tbl_repl'::regnamespace
+                                                    AND f.proname = format('capture_%s', source.source_id)), current_user)
+                THEN string_agg(DISTINCT format('(%s)', t.filter_expr), ' OR ') END
+    INTO direct, queued, filter
+    FROM tbl_repl.target AS t WHERE t.source_id = source.source_id;
+
+    store := concat_ws(E'\n    ',
+        CASE WHEN direct THEN format(
+            $piece$IF current_setting('transaction_isolation') = 'serializable' THEN
+        PERFORM tbl_repl._queue_serializable(%1$s, {op}, {keys});
+    ELSE
+        INSERT INTO tbl_repl.stash (source_id, op, keys, row_count) VALUES (%1$s, {op}, {keys}, coalesce(cardinality({keys}), 1));
+        INSERT INTO tbl_repl.flush DEFAULT VALUES ON CONFLICT DO NOTHING;
+    END IF;$piece$, source.source_id) END,
+        CASE WHEN queued THEN format(
+            $piece$INSERT INTO tbl_repl.change (segment, source_id, op, keys, row_count)
+    SELECT h.segment, %1$s, {op}, {keys}, coalesce(cardinality({keys}), 1) FROM tbl_repl.queue_head AS h;$piece$, source.source_id) END);
+
+    IF source.capture = 'statement' THEN
+        selected := format('SELECT array_agg(%s) INTO {into} FROM {rows} AS s%s;', key_s, ' WHERE ' || filter);
+        body := concat(
+            E'    IF TG_OP = ''INSERT'' THEN\n        ', replace(replace(selected, '{into}', 'changed'), '{rows}', 'new_rows'),
+            E'\n    ELSIF TG_OP = ''DELETE'' THEN\n        ', replace(replace(selected, '{into}', 'changed'), '{rows}', 'old_rows'),
+            E'\n    ELSE\n        ', replace(replace(selected, '{into}', 'changed'), '{rows}', 'new_rows'),
+            E'\n        ', replace(replace(selected, '{into}', 'former'), '{rows}', 'old_rows'),
+            E'\n        IF former = changed THEN\n            former := NULL;\n        ELSE\n',
+            E'            SELECT array_agg(k) INTO former FROM (SELECT unnest(former) EXCEPT SELECT unnest(changed)) AS f (k);\n',
+            E'        END IF;\n    END IF;');
+    ELSE
+        -- Row triggers: PostgreSQL clones them to every partition there is and will be.
+        selected := format('SELECT ARRAY[%s] INTO {into} FROM (SELECT ({row}).*) AS s%s;', key_s, ' WHERE ' || filter);
+        body := concat(
+            E'    IF TG_OP <> ''DELETE'' THEN\n        ', replace(replace(selected, '{into}', 'changed'), '{row}', 'NEW'),
+            E'\n    END IF;\n    IF TG_OP <> ''INSERT'' THEN\n        ', replace(replace(selected, '{into}', 'former'), '{row}', 'OLD'),
+            E'\n        IF TG_OP = ''DELETE'' THEN\n            changed := former;\n            former := NULL;\n',
+            E'        ELSIF former = changed THEN\n            former := NULL;\n        END IF;\n    END IF;');
+    END IF;
+
+    -- Where a target shares its table with others, or sees only some rows, TRUNCATE means these keys;
+    -- so it does for a single partition.
+    truncated := concat(
+        E'    IF TG_OP = ''TRUNCATE'' THEN\n',
+        E'        IF TG_WHEN = ''BEFORE'' THEN\n',
+        format(E'            EXECUTE format(''SELECT array_agg(%s) FROM ONLY %%s AS s'', TG_RELID::regclass) INTO changed;\n',
+               replace(key_s, '''', '''''')),
+        E'            IF changed IS NULL THEN RETURN NULL; END IF;\n',
+        E'        END IF;\n        ',
+        replace(replace(replace(store, '{op}', '''T'''), '{keys}', 'changed'), E'\n', E'\n        '),
+        E'\n        RETURN NULL;\n    END IF;');
+
+    RETURN format($sql$CREATE OR REPLACE FUNCTION tbl_repl.%I()
+RETURNS trigger
+LANGUAGE plpgsql VOLATILE
+SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp%s
+AS %L$sql$,
+        format('capture_%s', source.source_id),
+        E'\n' || nullif(settings, ''),
+        concat(E'\n#variable_conflict use_column\nDECLARE\n    changed text[];\n    former text[];\nBEGIN\n', truncated, E'\n', body,
+               E'\n    IF changed IS NOT NULL THEN\n    ',
+               replace(replace(store, '{op}', '(CASE TG_OP WHEN ''INSERT'' THEN ''I'' WHEN ''UPDATE'' THEN ''U'' ELSE ''D'' END)::"char"'), '{keys}', 'changed'),
+               E'\n    END IF;\n    IF former IS NOT NULL THEN\n    ',
+               replace(replace(store, '{op}', '''K'''), '{keys}', 'former'),
+               E'\n    END IF;\n    RETURN NULL;\nEND\n'));
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._capture_sql(integer) IS
+    'text of the trigger function of a replicated table';
+
+-- Triggers fire for changes made here; what an applier of tbl_repl writes carries its origin.
+CREATE OR REPLACE FUNCTION tbl_repl._trigger_sql(source_id integer)
+RETURNS TABLE (table_name regclass, trigger_name name, statement text)
+LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    WITH s AS (SELECT * FROM tbl_repl.source AS x WHERE x.source_id = _trigger_sql.source_id),
+    parts AS (
+        SELECT s.source_table AS rel FROM s
+        UNION
+        SELECT t.relid FROM s, pg_partition_tree(s.source_table) AS t WHERE s.capture = 'row' AND t.isleaf
+    ),
+    keyed AS (  -- does any target need the keys that a TRUNCATE of the whole table removes?
+        SELECT coalesce(bool_or(tbl_repl._truncates_by_key(t.target_id)), false) AS needed
+        FROM tbl_repl.target AS t WHERE t.source_id = _trigger_sql.source_id
+    ),
+    wanted AS (
+        SELECT s.source_table AS rel, v.suffix, v.event, v.referencing
+        FROM s, (VALUES
+            ('insert', 'AFTER INSERT', 'REFERENCING NEW TABLE AS new_rows'),
+            ('update', 'AFTER UPDATE', 'REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows'),
+            ('delete', 'AFTER DELETE', 'REFERENCING OLD TABLE AS old_rows')) AS v (suffix, event, referencing)
+        WHERE s.capture = 'statement'
+        UNION ALL
+        SELECT s.source_table, 'row', 'AFTER INSERT OR UPDATE OR DELETE', NULL FROM s WHERE s.capture = 'row'
+        UNION ALL
+        SELECT s.source_table, 'truncate', 'AFTER TRUNCATE', NULL FROM s
+        UNION ALL
+        SELECT p.rel, 'truncate_keys', 'BEFORE TRUNCATE', NULL
+        FROM parts AS p, s, keyed
+        WHERE p.rel <> s.source_table OR (keyed.needed AND s.capture = 'statement')
+    )
+    SELECT w.rel, format('_tbl_repl_%s_%s', source_id, w.suffix)::name,
+           concat_ws(' ', format('CREATE TRIGGER %I %s ON %s', format('_tbl_repl_%s_%s', source_id, w.suffix), w.event, w.rel),
+                     w.referencing,
+                     CASE WHEN w.suffix = 'row' THEN 'FOR EACH ROW' ELSE 'FOR EACH STATEMENT' END,
+                     'WHEN (nullif(current_setting(''tbl_repl.origin'', true), '''') IS NULL)',
+                     format('EXECUTE FUNCTION tbl_repl.%I()', format('capture_%s', source_id)))
+    FROM wanted AS w
+    ORDER BY w.rel::text, w.suffix
+$function$;
+COMMENT ON FUNCTION tbl_repl._trigger_sql(integer) IS
+    'the triggers a replicated table has to have, and the statements that create them';
+
+-- A TRUNCATE of the source empties the target's table only where nothing else can be in it.
+CREATE OR REPLACE FUNCTION tbl_repl._truncates_by_key(target_id integer)
+RETURNS boolean
+LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT t.filter_expr IS NOT NULL
+        OR s.source_table IN (SELECT c.oid FROM pg_class AS c WHERE c.relispartition)
+        OR EXISTS (SELECT FROM tbl_repl.target AS o
+                   WHERE o.server = t.server AND o.dst_schema = t.dst_schema AND o.dst_name = t.dst_name
+                     AND o.target_id <> t.target_id)
+    FROM tbl_repl.target AS t
+    JOIN tbl_repl.source AS s USING (source_id)
+    WHERE t.target_id = _truncates_by_key.target_id
+$function$;
+COMMENT ON FUNCTION tbl_repl._truncates_by_key(integer) IS
+    'whether a TRUNCATE is shipped as deletion of the rows that were there';
+
+-- Under SERIALIZABLE our own reads at commit would be taken for conflicts, so direct targets queue.
+-- No lock queue: status is not looked at again, and a drainer looks for pending rows also while it is ok.
+-- SECURITY DEFINER: called by the capture function on behalf of any writer.
+CREATE OR REPLACE FUNCTION tbl_repl._queue_serializable(
+    source_id integer,
+    op        "char",
+    keys      text[]
+)
+RETURNS void
+LANGUAGE plpgsql VOLATILE
+SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    refusing record;
+BEGIN
+    SELECT s.source_table, t.server INTO refusing
+    FROM tbl_repl.target AS t
+    JOIN tbl_repl.target_state AS st USING (target_id)
+    JOIN tbl_repl.source AS s USING (source_id)
+    WHERE t.source_id = _queue_serializable.source_id AND t.mode = 'sync' AND st.status = 'ok'
+    LIMIT 1;
+    IF FOUND THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'feature_not_supported',
+            MESSAGE = format('table %s has a sync target and cannot be written under SERIALIZABLE', refusing.source_table),
+            DETAIL  = format('The commit on server %I could not be taken back after a serialization failure here.', refusing.server),
+            HINT    = 'Use READ COMMITTED or REPEATABLE READ, or make the target tolerant or async.';
+    END IF;
+    INSERT INTO tbl_repl.change (segment, source_id, target_id, op, keys, row_count)
+    SELECT h.segment, t.source_id, t.target_id, _queue_serializable.op, _queue_serializable.keys,
+           coalesce(cardinality(_queue_serializable.keys), 1)
+    FROM tbl_repl.target AS t, tbl_repl.queue_head AS h
+    WHERE t.source_id = _queue_serializable.source_id AND t.mode <> 'async';
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._queue_serializable(integer, "char", text[]) IS
+    'queues what a SERIALIZABLE transaction changed for the direct targets of a table; 0A000 for sync ones';
+
+-- Creates or replaces what _capture_sql and _trigger_sql say, drops triggers no longer wanted.
+CREATE OR REPLACE FUNCTION tbl_repl._rebuild_capture(source_id integer)
+RETURNS void
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    item record;
+BEGIN
+    EXECUTE tbl_repl._capture_sql(source_id);
+    EXECUTE format('REVOKE ALL ON FUNCTION tbl_repl.%I() FROM PUBLIC', format('capture_%s', source_id));
+    EXECUTE format('COMMENT ON FUNCTION tbl_repl.%I() IS %L', format('capture_%s', source_id),
+                   (SELECT format('captures changes of table %s', s.source_table) FROM tbl_repl.source AS s
+                    WHERE s.source_id = _rebuild_capture.source_id));
+    FOR item IN
+        SELECT w.statement FROM tbl_repl._trigger_sql(source_id) AS w
+        WHERE NOT EXISTS (SELECT FROM pg_trigger AS g WHERE g.tgrelid = w.table_name AND g.tgname = w.trigger_name)
+    LOOP
+        EXECUTE item.statement;
+    END LOOP;
+    PERFORM tbl_repl._drop_triggers(source_id, (SELECT array_agg(w.trigger_name) FROM tbl_repl._trigger_sql(source_id) AS w));
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._rebuild_capture(integer) IS
+    'makes trigger function and triggers of a replicated table what the catalog says';
+
+CREATE OR REPLACE FUNCTION tbl_repl._drop_triggers(source_id integer, keep name[])
+RETURNS void
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    item record;
+BEGIN
+    FOR item IN
+        SELECT g.tgrelid::regclass AS rel, g.tgname
+        FROM pg_trigger AS g JOIN pg_proc AS f ON f.oid = g.tgfoid
+        WHERE f.pronamespace = 'tbl_repl'::regnamespace AND f.proname = format('capture_%s', source_id)
+          AND g.tgparentid = 0 AND NOT coalesce(g.tgname = ANY (keep), false)
+    LOOP
+        EXECUTE format('DROP TRIGGER %I ON %s', item.tgname, item.rel);
+    END LOOP;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._drop_triggers(integer, name[]) IS
+    'drops the capture triggers of a table, except those named';

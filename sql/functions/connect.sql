@@ -1,0 +1,428 @@
+-- Connect: named dblink connections to targets, and one message at a time over them.
+--
+-- Promises that no wait is longer than its deadline (connecting from PostgreSQL 16 on excepted: dblink
+-- ignores connect_timeout there), that a message never outlives its lease, and that an older session of
+-- the same writer is gone, or its lease over, before a new one sends anything.
+--
+-- A connection outlives a rolled back transaction and a setting does not, so no fact about a
+-- connection is kept on this side: the offset of the target's clock sits in a prepared statement of the
+-- remote session, everything else in the connection's name.
+
+-- dblink may be installed in any schema; these are bound when they are created, and inlined.
+CREATE OR REPLACE FUNCTION tbl_repl._dblink_connect(conn text, conninfo text) RETURNS text
+LANGUAGE sql VOLATILE RETURN dblink_connect(conn, conninfo);
+COMMENT ON FUNCTION tbl_repl._dblink_connect(text, text) IS 'dblink_connect, wherever dblink is installed';
+
+CREATE OR REPLACE FUNCTION tbl_repl._dblink_disconnect(conn text) RETURNS text
+LANGUAGE sql VOLATILE RETURN dblink_disconnect(conn);
+COMMENT ON FUNCTION tbl_repl._dblink_disconnect(text) IS 'dblink_disconnect, wherever dblink is installed';
+
+CREATE OR REPLACE FUNCTION tbl_repl._dblink_connections() RETURNS text[]
+LANGUAGE sql VOLATILE RETURN dblink_get_connections();
+COMMENT ON FUNCTION tbl_repl._dblink_connections() IS 'dblink_get_connections, wherever dblink is installed';
+
+CREATE OR REPLACE FUNCTION tbl_repl._dblink_send(conn text, message text) RETURNS integer
+LANGUAGE sql VOLATILE RETURN dblink_send_query(conn, message);
+COMMENT ON FUNCTION tbl_repl._dblink_send(text, text) IS 'dblink_send_query, wherever dblink is installed';
+
+CREATE OR REPLACE FUNCTION tbl_repl._dblink_is_busy(conn text) RETURNS integer
+LANGUAGE sql VOLATILE RETURN dblink_is_busy(conn);
+COMMENT ON FUNCTION tbl_repl._dblink_is_busy(text) IS 'dblink_is_busy, wherever dblink is installed';
+
+CREATE OR REPLACE FUNCTION tbl_repl._dblink_error(conn text) RETURNS text
+LANGUAGE sql VOLATILE RETURN dblink_error_message(conn);
+COMMENT ON FUNCTION tbl_repl._dblink_error(text) IS 'dblink_error_message, wherever dblink is installed';
+
+-- STABLE so that it is inlined; it stands alone in FROM, where it runs once.
+CREATE OR REPLACE FUNCTION tbl_repl._dblink_result(conn text) RETURNS SETOF text
+LANGUAGE sql STABLE
+BEGIN ATOMIC
+    SELECT r.x FROM dblink_get_result(conn) AS r (x text);
+END;
+COMMENT ON FUNCTION tbl_repl._dblink_result(text) IS 'dblink_get_result, wherever dblink is installed';
+
+-- Options of the server and of the owner's mapping as a libpq connection string, with bounds added
+-- where the options give none.  Runs as the target's owner, who may read his own mapping.  NULL: the
+-- mapping cannot be read by its user (a mapping for PUBLIC), so that dblink has to look it up itself.
+CREATE OR REPLACE FUNCTION tbl_repl._conninfo(server name, timeout interval, application_name text)
+RETURNS text
+LANGUAGE plpgsql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    server_row  record;
+    mapping_row record;
+BEGIN
+    SELECT s.oid, s.srvoptions INTO server_row FROM pg_foreign_server AS s WHERE s.srvname = server;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'undefined_object',
+            MESSAGE = format('server %I does not exist', server),
+            HINT    = 'Create it with CREATE SERVER ... FOREIGN DATA WRAPPER dblink_fdw OPTIONS (host ..., port ..., dbname ...).';
+    END IF;
+    IF NOT has_server_privilege(current_user, server_row.oid, 'USAGE') THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'insufficient_privilege',
+            MESSAGE = format('permission denied for foreign server %I', server),
+            DETAIL  = format('Connections are made as role %I, who defined the target.', current_user),
+            HINT    = format('GRANT USAGE ON FOREIGN SERVER %I TO %I;', server, current_user);
+    END IF;
+    SELECT m.umoptions, m.umuser INTO mapping_row
+    FROM pg_user_mappings AS m
+    WHERE m.srvid = server_row.oid
+      AND m.umuser IN (0, (SELECT r.oid FROM pg_roles AS r WHERE r.rolname = current_user))
+    ORDER BY m.umuser DESC
+    LIMIT 1;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'undefined_object',
+            MESSAGE = format('role %I has no user mapping for server %I', current_user, server),
+            DETAIL  = 'Connections are made as the role that defined the target.',
+            HINT    = format('CREATE USER MAPPING FOR %I SERVER %I OPTIONS (user ..., password ...);', current_user, server);
+    END IF;
+    IF mapping_row.umoptions IS NULL AND mapping_row.umuser = 0 THEN
+        RETURN NULL;
+    END IF;
+    RETURN (
+        SELECT string_agg(format('%s=''%s''', o.name, replace(replace(o.value, '\', '\\'), '''', '\''')), ' ')
+        FROM (
+            SELECT DISTINCT ON (given.name) given.name, given.value
+            FROM (
+                SELECT option_name AS name, option_value AS value, 1 AS priority
+                FROM pg_options_to_table(mapping_row.umoptions)
+                UNION ALL
+                SELECT option_name, option_value, 2 FROM pg_options_to_table(server_row.srvoptions)
+                UNION ALL VALUES
+                    ('application_name', application_name, 0),
+                    ('connect_timeout', greatest(2, ceil(extract(epoch FROM timeout)))::text, 3),
+                    ('tcp_user_timeout', ceil(extract(epoch FROM timeout) * 1000)::bigint::text, 3)
+            ) AS given
+            -- postgres_fdw's own options mean nothing to libpq
+            WHERE given.name <> ALL ('{use_remote_estimate,fdw_startup_cost,fdw_tuple_cost,extensions,updatable,truncatable,fetch_size,batch_size,async_capable,parallel_commit,parallel_abort,analyze_sampling,keep_connections,password_required,use_scram_passthrough,client_encoding,fallback_application_name}'::text[])
+            ORDER BY given.name, given.priority
+        ) AS o);
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._conninfo(name, interval, text) IS
+    'libpq connection string of a server and the caller''s mapping; NULL where only dblink may read the mapping';
+
+-- _open(conn, server, timeout, deadline, sent_until): opens the named connection and makes it fit for
+-- shipping.  sent_until: end of the lease of a message whose connection was lost just now.
+-- Runs as the target's owner (called by the generated connect_N).
+-- Errors: 08001 and what the target answers; 55P03 if another session of ours is still connecting.
+-- Why it is right: application_name carries the node, this backend and the start of this server, so
+-- that what an earlier transaction left behind can be told from what is in use.  Nothing is sent before
+-- such sessions are gone or the deadline, at least the longest lease they can have, is over.
+CREATE OR REPLACE FUNCTION tbl_repl._open(
+    conn     text,
+    server   name,
+    timeout  interval,
+    deadline timestamptz,
+    sent_until timestamptz DEFAULT NULL
+)
+RETURNS void
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    node      text := tbl_repl.node_name();
+    started   text := to_hex(extract(epoch FROM pg_postmaster_start_time())::bigint);
+    lane      text := left(md5(regexp_replace(conn, '_[0-9]+_[0-9]+$', '')), 4);
+    own_name  text := format('tbl_repl %s %s.%s.%s', node, pg_backend_pid(), started, lane);
+    conninfo  text;
+    lock_key  integer := hashtext(regexp_replace(conn, '_[0-9]+_[0-9]+$', ''));
+    holder    integer;
+    older     text;
+    answer    text;
+    stale     integer[];
+    lease_ms  numeric := extract(epoch FROM timeout) * 1000;
+    lease_end timestamptz;
+    foreign_lease boolean;
+BEGIN
+    conninfo := coalesce(tbl_repl._conninfo(server, timeout, own_name), server);
+    FOR older IN
+        SELECT c FROM unnest(tbl_repl._dblink_connections()) AS c
+        WHERE regexp_replace(c, '_[0-9]+_[0-9]+$', '') = regexp_replace(conn, '_[0-9]+_[0-9]+$', '')
+    LOOP
+        PERFORM tbl_repl._dblink_disconnect(older);
+    END LOOP;
+    -- One session at a time: where connecting cannot be bounded, only one hangs.
+    WHILE NOT pg_try_advisory_lock(tbl_repl._lock_connect(), lock_key) LOOP
+        IF clock_timestamp() > deadline THEN
+            SELECT l.pid INTO holder FROM pg_locks AS l
+            WHERE l.locktype = 'advisory' AND l.granted
+              AND l.database = (SELECT d.oid FROM pg_database AS d WHERE d.datname = current_database())
+              AND l.classid = tbl_repl._lock_connect()::oid AND l.objid = (lock_key::bigint & 4294967295)::oid;
+            PERFORM tbl_repl._cancel_connecting(holder);
+            RAISE EXCEPTION USING
+                ERRCODE = 'lock_not_available',
+                MESSAGE = format('another session is still connecting to server %I', server);
+        END IF;
+        PERFORM pg_sleep(0.002);
+    END LOOP;
+    BEGIN
+        PERFORM tbl_repl._dblink_connect(conn, conninfo);
+    EXCEPTION WHEN query_canceled OR OTHERS THEN
+        PERFORM pg_advisory_unlock(tbl_repl._lock_connect(), lock_key);
+        RAISE;
+    END;
+    PERFORM pg_advisory_unlock(tbl_repl._lock_connect(), lock_key);
+    BEGIN
+        -- What shapes text is pinned, and what bounds waiting; never the search_path, which the
+        -- target's own triggers may need.
+        answer := tbl_repl._call(conn, format($message$
+            SET application_name = %L; SET statement_timeout = %s; SET lock_timeout = %s;
+            SET datestyle = 'ISO, MDY'; SET intervalstyle = 'postgres'; SET timezone = 'UTC';
+            SET extra_float_digits = 1; SET bytea_output = 'hex'; SET lc_monetary = 'C';
+            SET standard_conforming_strings = on; SET xmloption = 'content';
+            SET default_transaction_isolation = 'read committed'; SET tbl_repl.origin = %L;
+            SELECT pg_catalog.json_build_object(
+                'now', extract(epoch FROM pg_catalog.clock_timestamp()),
+                'older', (SELECT pg_catalog.json_agg(pg_catalog.json_build_object('pid', a.pid, 'name', a.application_name))
+                          FROM pg_catalog.pg_stat_activity AS a
+                          WHERE a.datname = pg_catalog.current_database() AND a.usename = current_user
+                            AND a.pid <> pg_catalog.pg_backend_pid()
+                            AND pg_catalog.starts_with(a.application_name, %L)))
+            $message$, own_name, ceil(lease_ms * 0.9), ceil(lease_ms * 0.8), node, format('tbl_repl %s ', node)), deadline);
+        -- Rounded down: the lease may end early, never late.
+        PERFORM tbl_repl._call(conn, format(
+            'PREPARE tbl_repl_lease (float8) AS SELECT 1 / (pg_catalog.date_part(''epoch'', pg_catalog.clock_timestamp()) < $1 + (%s))::int',
+            round((answer::json ->> 'now')::numeric - extract(epoch FROM clock_timestamp()), 6)), deadline);
+        SELECT array_agg((o ->> 'pid')::integer), bool_or(m[2] IS DISTINCT FROM started OR m[1]::integer <> pg_backend_pid())
+        INTO stale, foreign_lease
+        FROM json_array_elements(CASE json_typeof(answer::json -> 'older') WHEN 'array' THEN answer::json -> 'older' ELSE '[]' END) AS o
+        CROSS JOIN LATERAL regexp_match(o ->> 'name', '([0-9]+)\.([0-9a-f]+)\.([0-9a-f]+)$') AS m
+        WHERE m[2] IS DISTINCT FROM started
+           OR (m[1]::integer = pg_backend_pid() AND m[3] = lane)
+           OR NOT EXISTS (SELECT FROM pg_stat_activity AS a WHERE a.pid = m[1]::integer);
+        IF stale IS NOT NULL THEN
+            -- This backend never gives up a message before its lease is over, unless it comes here at
+            -- once; of one that has died nobody knows what it sent last.
+            lease_end := CASE WHEN foreign_lease THEN clock_timestamp() + timeout ELSE coalesce(sent_until, clock_timestamp()) END;
+            PERFORM tbl_repl._call(conn, format(
+                'SELECT pg_catalog.count(pg_catalog.pg_terminate_backend(p)) FROM pg_catalog.unnest(%L::int[]) AS p', stale), deadline);
+            LOOP
+                answer := tbl_repl._call(conn, format(
+                    'SELECT pg_catalog.count(*) FROM pg_catalog.pg_stat_activity WHERE pid = ANY (%L::int[])', stale), deadline);
+                EXIT WHEN answer = '0' OR clock_timestamp() > lease_end;
+                IF clock_timestamp() > deadline THEN
+                    RAISE EXCEPTION USING
+                        ERRCODE = 'connection_failure',
+                        MESSAGE = 'an older session of this node does not end on the target',
+                        DETAIL  = format('Process %s of the target could still apply something older.', array_to_string(stale, ', ')),
+                        HINT    = 'It is hung or stopped: end it, or wait.';
+                END IF;
+                PERFORM pg_sleep(0.002);
+            END LOOP;
+        END IF;
+    EXCEPTION WHEN query_canceled OR OTHERS THEN
+        IF conn = ANY (tbl_repl._dblink_connections()) THEN
+            PERFORM tbl_repl._dblink_disconnect(conn);
+        END IF;
+        RAISE;
+    END;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._open(text, name, interval, timestamptz, timestamptz) IS
+    'opens a connection to a target, pins its settings, ends older sessions of this writer';
+
+-- SECURITY DEFINER: a writer who waits for a connector that hangs may be another role than that one.
+CREATE OR REPLACE FUNCTION tbl_repl._cancel_connecting(pid integer)
+RETURNS void
+LANGUAGE plpgsql VOLATILE
+SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+AS $function$
+BEGIN
+    PERFORM pg_cancel_backend(_cancel_connecting.pid);
+EXCEPTION WHEN insufficient_privilege THEN
+    NULL;  -- the extension's owner is no superuser: the connector waits until its own end
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._cancel_connecting(integer) IS
+    'cancels a session that hangs while connecting to a target';
+
+CREATE OR REPLACE FUNCTION tbl_repl._lock_ship() RETURNS integer
+LANGUAGE sql IMMUTABLE PARALLEL SAFE RETURN 1952607281;
+COMMENT ON FUNCTION tbl_repl._lock_ship() IS
+    'class of the advisory locks ship: shared by direct shippers, exclusive for the drainer; the second part is the target_id';
+
+CREATE OR REPLACE FUNCTION tbl_repl._lock_queue() RETURNS integer
+LANGUAGE sql IMMUTABLE PARALLEL SAFE RETURN 1952607282;
+COMMENT ON FUNCTION tbl_repl._lock_queue() IS
+    'class of the advisory locks queue: shared by those who queue for a direct target, exclusive for the way back to ok';
+
+CREATE OR REPLACE FUNCTION tbl_repl._lock_connect() RETURNS integer
+LANGUAGE sql IMMUTABLE PARALLEL SAFE RETURN 1952607283;
+COMMENT ON FUNCTION tbl_repl._lock_connect() IS
+    'class of the advisory locks connect: held while a session opens a connection';
+
+-- _send(conn, message): sends without waiting.  Error 08006 when the connection is known to be dead,
+-- in which case nothing has been sent.
+CREATE OR REPLACE FUNCTION tbl_repl._send(conn text, message text)
+RETURNS void
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+BEGIN
+    IF tbl_repl._dblink_send(conn, message) <> 1 THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'connection_failure',
+            MESSAGE = format('could not send to target: %s', tbl_repl._dblink_error(conn));
+    END IF;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._send(text, text) IS 'sends a message over a connection, does not wait';
+
+-- _receive(conn, deadline): the answer to the message sent last: the first column of its last row.
+-- Errors: the remote one as it is; 08006 if there is no answer by the deadline, or none any more; the
+-- connection is then closed.  An error of the target leaves the connection usable.
+-- A cancel that comes while we wait is kept back until the fate of the message is known, or its lease is
+-- over: given up earlier, the message could still take effect after something newer.  At commit it is
+-- dropped, elsewhere raised afterwards.
+CREATE OR REPLACE FUNCTION tbl_repl._receive(
+    conn      text,
+    deadline  timestamptz,
+    at_commit boolean DEFAULT false
+)
+RETURNS text
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    answer   text;
+    line     text;
+    turn     timestamptz := clock_timestamp();
+    previous timestamptz := turn;
+    spinning timestamptz := turn + interval '2 milliseconds';
+    canceled boolean := false;
+    code     text;
+BEGIN
+    LOOP
+        LOOP
+            BEGIN
+                WHILE tbl_repl._dblink_is_busy(conn) = 1 LOOP
+                    turn := clock_timestamp();
+                    IF turn > deadline THEN
+                        EXIT;
+                    ELSIF turn > spinning OR turn - previous > interval '300 microseconds' THEN
+                        -- a long turn means that somebody else needed the processor
+                        spinning := turn;
+                        PERFORM pg_sleep(0.0005);
+                        turn := clock_timestamp();
+                    END IF;
+                    previous := turn;
+                END LOOP;
+                EXIT;
+            EXCEPTION WHEN query_canceled THEN
+                canceled := true;
+            END;
+        END LOOP;
+        IF turn > deadline AND tbl_repl._dblink_is_busy(conn) = 1 THEN
+            PERFORM tbl_repl._dblink_disconnect(conn);
+            RAISE EXCEPTION USING
+                ERRCODE = 'connection_failure',
+                MESSAGE = 'the target did not answer in time',
+                HINT    = 'The target is down, hung or out of reach; timeout of the target says how long is waited.';
+        END IF;
+        BEGIN
+            SELECT r INTO line FROM tbl_repl._dblink_result(conn) AS r;
+        EXCEPTION WHEN query_canceled OR OTHERS THEN
+            GET STACKED DIAGNOSTICS code = RETURNED_SQLSTATE;
+            IF code ~ '^(08|57P)' THEN
+                PERFORM tbl_repl._dblink_disconnect(conn);
+            ELSE
+                PERFORM tbl_repl._read_on(conn, deadline);
+            END IF;
+            RAISE;
+        END;
+        EXIT WHEN NOT FOUND;
+        answer := line;
+    END LOOP;
+    IF canceled AND NOT at_commit THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'query_canceled',
+            MESSAGE = 'canceling statement due to user request';
+    END IF;
+    RETURN answer;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._receive(text, timestamptz, boolean) IS
+    'waits for the answer to the message sent last, until the deadline';
+
+-- After an error the rest of the answer has to be read, or the connection stays busy.
+CREATE OR REPLACE FUNCTION tbl_repl._read_on(conn text, deadline timestamptz)
+RETURNS void
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+BEGIN
+    LOOP
+        WHILE tbl_repl._dblink_is_busy(conn) = 1 AND clock_timestamp() < deadline LOOP
+            PERFORM pg_sleep(0.0005);
+        END LOOP;
+        IF tbl_repl._dblink_is_busy(conn) = 1 THEN
+            PERFORM tbl_repl._dblink_disconnect(conn);
+            RETURN;
+        END IF;
+        BEGIN
+            PERFORM FROM tbl_repl._dblink_result(conn) AS r;
+            EXIT WHEN NOT FOUND;
+        EXCEPTION WHEN OTHERS THEN
+            PERFORM tbl_repl._dblink_disconnect(conn);
+            RETURN;
+        END;
+    END LOOP;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._read_on(text, timestamptz) IS
+    'reads what is left of an answer after an error, or closes the connection';
+
+CREATE OR REPLACE FUNCTION tbl_repl._call(
+    conn      text,
+    message   text,
+    deadline  timestamptz,
+    at_commit boolean DEFAULT false
+)
+RETURNS text
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+BEGIN
+    PERFORM tbl_repl._send(conn, message);
+    RETURN tbl_repl._receive(conn, deadline, at_commit);
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._call(text, text, timestamptz, boolean) IS
+    'sends a message and waits for its answer';
+
+-- Known dead, or an answer left that nobody read: not to be used again.
+CREATE OR REPLACE FUNCTION tbl_repl._is_usable(conn text)
+RETURNS boolean
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+BEGIN
+    IF NOT coalesce(conn = ANY (tbl_repl._dblink_connections()), false) THEN
+        RETURN false;
+    ELSIF tbl_repl._dblink_is_busy(conn) = 0 AND tbl_repl._dblink_error(conn) = 'OK' THEN
+        RETURN true;
+    END IF;
+    PERFORM tbl_repl._dblink_disconnect(conn);
+    RETURN false;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._is_usable(text) IS
+    'whether a named connection is open and idle; a dead one is closed';
+
+CREATE OR REPLACE FUNCTION tbl_repl._connection_name(server name, owner name, timeout interval)
+RETURNS text
+LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT format('tbl_repl_%s_%s_%s_%s', s.oid, r.oid, ceil(extract(epoch FROM timeout) * 1000), s.xmin)
+    FROM pg_foreign_server AS s, pg_roles AS r
+    WHERE s.srvname = server AND r.rolname = owner
+$function$;
+COMMENT ON FUNCTION tbl_repl._connection_name(name, name, interval) IS
+    'name of the dblink connection: server, owner, timeout in ms, version of the server''s definition';

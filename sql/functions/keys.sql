@@ -1,0 +1,191 @@
+-- Keys: which columns address a row, how a key is written down, how it is found again.
+--
+-- A key travels as one text: the column's own text form, or a JSON array of text forms where the key
+-- has several columns.  Everything here returns pieces of SQL over a row called s or a key called tbl_repl_key (so that no column of the table is meant by accident).
+
+-- Key columns come in index order, because that is the order in which the index compares them.
+CREATE OR REPLACE FUNCTION tbl_repl._find_key(source_table regclass, key_columns name[])
+RETURNS name[]
+LANGUAGE plpgsql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    found_key name[];
+    unknown   name;
+BEGIN
+    SELECT c INTO unknown
+    FROM unnest(key_columns) AS c
+    WHERE NOT EXISTS (SELECT FROM pg_attribute AS a
+                      WHERE a.attrelid = source_table AND a.attname = c AND a.attnum > 0 AND NOT a.attisdropped);
+    IF FOUND THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'undefined_column',
+            MESSAGE = format('column %I of table %s does not exist', unknown, source_table),
+            HINT    = 'key_columns names columns of the source table.';
+    END IF;
+    SELECT k.columns INTO found_key
+    FROM pg_index AS i
+    CROSS JOIN LATERAL (
+        SELECT array_agg(a.attname ORDER BY n) AS columns, bool_and(a.attnotnull) AS not_null
+        FROM generate_series(0, i.indnkeyatts - 1) AS n
+        JOIN pg_attribute AS a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[n]
+    ) AS k
+    WHERE i.indrelid = source_table
+      AND i.indisunique AND i.indisvalid AND i.indpred IS NULL AND i.indexprs IS NULL
+      AND k.not_null
+      AND CASE WHEN key_columns IS NULL THEN i.indisprimary
+               ELSE k.columns @> key_columns AND k.columns <@ key_columns END
+    ORDER BY i.indisprimary DESC, i.indexrelid
+    LIMIT 1;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'invalid_table_definition',
+            MESSAGE = CASE WHEN key_columns IS NULL
+                           THEN format('table %s has no primary key', source_table)
+                           ELSE format('table %s has no unique index on exactly the not-null columns (%s)', source_table,
+                                       (SELECT string_agg(quote_ident(c), ', ') FROM unnest(key_columns) AS c)) END,
+            DETAIL  = 'A target needs a key to find the row on the other side.',
+            HINT    = 'Add a PRIMARY KEY, or name the columns of a unique index on not-null columns in key_columns.';
+    END IF;
+    RETURN found_key;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._find_key(regclass, name[]) IS
+    'the primary key, or the unique index on exactly these columns; 42P16 where there is none';
+
+-- Type and equality operator of each key column, the operator as the index has it: a type like
+-- citext is not compared by what a pinned search_path would find.
+CREATE OR REPLACE FUNCTION tbl_repl._key_parts(source_table regclass, key_columns name[])
+RETURNS TABLE (n integer, name name, type text, type_id oid, equals text)
+LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT u.n::integer, u.name, format_type(a.atttypid, -1), a.atttypid,
+           coalesce((
+               SELECT format('OPERATOR(%I.%s)', ns.nspname, o.oprname)
+               FROM pg_index AS i
+               CROSS JOIN LATERAL generate_series(0, i.indnkeyatts - 1) AS p
+               JOIN pg_opclass AS oc ON oc.oid = i.indclass[p]
+               JOIN pg_amop AS ao ON ao.amopfamily = oc.opcfamily AND ao.amopstrategy = 3
+                                 AND ao.amoplefttype = oc.opcintype AND ao.amoprighttype = oc.opcintype
+               JOIN pg_operator AS o ON o.oid = ao.amopopr
+               JOIN pg_namespace AS ns ON ns.oid = o.oprnamespace
+               WHERE i.indrelid = source_table AND i.indisunique AND i.indkey[p] = a.attnum
+               ORDER BY i.indisprimary DESC, i.indexrelid
+               LIMIT 1), 'OPERATOR(pg_catalog.=)')
+    FROM unnest(key_columns) WITH ORDINALITY AS u (name, n)
+    JOIN pg_attribute AS a ON a.attrelid = source_table AND a.attname = u.name
+    ORDER BY u.n
+$function$;
+COMMENT ON FUNCTION tbl_repl._key_parts(regclass, name[]) IS
+    'type and equality operator of the key columns, in order';
+
+CREATE OR REPLACE FUNCTION tbl_repl._key_text(key_columns name[], row_name text)
+RETURNS text
+LANGUAGE sql IMMUTABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT CASE WHEN cardinality(key_columns) = 1
+                THEN format('%s.%I::text', row_name, key_columns[1])
+                ELSE format('json_build_array(%s)::text',
+                            (SELECT string_agg(format('%s.%I::text', row_name, c), ', ' ORDER BY n)
+                             FROM unnest(key_columns) WITH ORDINALITY AS u (c, n))) END
+$function$;
+COMMENT ON FUNCTION tbl_repl._key_text(name[], text) IS
+    'SQL expression: the key of a row as one text';
+
+CREATE OR REPLACE FUNCTION tbl_repl._key_match(source_table regclass, key_columns name[])
+RETURNS text
+LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT string_agg(format('s.%I %s (%s)::%s', p.name, p.equals,
+                             CASE WHEN cardinality(key_columns) = 1 THEN 'tbl_repl_key'
+                                  ELSE format('tbl_repl_key::json ->> %s', p.n - 1) END, p.type), ' AND ' ORDER BY p.n)
+    FROM tbl_repl._key_parts(source_table, key_columns) AS p
+$function$;
+COMMENT ON FUNCTION tbl_repl._key_match(regclass, name[]) IS
+    'SQL condition: row s has the key tbl_repl_key';
+
+CREATE OR REPLACE FUNCTION tbl_repl._key_json(source_table regclass, key_columns name[], key text)
+RETURNS jsonb
+LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT jsonb_object_agg(p.name,
+               CASE WHEN p.type_id IN ('int2'::regtype, 'int4'::regtype, 'int8'::regtype)
+                    THEN to_jsonb(v.value::numeric) ELSE to_jsonb(v.value) END)
+    FROM tbl_repl._key_parts(source_table, key_columns) AS p
+    CROSS JOIN LATERAL (
+        SELECT CASE WHEN cardinality(key_columns) = 1 THEN key
+                    ELSE key::json ->> (p.n - 1) END AS value) AS v
+    WHERE key IS NOT NULL
+$function$;
+COMMENT ON FUNCTION tbl_repl._key_json(regclass, name[], text) IS
+    'a key as users read it: {"column": value}';
+
+-- The reverse of _key_json, for what a user types; text forms go through the column's type, so that
+-- {"id": "007"} finds the row 7.
+CREATE OR REPLACE FUNCTION tbl_repl._key_from_json(source_table regclass, key_columns name[], key jsonb)
+RETURNS text
+LANGUAGE plpgsql STABLE
+SET search_path = pg_catalog, pg_temp
+SET datestyle = 'ISO, MDY' SET intervalstyle = 'postgres' SET timezone = 'UTC'
+SET extra_float_digits = 1 SET bytea_output = 'hex'
+AS $function$
+DECLARE
+    missing name;
+    forms   text[] := '{}';
+    part    record;
+    form    text;
+BEGIN
+    SELECT c INTO missing FROM unnest(key_columns) AS c WHERE key ->> c IS NULL LIMIT 1;
+    IF FOUND THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'invalid_parameter_value',
+            MESSAGE = format('the key has no value for column %I', missing),
+            HINT    = format('Give a JSON object with the key columns: %s.',
+                             (SELECT jsonb_object_agg(c, '...') FROM unnest(key_columns) AS c));
+    END IF;
+    FOR part IN SELECT p.* FROM tbl_repl._key_parts(source_table, key_columns) AS p LOOP
+        EXECUTE format('SELECT ($1::%s)::text', part.type) INTO form USING key ->> part.name;
+        forms := array_append(forms, form);
+    END LOOP;
+    RETURN CASE WHEN cardinality(forms) = 1 THEN forms[1] ELSE array_to_json(forms)::text END;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._key_from_json(regclass, name[], jsonb) IS
+    'the key of {"column": value} as one text';
+
+-- A value's text depends on settings of the writer's session.  Pinning costs time in every call, so
+-- only what the types need is pinned; types that are not known here (composite, range, domain, array
+-- of them, expressions) get everything.
+CREATE OR REPLACE FUNCTION tbl_repl._text_settings(types oid[])
+RETURNS text
+LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    WITH need AS (
+        SELECT CASE
+            WHEN t = ANY ('{int2,int4,int8,text,varchar,bpchar,name,bool,numeric,uuid,json,jsonb,oid,inet,cidr,macaddr,bit,varbit,tsvector}'::regtype[]::oid[]) THEN ''
+            WHEN t = ANY ('{float4,float8}'::regtype[]::oid[]) THEN 'f'
+            WHEN t = ANY ('{date,timestamp}'::regtype[]::oid[]) THEN 'd'
+            WHEN t = 'timestamptz'::regtype THEN 'dz'
+            WHEN t = 'interval'::regtype THEN 'i'
+            WHEN t = 'bytea'::regtype THEN 'b'
+            WHEN t = 'money'::regtype THEN 'm'
+            WHEN EXISTS (SELECT FROM pg_type AS y WHERE y.oid = t AND y.typtype = 'e') THEN ''
+            ELSE 'fdzibm' END AS letters
+        FROM unnest(types) AS t
+    ), letters AS (SELECT string_agg(letters, '') AS l FROM need)
+    SELECT concat_ws(E'\n',
+        CASE WHEN l ~ 'd' THEN 'SET datestyle = ''ISO, MDY''' END,
+        CASE WHEN l ~ 'z' THEN 'SET timezone = ''UTC''' END,
+        CASE WHEN l ~ 'i' THEN 'SET intervalstyle = ''postgres''' END,
+        CASE WHEN l ~ 'f' THEN 'SET extra_float_digits = 1' END,
+        CASE WHEN l ~ 'b' THEN 'SET bytea_output = ''hex''' END,
+        CASE WHEN l ~ 'm' THEN 'SET lc_monetary = ''C''' END)
+    FROM letters
+$function$;
+COMMENT ON FUNCTION tbl_repl._text_settings(oid[]) IS
+    'SET clauses under which values of these types have one text form';

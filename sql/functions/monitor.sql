@@ -1,0 +1,147 @@
+-- Monitor: the views in which users and monitoring systems read what is going on.
+
+CREATE OR REPLACE FUNCTION tbl_repl._pending_rows(
+    target_id integer,
+    OUT rows   bigint,
+    OUT oldest timestamptz
+)
+LANGUAGE plpgsql STABLE
+SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+AS $function$
+BEGIN
+    EXECUTE (SELECT format('SELECT coalesce(sum(c.row_count), 0), min(c.captured_at) FROM %s', tbl_repl._pending_from(t, st.position))
+             FROM tbl_repl.target AS t JOIN tbl_repl.target_state AS st USING (target_id)
+             WHERE t.target_id = _pending_rows.target_id)
+    INTO rows, oldest;
+    -- rows still to be copied in the background: an estimate
+    rows := rows + coalesce((
+        SELECT greatest(1, sum(c.reltuples)::bigint - st.rows_copied)
+        FROM tbl_repl.target AS t JOIN tbl_repl.target_state AS st USING (target_id) JOIN tbl_repl.source AS s USING (source_id)
+        CROSS JOIN LATERAL (SELECT s.source_table AS relid UNION SELECT p.relid FROM pg_partition_tree(s.source_table) AS p) AS p
+        JOIN pg_class AS c ON c.oid = p.relid
+        WHERE t.target_id = _pending_rows.target_id AND st.copy_after IS NOT NULL
+        GROUP BY st.rows_copied), 0);
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._pending_rows(integer) IS
+    'number and age of the changed rows queued for a target; SECURITY DEFINER, for readers of the views';
+
+CREATE OR REPLACE VIEW tbl_repl.target_status AS
+SELECT t.target_id,
+       s.source_table,
+       t.server,
+       format('%I.%I', t.dst_schema, t.dst_name) AS dst_table,
+       t.mode,
+       CASE WHEN st.status = 'ok' AND t.mode <> 'async' AND p.rows > 0 THEN 'queueing' ELSE st.status END AS status,
+       p.rows AS pending_rows,
+       p.oldest AS oldest_pending_at,
+       st.last_error,
+       st.last_error_at,
+       greatest(st.last_shipped_at, d.shipped_at) AS last_shipped_at,
+       st.rows_shipped + coalesce(d.rows, 0) AS rows_shipped
+FROM tbl_repl.target AS t
+JOIN tbl_repl.target_state AS st USING (target_id)
+JOIN tbl_repl.source AS s USING (source_id)
+LEFT JOIN LATERAL (SELECT sum(x.rows)::bigint AS rows, max(x.shipped_at) AS shipped_at
+                   FROM tbl_repl.shipped AS x WHERE x.target_id = t.target_id) AS d ON true
+CROSS JOIN LATERAL tbl_repl._pending_rows(t.target_id) AS p;
+COMMENT ON VIEW tbl_repl.target_status IS 'every target, its state and what is queued for it';
+
+CREATE OR REPLACE FUNCTION tbl_repl._pending_keys()
+RETURNS TABLE (target_id integer, source_table regclass, op text, key jsonb, captured_at timestamptz, key_text text, txid xid8)
+LANGUAGE plpgsql STABLE
+SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    item record;
+BEGIN
+    FOR item IN
+        SELECT t.target_id, s.source_table, s.key_columns, tbl_repl._pending_from(t, st.position) AS pending
+        FROM tbl_repl.target AS t JOIN tbl_repl.target_state AS st USING (target_id) JOIN tbl_repl.source AS s USING (source_id)
+        ORDER BY t.target_id
+    LOOP
+        RETURN QUERY EXECUTE format($query$
+            SELECT %s, %L::regclass,
+                   CASE c.op WHEN 'I' THEN 'insert' WHEN 'U' THEN 'update' WHEN 'K' THEN 'update' WHEN 'D' THEN 'delete' ELSE 'truncate' END,
+                   tbl_repl._key_json(%L::regclass, %L, k.key), c.captured_at, k.key, c.txid
+            FROM (SELECT c.* FROM %s) AS c LEFT JOIN LATERAL unnest(c.keys) WITH ORDINALITY AS k (key, n) ON true
+            ORDER BY c.captured_at, k.n$query$, item.target_id, item.source_table::oid, item.source_table::oid, item.key_columns, item.pending);
+    END LOOP;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._pending_keys() IS
+    'every key that is queued for a target; SECURITY DEFINER, for readers of the views';
+
+CREATE OR REPLACE VIEW tbl_repl.pending AS
+SELECT p.target_id, p.source_table, p.op, p.key, p.captured_at FROM tbl_repl._pending_keys() AS p;
+COMMENT ON VIEW tbl_repl.pending IS 'the rows queued for each target, oldest first';
+
+CREATE OR REPLACE VIEW tbl_repl.error_log AS
+SELECT e.at, e.target_id, tbl_repl._key_json(s.source_table, s.key_columns, e.key) AS key,
+       e.sqlstate, e.message, e.detail, e.hint, e.statement
+FROM tbl_repl.error AS e
+JOIN tbl_repl.target AS t USING (target_id)
+JOIN tbl_repl.source AS s USING (source_id);
+COMMENT ON VIEW tbl_repl.error_log IS 'what targets have answered instead of success';
+
+CREATE OR REPLACE VIEW tbl_repl.quarantine AS
+SELECT q.target_id, tbl_repl._key_json(s.source_table, s.key_columns, q.key) AS key,
+       q.attempts, q.sqlstate, q.message, q.first_failed_at, q.last_failed_at
+FROM tbl_repl.quarantined AS q
+JOIN tbl_repl.target AS t USING (target_id)
+JOIN tbl_repl.source AS s USING (source_id);
+COMMENT ON VIEW tbl_repl.quarantine IS 'rows that a target rejects, with its reason';
+
+CREATE OR REPLACE VIEW tbl_repl.conflict_log AS
+SELECT c.at, c.target_id, c.local_table, c.key, c.conflict_type, c.origin, c.local_version, c.remote_version, c.resolution
+FROM tbl_repl.conflict AS c;
+COMMENT ON VIEW tbl_repl.conflict_log IS 'conflicts between nodes that were settled here';
+
+-- Rows of the table are in it: it is for operators.
+CREATE OR REPLACE FUNCTION tbl_repl._pending_sql()
+RETURNS TABLE (id bigint, nsp_name name, table_name name, dst_server name, dst_query text, create_time timestamptz)
+LANGUAGE plpgsql STABLE
+SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    item     record;
+    rendered record;
+BEGIN
+    id := 0;
+    FOR item IN
+        SELECT p.target_id, p.key_text, p.captured_at, p.op, t.server, n.nspname, c.relname, tbl_repl._dst_table(t) AS dst_table,
+               'delete' = ANY (t.operations) OR p.op IN ('delete', 'truncate') AS absent
+        FROM tbl_repl._pending_keys() AS p
+        JOIN tbl_repl.target AS t ON t.target_id = p.target_id AND t.mode <> 'async'
+        JOIN pg_class AS c ON c.oid = p.source_table JOIN pg_namespace AS n ON n.oid = c.relnamespace
+        ORDER BY p.captured_at, p.target_id
+    LOOP
+        nsp_name := item.nspname;
+        table_name := item.relname;
+        dst_server := item.server;
+        create_time := item.captured_at;
+        FOR dst_query IN
+            SELECT format('TRUNCATE %s', item.dst_table) WHERE item.key_text IS NULL
+        LOOP
+            id := id + 1;
+            RETURN NEXT;
+        END LOOP;
+        CONTINUE WHEN item.key_text IS NULL;
+        EXECUTE format('SELECT * FROM tbl_repl.render_%s($1, false, $2, ''plain'')', item.target_id)
+        INTO rendered USING ARRAY[item.key_text], item.absent;
+        dst_query := concat_ws('; ', rendered.deletes, rendered.upserts);
+        IF dst_query <> '' THEN
+            id := id + 1;
+            RETURN NEXT;
+        END IF;
+    END LOOP;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._pending_sql() IS 'what is queued for direct targets, as the SQL that a replay will run';
+
+CREATE OR REPLACE VIEW tbl_repl.sync_err_rec AS
+SELECT p.id, p.nsp_name, p.table_name, p.dst_server, p.dst_query, p.create_time FROM tbl_repl._pending_sql() AS p;
+COMMENT ON VIEW tbl_repl.sync_err_rec IS 'what is queued after an error, as the SQL that a replay will run';

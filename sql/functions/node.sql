@@ -1,0 +1,39 @@
+-- Node: the name under which this database is known to the others.
+--
+-- Promises a name that is unique per database without anybody choosing one.
+
+CREATE OR REPLACE FUNCTION tbl_repl.node_name()
+RETURNS text
+LANGUAGE sql STABLE PARALLEL SAFE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT coalesce(
+        (SELECT n.name FROM tbl_repl.node AS n),
+        (SELECT format('%s-%s',
+                       left(regexp_replace(current_database(), '[^A-Za-z0-9_]', '_', 'g'), 23),
+                       left(md5(format('%s %s', s.system_identifier, current_database())), 8))
+         FROM pg_control_system() AS s))
+$function$;
+COMMENT ON FUNCTION tbl_repl.node_name() IS
+    'name of this node: what set_node_name() was given, else the database name and eight digits derived from the system identifier';
+
+CREATE OR REPLACE FUNCTION tbl_repl.set_node_name(name text)
+RETURNS void
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+BEGIN
+    IF set_node_name.name IS NULL OR octet_length(set_node_name.name) NOT BETWEEN 1 AND 32
+       OR set_node_name.name ~ '[[:space:][:cntrl:]]' THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'invalid_parameter_value',
+            MESSAGE = 'invalid node name',
+            DETAIL  = 'A node name has 1 to 32 bytes and no white space: it is part of application_name on the targets.',
+            HINT    = 'Choose a short name that no other node has.';
+    END IF;
+    DELETE FROM tbl_repl.node;
+    INSERT INTO tbl_repl.node (name) VALUES (set_node_name.name);
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl.set_node_name(text) IS
+    'names this node; 1 to 32 bytes, unique among the nodes that replicate to each other';

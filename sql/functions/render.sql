@@ -1,0 +1,383 @@
+-- Render: from keys to the SQL for one target.
+--
+-- For each target three thin functions are generated, owned by the target's owner and SECURITY DEFINER,
+-- because its filter, its map and its connection are his: render_N reads the state of some keys and says
+-- it in SQL, page_N lists keys, connect_N opens the connection.  Shipping, explain_target and
+-- sync_err_rec all go through render_N, so that what is shown is what is sent.
+
+CREATE OR REPLACE FUNCTION tbl_repl._dst_table(target tbl_repl.target)
+RETURNS text
+LANGUAGE sql IMMUTABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT format('%I.%I', target.dst_schema, target.dst_name)
+$function$;
+COMMENT ON FUNCTION tbl_repl._dst_table(tbl_repl.target) IS 'the target''s table, quoted';
+
+-- INSERT INTO ... VALUES and ON CONFLICT ..., between which the rows go.  Key columns stand in the SET
+-- list too: 1.0 and 1.00 are equal keys.  Rows that are equal already are left alone; compared directly
+-- where equal means the same, else by text (json has no =, 1.0 = 1.00).
+CREATE OR REPLACE FUNCTION tbl_repl._upsert_parts(
+    target tbl_repl.target,
+    OUT head text,
+    OUT tail text
+)
+LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    WITH c AS (
+        SELECT u.name, u.n, r.c ->> 'identity' = 'a' AS always,
+               CASE WHEN r.c ->> 'base' = ANY ('{int2,int4,int8,text,bool,uuid,date,timestamp,timestamptz,bytea,oid}'::text[])
+                         AND NOT coalesce((r.c ->> 'fuzzy')::boolean, false)
+                    THEN '' ELSE '::text' END AS compared
+        FROM unnest(target.sent_columns) WITH ORDINALITY AS u (name, n)
+        LEFT JOIN LATERAL (SELECT e AS c FROM jsonb_array_elements(target.remote -> 'columns') AS e
+                           WHERE e ->> 'name' = u.name::text) AS r ON true
+    )
+    SELECT format('INSERT INTO %s AS d (%s)%s VALUES ', tbl_repl._dst_table(target),
+                  string_agg(format('%I', name), ', ' ORDER BY n),
+                  CASE WHEN bool_or(always) THEN ' OVERRIDING SYSTEM VALUE' ELSE '' END),
+           format(' ON CONFLICT (%s) ', (SELECT string_agg(format('%I', k), ', ' ORDER BY n)
+                                         FROM unnest(target.dst_keys) WITH ORDINALITY AS k (k, n)))
+           || CASE WHEN bool_and(coalesce(always, false)) THEN 'DO NOTHING'
+                   ELSE format('DO UPDATE SET %s WHERE ROW(%s) IS DISTINCT FROM ROW(%s)',
+                               string_agg(format('%1$I = excluded.%1$I', name), ', ' ORDER BY n) FILTER (WHERE always IS NOT TRUE),
+                               string_agg(format('d.%I%s', name, compared), ', ' ORDER BY n) FILTER (WHERE always IS NOT TRUE),
+                               string_agg(format('excluded.%I%s', name, compared), ', ' ORDER BY n) FILTER (WHERE always IS NOT TRUE))
+              END
+    FROM c
+$function$;
+COMMENT ON FUNCTION tbl_repl._upsert_parts(tbl_repl.target) IS
+    'what stands before and after the rows of an upsert';
+
+-- What the remote side needs to find rows by key: type and operator of each of its key columns.
+CREATE OR REPLACE FUNCTION tbl_repl._dst_key_parts(target tbl_repl.target)
+RETURNS TABLE (n integer, name name, type text, equals text)
+LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT k.n::integer, k.name, c ->> 'type', coalesce(c ->> 'equals', 'OPERATOR(pg_catalog.=)')
+    FROM unnest(target.dst_keys) WITH ORDINALITY AS k (name, n)
+    LEFT JOIN LATERAL (SELECT c FROM jsonb_array_elements(target.remote -> 'columns') AS c
+                       WHERE c ->> 'name' = k.name::text) AS c ON true
+    ORDER BY k.n
+$function$;
+COMMENT ON FUNCTION tbl_repl._dst_key_parts(tbl_repl.target) IS
+    'type and equality operator of the key columns on the target, in order';
+
+-- An SQL expression (run here, over the array variable called by keys_name) that gives the condition
+-- for rows d of the target with one of these keys, and the clause it needs in FROM or USING.
+CREATE OR REPLACE FUNCTION tbl_repl._by_keys(
+    target    tbl_repl.target,
+    keys_name text,
+    OUT from_expression  text,
+    OUT where_expression text
+)
+LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT CASE WHEN count(*) = 1 THEN ''''''
+                ELSE format('format(%L, %s)',
+                            format(' %%s unnest(%s) AS k (%s)', string_agg(format('%%L::%s[]', replace(p.type, '%', '%%')), ', ' ORDER BY p.n),
+                                   string_agg(format('k%s', p.n), ', ' ORDER BY p.n)),
+                            '{clause}, ' || string_agg(format('(SELECT array_agg(x::json ->> %s ORDER BY o) FROM unnest(%s) WITH ORDINALITY AS x (x, o))', p.n - 1, keys_name), ', ' ORDER BY p.n)) END,
+           CASE WHEN count(*) = 1
+                THEN format('format(%L, %s)', format('d.%s %s ANY (%%L)', replace(quote_ident(min(p.name::text)), '%', '%%'), replace(min(p.equals), '%', '%%')), keys_name)
+                ELSE quote_literal(string_agg(format('d.%I %s k.k%s', p.name, p.equals, p.n), ' AND ' ORDER BY p.n)) END
+    FROM tbl_repl._dst_key_parts(target) AS p
+$function$;
+COMMENT ON FUNCTION tbl_repl._by_keys(tbl_repl.target, text) IS
+    'SQL expressions that render a condition on the keys in an array';
+
+-- Where a secondary unique value wanders from one row of a batch to another, it has to be given up
+-- first.  Deleting and inserting again does that, but would take children along by CASCADE, SET NULL
+-- or SET DEFAULT, and is refused by NO ACTION; so where the table is referenced, the value is replaced by
+-- one that nobody has.
+CREATE OR REPLACE FUNCTION tbl_repl._aside_assignments(target tbl_repl.target)
+RETURNS text
+LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    WITH chosen AS (
+        SELECT DISTINCT ON (i.i) c.c
+        FROM jsonb_array_elements(target.remote -> 'unique') WITH ORDINALITY AS i (i, n)
+        CROSS JOIN LATERAL jsonb_array_elements_text(i.i) AS u (name)
+        JOIN LATERAL (SELECT c FROM jsonb_array_elements(target.remote -> 'columns') AS c WHERE c ->> 'name' = u.name) AS c ON true
+        WHERE u.name::name <> ALL (target.dst_keys)
+        ORDER BY i.i, (c.c ->> 'notnull')::boolean, c.c ->> 'name'
+    ), assigned AS (
+        SELECT DISTINCT c ->> 'name' AS name,
+               CASE WHEN NOT (c ->> 'notnull')::boolean THEN 'NULL'
+                    WHEN c ->> 'base' IN ('text', 'varchar', 'bpchar', 'citext', 'name')
+                    THEN format('pg_catalog.left(pg_catalog.md5(pg_catalog.random()::text || d.ctid::text), %s)', coalesce(c ->> 'length', '32'))
+                    WHEN c ->> 'base' = 'uuid' THEN 'pg_catalog.gen_random_uuid()'
+                    WHEN c ->> 'base' = 'int2' THEN '(-32768 + pg_catalog.floor(pg_catalog.random() * 32000))::int2'
+                    WHEN c ->> 'base' = 'int4' THEN '(-2147483648 + pg_catalog.floor(pg_catalog.random() * 2147483000))::int4'
+                    WHEN c ->> 'base' = 'int8' THEN '(-9000000000000000000 + pg_catalog.floor(pg_catalog.random() * 1000000000000000000))::int8'
+                    WHEN c ->> 'base' IN ('float4', 'float8') THEN '-pg_catalog.random() * 1e30'
+                    WHEN c ->> 'base' IN ('date', 'timestamp', 'timestamptz')
+                    THEN format('(''4000-01-01 BC''::timestamp + pg_catalog.random() * interval ''3000 years'')::%s', c ->> 'base')
+               END AS value
+        FROM chosen
+    )
+    SELECT string_agg(format('%I = %s', name, value), ', ' ORDER BY name) FROM assigned WHERE value IS NOT NULL
+$function$;
+COMMENT ON FUNCTION tbl_repl._aside_assignments(tbl_repl.target) IS
+    'SET list that takes secondary unique values out of the way; NULL where there are none';
+
+-- _render_sql(target_id): CREATE FUNCTION render_N(keys, mine, absent, form) -> (deletes, upserts, rows).
+--   mine:   REPEATABLE READ writers: only what this transaction has written is its state; an older
+--           version that its snapshot still shows was deleted by somebody else.
+--   absent: whether a key without a row means a deletion (not for targets without the operation delete).
+--   form:   'prepared' (one row: EXECUTE), 'plain' (what a user may read), 'clear' (values that wander
+--           between rows are given up first).
+--   rows:   number of keys rendered; deletes and upserts are NULL where there is nothing to say.
+-- STABLE: every table of a batch is read in the snapshot of the statement that calls.
+-- A plan that was made while the table was small must not become a sequential scan per commit.
+CREATE OR REPLACE FUNCTION tbl_repl._render_sql(target_id integer)
+RETURNS text
+LANGUAGE plpgsql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    target   tbl_repl.target%ROWTYPE;
+    source   tbl_repl.source%ROWTYPE;
+    types    oid[];
+    parts    record;
+    by_keys  record;
+    aside    text;
+    always   name[];
+    mismatch text := '';
+BEGIN
+    SELECT * INTO STRICT target FROM tbl_repl.target AS t WHERE t.target_id = _render_sql.target_id;
+    SELECT * INTO STRICT source FROM tbl_repl.source AS s WHERE s.source_id = target.source_id;
+    -- 0 stands for an expression: any type
+    SELECT array_agg(coalesce(a.atttypid, 0)) INTO types
+    FROM unnest(target.sent_exprs) AS e
+    LEFT JOIN pg_attribute AS a ON a.attrelid = source.source_table AND e = format('s.%I', a.attname)
+                               AND a.attnum > 0 AND NOT a.attisdropped;
+    parts := tbl_repl._upsert_parts(target);
+    by_keys := tbl_repl._by_keys(target, 'gone');
+    aside := tbl_repl._aside_assignments(target);
+    SELECT array_agg(c ->> 'name') INTO always
+    FROM jsonb_array_elements(target.remote -> 'columns') AS c
+    WHERE c ->> 'identity' = 'a' AND c ->> 'name' = ANY (target.sent_columns::text[])
+      AND c ->> 'name' <> ALL (target.dst_keys::text[]);
+    IF always IS NOT NULL THEN
+        -- An identity column ALWAYS cannot be updated: where it differs the row is inserted anew.
+        mismatch := format($piece$
+    IF rendered IS NOT NULL THEN
+        SELECT concat_ws('; ', deletes, string_agg(format('DELETE FROM %%s AS d WHERE %%s AND (%%s)', %L,
+               (SELECT string_agg(format('d.%%I OPERATOR(pg_catalog.=) %%L', c, v), ' AND ') FROM unnest(%L::name[], key_values) AS x (c, v)),
+               (SELECT string_agg(format('d.%%I IS DISTINCT FROM %%L', c, v), ' OR ') FROM unnest(%L::name[], fixed_values) AS x (c, v))), '; '))
+        INTO deletes
+        FROM (SELECT ARRAY[%s] AS key_values, ARRAY[%s] AS fixed_values
+              FROM unnest(tbl_repl_keys) AS u (tbl_repl_key), %s AS s WHERE %s) AS fixed;
+    END IF;$piece$, tbl_repl._dst_table(target), target.dst_keys, always,
+            (SELECT string_agg(format('s.%I::text', k), ', ' ORDER BY n) FROM unnest(source.key_columns) WITH ORDINALITY AS k (k, n)),
+            (SELECT string_agg(format('(%s)::text', target.sent_exprs[array_position(target.sent_columns, a)]), ', ' ORDER BY n)
+             FROM unnest(always) WITH ORDINALITY AS a (a, n)),
+            source.source_table, tbl_repl._key_match(source.source_table, source.key_columns));
+    END IF;
+
+    RETURN format($sql$CREATE OR REPLACE FUNCTION tbl_repl.%I(
+    tbl_repl_keys   text[],
+    tbl_repl_mine   boolean,
+    tbl_repl_absent boolean,
+    tbl_repl_form   text,
+    OUT deletes     text,
+    OUT upserts     text,
+    OUT rows        integer
+)
+LANGUAGE plpgsql STABLE
+SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp%s
+SET enable_seqscan = off
+SET plan_cache_mode = force_generic_plan
+AS %L$sql$,
+        format('render_%s', target_id),
+        E'\n' || nullif(tbl_repl._text_settings(types), ''),
+        format($body$
+#variable_conflict use_column
+DECLARE
+    rendered text;
+    present  integer;
+    gone     text[];
+BEGIN
+    SELECT string_agg(v.row_text, ', '), count(v.row_text)::integer,
+           array_agg(u.tbl_repl_key) FILTER (WHERE v.row_text IS NULL AND (tbl_repl_absent OR v.found)),
+           cardinality(tbl_repl_keys)
+    INTO rendered, present, gone, rows
+    FROM unnest(tbl_repl_keys) AS u (tbl_repl_key)
+    LEFT JOIN LATERAL (
+        SELECT true AS found, %1$s AS row_text
+        FROM %2$s AS s
+        WHERE %3$s
+          AND (NOT tbl_repl_mine OR tbl_repl._is_mine(s.xmin))
+    ) AS v ON true;
+    IF gone IS NOT NULL THEN
+        deletes := CASE WHEN tbl_repl_form = 'prepared' AND cardinality(gone) = 1
+                        THEN %4$s
+                        ELSE %5$L || %6$s || ' WHERE ' || %7$s END;
+    END IF;
+    IF present = 1 AND tbl_repl_form = 'prepared' THEN
+        upserts := %8$L || rendered;
+    ELSIF present > 0 THEN
+        upserts := %9$L || rendered || %10$L;
+    END IF;
+    IF present > 0 AND tbl_repl_form = 'clear' THEN
+        gone := tbl_repl_keys;
+        %11$s
+    END IF;%12$s
+END
+$body$,
+            concat('CASE WHEN ' || target.filter_expr || ' THEN ',
+                   format('''('' || array_to_string(ARRAY[%s], '', '') || '')''',
+                          (SELECT string_agg(format('quote_nullable((%s)::text)', e), ', ' ORDER BY n)
+                           FROM unnest(target.sent_exprs) WITH ORDINALITY AS e (e, n))),
+                   CASE WHEN target.filter_expr IS NOT NULL THEN ' END' END),
+            source.source_table,
+            tbl_repl._key_match(source.source_table, source.key_columns),
+            CASE WHEN cardinality(target.dst_keys) = 1
+                 THEN format('format(%L, gone[1])', format('EXECUTE tbl_repl_d%s_%s (%%L)', target_id, target.generation))
+                 ELSE format('format(%L, %s)', format('EXECUTE tbl_repl_d%s_%s (%s)', target_id, target.generation,
+                                                      array_to_string(array_fill('%L'::text, ARRAY[cardinality(target.dst_keys)]), ', ')),
+                             (SELECT string_agg(format('gone[1]::json ->> %s', n - 1), ', ' ORDER BY n)
+                              FROM generate_series(1, cardinality(target.dst_keys)) AS n)) END,
+            format('DELETE FROM %s AS d', tbl_repl._dst_table(target)),
+            replace(by_keys.from_expression, '{clause}', '''USING'''),
+            by_keys.where_expression,
+            format('EXECUTE tbl_repl_u%s_%s ', target_id, target.generation),
+            parts.head, parts.tail,
+            CASE WHEN (target.remote ->> 'referenced')::boolean
+                 THEN CASE WHEN aside IS NULL THEN 'NULL;'
+                           ELSE format('deletes := concat_ws(''; '', deletes, %L || %s || '' WHERE '' || %s);',
+                                       format('UPDATE %s AS d SET %s', tbl_repl._dst_table(target), aside),
+                                       replace(by_keys.from_expression, '{clause}', '''FROM'''), by_keys.where_expression) END
+                 ELSE format('deletes := %L || %s || '' WHERE '' || %s;', format('DELETE FROM %s AS d', tbl_repl._dst_table(target)),
+                             replace(by_keys.from_expression, '{clause}', '''USING'''), by_keys.where_expression) END,
+            mismatch));
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._render_sql(integer) IS
+    'text of render_N, which says the state of some keys in SQL for one target';
+
+-- A row version is ours while its transaction is in progress: nobody else's would be visible.
+CREATE OR REPLACE FUNCTION tbl_repl._is_mine(version xid)
+RETURNS boolean
+LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT age(version) <= 0
+       AND pg_xact_status((pg_current_xact_id()::text::bigint - age(version))::text::xid8) = 'in progress'
+$function$;
+COMMENT ON FUNCTION tbl_repl._is_mine(xid) IS
+    'whether a row version was written by this transaction or one of its subtransactions';
+
+-- page_N(after, count): the next keys in key order that pass the target's filter, '' for the first page.
+CREATE OR REPLACE FUNCTION tbl_repl._page_sql(target_id integer)
+RETURNS text
+LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT format($sql$CREATE OR REPLACE FUNCTION tbl_repl.%I(tbl_repl_after text, tbl_repl_count integer)
+RETURNS text[]
+LANGUAGE plpgsql STABLE
+SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp%s
+AS %L$sql$,
+        format('page_%s', t.target_id),
+        E'\n' || nullif((SELECT tbl_repl._text_settings(array_agg(p.type_id)) FROM tbl_repl._key_parts(s.source_table, s.key_columns) AS p), ''),
+        format($body$
+#variable_conflict use_column
+BEGIN
+    IF tbl_repl_after = '' THEN
+        RETURN (SELECT array_agg(x.tbl_repl_key) FROM (
+            SELECT %1$s AS tbl_repl_key FROM %2$s AS s WHERE %3$s ORDER BY %4$s LIMIT tbl_repl_count) AS x);
+    END IF;
+    RETURN (SELECT array_agg(x.tbl_repl_key) FROM (
+        SELECT %1$s AS tbl_repl_key FROM %2$s AS s WHERE %3$s AND (%4$s) > (%5$s) ORDER BY %4$s LIMIT tbl_repl_count) AS x);
+END
+$body$, tbl_repl._key_text(s.key_columns, 's'), s.source_table, coalesce('(' || t.filter_expr || ')', 'true'),
+            (SELECT string_agg(format('s.%I', p.name), ', ' ORDER BY p.n) FROM tbl_repl._key_parts(s.source_table, s.key_columns) AS p),
+            (SELECT string_agg(format('(%s)::%s', CASE WHEN cardinality(s.key_columns) = 1 THEN 'tbl_repl_after'
+                                                       ELSE format('tbl_repl_after::json ->> %s', p.n - 1) END, p.type), ', ' ORDER BY p.n)
+             FROM tbl_repl._key_parts(s.source_table, s.key_columns) AS p)))
+    FROM tbl_repl.target AS t JOIN tbl_repl.source AS s USING (source_id)
+    WHERE t.target_id = _page_sql.target_id
+$function$;
+COMMENT ON FUNCTION tbl_repl._page_sql(integer) IS
+    'text of page_N, which lists the keys of a target in key order';
+
+CREATE OR REPLACE FUNCTION tbl_repl._connect_sql(target_id integer)
+RETURNS text
+LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT format($sql$CREATE OR REPLACE FUNCTION tbl_repl.%I(conn text, deadline timestamptz, sent_until timestamptz)
+RETURNS void
+LANGUAGE plpgsql VOLATILE
+SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+AS %L$sql$, format('connect_%s', t.target_id), format($body$
+BEGIN
+    PERFORM tbl_repl._open(conn, %L, %L, deadline, sent_until);
+END
+$body$, t.server, t.timeout))
+    FROM tbl_repl.target AS t
+    WHERE t.target_id = _connect_sql.target_id
+$function$;
+COMMENT ON FUNCTION tbl_repl._connect_sql(integer) IS
+    'text of connect_N, which connects to a target as its owner';
+
+-- The prepared statements behind the form 'prepared'.
+CREATE OR REPLACE FUNCTION tbl_repl._prepare_sql(target tbl_repl.target)
+RETURNS text
+LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT format('PREPARE tbl_repl_u%1$s_%2$s AS %3$s(%4$s)%5$s; PREPARE tbl_repl_d%1$s_%2$s AS DELETE FROM %6$s AS d WHERE %7$s',
+                  target.target_id, target.generation, p.head,
+                  (SELECT string_agg('$' || n, ', ' ORDER BY n) FROM generate_series(1, cardinality(target.sent_columns)) AS n),
+                  p.tail, tbl_repl._dst_table(target),
+                  (SELECT string_agg(format('d.%I %s $%s', k.name, k.equals, k.n), ' AND ' ORDER BY k.n)
+                   FROM tbl_repl._dst_key_parts(target) AS k))
+    FROM tbl_repl._upsert_parts(target) AS p
+$function$;
+COMMENT ON FUNCTION tbl_repl._prepare_sql(tbl_repl.target) IS
+    'PREPARE statements for the single-row messages of a target';
+
+-- Creates or replaces render_N, page_N and connect_N; the owner of the definition owns them, and only
+-- the owner of the extension may call them.
+CREATE OR REPLACE FUNCTION tbl_repl._rebuild_target(target_id integer)
+RETURNS void
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    signature text;
+BEGIN
+    EXECUTE tbl_repl._render_sql(target_id);
+    EXECUTE tbl_repl._page_sql(target_id);
+    EXECUTE tbl_repl._connect_sql(target_id);
+    FOREACH signature IN ARRAY tbl_repl._target_functions(target_id) LOOP
+        EXECUTE format('REVOKE ALL ON FUNCTION %s FROM PUBLIC', signature);
+        EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO %I', signature,
+                       (SELECT r.rolname FROM pg_extension AS e JOIN pg_roles AS r ON r.oid = e.extowner WHERE e.extname = 'tbl_repl'));
+    END LOOP;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._rebuild_target(integer) IS
+    'makes the generated functions of a target what the catalog says';
+
+CREATE OR REPLACE FUNCTION tbl_repl._target_functions(target_id integer)
+RETURNS text[]
+LANGUAGE sql IMMUTABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT ARRAY[format('tbl_repl.render_%s(text[], boolean, boolean, text)', target_id),
+                 format('tbl_repl.page_%s(text, integer)', target_id),
+                 format('tbl_repl.connect_%s(text, timestamptz, timestamptz)', target_id)]
+$function$;
+COMMENT ON FUNCTION tbl_repl._target_functions(integer) IS
+    'signatures of the functions generated for a target';

@@ -1,0 +1,636 @@
+-- Replay: brings what is queued to the targets, and the targets back to ok.
+--
+-- Promises: a drainer works alone on a target, on committed state read after every direct shipper in
+-- flight has ended; a row that a target rejects goes into quarantine and holds up no other; whatever
+-- happens between the remote and the local commit, sending the same again is right.
+
+-- replay(server, max_rows): ships one batch of what is queued for one server, in order of commit; a
+-- transaction is not split.  Returns the number of changed rows handled, 0: nothing is left that can be shipped.
+-- A target that cannot be reached is a WARNING, and kept for target_status and error_log.
+-- Locks: ship, then queue of the server's targets, to the end of the transaction.
+-- Errors: 25001 in a transaction that has written or is not READ COMMITTED; 42704; 22023.
+-- SECURITY DEFINER: works on the private tables; connects and reads as each target's owner.
+CREATE OR REPLACE FUNCTION tbl_repl.replay(
+    server   name DEFAULT NULL,
+    max_rows integer DEFAULT 10000
+)
+RETURNS bigint
+LANGUAGE plpgsql VOLATILE
+SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    lane    record;
+    handled bigint;
+BEGIN
+    IF pg_current_xact_id_if_assigned() IS NOT NULL OR current_setting('transaction_isolation') <> 'read committed' THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'active_sql_transaction',
+            MESSAGE = 'replay cannot run in a transaction that has already written or is not READ COMMITTED',
+            DETAIL  = 'It ships what is committed, read after writers in flight have ended.',
+            HINT    = 'Call it in a transaction of its own.';
+    ELSIF coalesce(max_rows, 0) < 1 THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'invalid_parameter_value',
+            MESSAGE = 'the number of rows of a batch must be at least 1';
+    ELSIF NOT EXISTS (SELECT FROM pg_foreign_server AS f WHERE f.srvname = replay.server) AND replay.server IS NOT NULL THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'undefined_object',
+            MESSAGE = format('server %I does not exist', replay.server);
+    END IF;
+    PERFORM tbl_repl._check_positions();
+    -- Those that failed last come last: one bad target must not keep the others waiting.
+    FOR lane IN
+        SELECT t.server, t.owner, t.timeout, array_agg(t.target_id ORDER BY t.target_id) AS targets
+        FROM tbl_repl.target AS t JOIN tbl_repl.target_state AS st USING (target_id)
+        WHERE (replay.server IS NULL OR t.server = replay.server) AND st.status <> 'paused'
+        GROUP BY t.server, t.owner, t.timeout
+        ORDER BY max(st.last_error_at) FILTER (WHERE st.last_error_at > coalesce(st.last_shipped_at, '-infinity')) NULLS FIRST,
+                 min(st.last_shipped_at) NULLS FIRST, t.server, t.owner
+    LOOP
+        handled := tbl_repl._replay_lane(lane.targets, max_rows);
+        IF handled > 0 THEN
+            PERFORM tbl_repl._rotate();
+            RETURN handled;
+        END IF;
+    END LOOP;
+    RETURN 0;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl.replay(name, integer) IS
+    'ships one batch of what is queued; returns the number of rows handled, 0 when nothing is left';
+
+-- drain(server, batch_rows): replay until nothing is left, COMMIT after each batch.  A procedure with
+-- a SET clause or SECURITY DEFINER could not commit: hence this thin shell, in which every name is qualified.
+CREATE OR REPLACE PROCEDURE tbl_repl.drain(
+    server     name DEFAULT NULL,
+    batch_rows integer DEFAULT 10000
+)
+LANGUAGE plpgsql
+AS $procedure$
+DECLARE
+    handled bigint;
+BEGIN
+    LOOP
+        handled := tbl_repl.replay(drain.server, drain.batch_rows);
+        COMMIT;
+        EXIT WHEN handled OPERATOR(pg_catalog.=) 0;
+    END LOOP;
+END
+$procedure$;
+COMMENT ON PROCEDURE tbl_repl.drain(name, integer) IS
+    'replays until nothing is left that can be shipped, commits after each batch';
+
+-- Pending rows of a target, as what follows FROM: rows meant for it that are not in its position.
+CREATE OR REPLACE FUNCTION tbl_repl._pending_from(
+    target   tbl_repl.target,
+    passed   pg_snapshot,
+    cut      xid8 DEFAULT NULL
+)
+RETURNS text
+LANGUAGE sql IMMUTABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT format('tbl_repl.change AS c WHERE c.source_id = %s AND %s AND (c.txid >= %L%s)%s',
+                  target.source_id,
+                  CASE WHEN target.mode = 'async' THEN format('(c.target_id IS NULL OR c.target_id = %s)', target.target_id)
+                       ELSE format('c.target_id = %s', target.target_id) END,
+                  pg_snapshot_xmax(passed),
+                  (SELECT format(' OR c.txid = ANY (%L)', array_agg(x)) FROM pg_snapshot_xip(passed) AS x HAVING count(*) > 0),
+                  ' AND c.txid <= ' || quote_literal(cut))
+$function$;
+COMMENT ON FUNCTION tbl_repl._pending_from(tbl_repl.target, pg_snapshot, xid8) IS
+    'the queue rows of a target that its position does not contain, as text that follows FROM';
+
+CREATE OR REPLACE FUNCTION tbl_repl._has_pending(target_id integer)
+RETURNS boolean
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    answer boolean;
+BEGIN
+    EXECUTE (SELECT format('SELECT EXISTS (SELECT FROM %s)', tbl_repl._pending_from(t, st.position))
+             FROM tbl_repl.target AS t JOIN tbl_repl.target_state AS st USING (target_id)
+             WHERE t.target_id = _has_pending.target_id)
+    INTO answer;
+    RETURN answer;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._has_pending(integer) IS 'whether anything is queued for a target';
+
+-- A position means nothing in another cluster, where transactions count from elsewhere: what is queued
+-- there is shipped from the start, which is right, for state may be shipped twice.
+CREATE OR REPLACE FUNCTION tbl_repl._check_positions()
+RETURNS void
+LANGUAGE sql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    UPDATE tbl_repl.target_state AS st
+    SET position = '1:1:'::pg_snapshot, system_identifier = c.system_identifier
+    FROM pg_control_system() AS c
+    WHERE st.system_identifier <> c.system_identifier
+$function$;
+COMMENT ON FUNCTION tbl_repl._check_positions() IS
+    'sets positions that come from another cluster back to the start';
+
+-- The position after everything up to cut: what is still running, and what is pending beyond the cut,
+-- stays outside.
+CREATE OR REPLACE FUNCTION tbl_repl._position_after(
+    old       pg_snapshot,
+    snapshot  pg_snapshot,
+    cut       xid8,
+    remaining xid8[]
+)
+RETURNS pg_snapshot
+LANGUAGE sql IMMUTABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    WITH bound AS (
+        SELECT greatest(pg_snapshot_xmax(old)::text::numeric, cut::text::numeric + 1) AS xmax
+    ), outside AS (
+        SELECT DISTINCT x::text::numeric AS x
+        FROM (SELECT pg_snapshot_xip(snapshot) UNION SELECT unnest(remaining)) AS o (x), bound
+        WHERE x::text::numeric < bound.xmax
+    )
+    SELECT format('%s:%s:%s', coalesce((SELECT min(x) FROM outside), xmax), xmax,
+                  (SELECT string_agg(x::text, ',' ORDER BY x) FROM outside))::pg_snapshot
+    FROM bound
+$function$;
+COMMENT ON FUNCTION tbl_repl._position_after(pg_snapshot, pg_snapshot, xid8, xid8[]) IS
+    'position of a target after a batch that ends at a transaction';
+
+-- _replay_lane(targets, max_rows): one batch for the targets behind one connection.
+CREATE OR REPLACE FUNCTION tbl_repl._replay_lane(targets integer[], max_rows integer)
+RETURNS bigint
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    lane      record;
+    item      record;
+    batch     record;
+    loads     tbl_repl.load[] := '{}';
+    retrying  boolean := false;
+    handled   bigint;
+    shipped   bigint;
+    old_limit text := current_setting('lock_timeout');
+    failure   record;
+    pages     jsonb := '{}';
+    page      text[];
+    rest      xid8[];
+    now_ok    integer[] := '{}';
+BEGIN
+    -- Without any work no lock is taken; looked at also while the status is ok.
+    SELECT array_agg(st.target_id ORDER BY st.target_id) INTO targets
+    FROM tbl_repl.target_state AS st
+    WHERE st.target_id = ANY (targets)
+      AND (st.status <> 'ok' OR tbl_repl._has_pending(st.target_id)
+           OR EXISTS (SELECT FROM tbl_repl.quarantined AS q WHERE q.target_id = st.target_id));
+    IF targets IS NULL THEN
+        RETURN 0;
+    END IF;
+    SELECT t.target_id, t.server, t.timeout, tbl_repl._connection_name(t.server, t.owner, t.timeout) AS conn
+    INTO lane FROM tbl_repl.target AS t WHERE t.target_id = targets[1];
+
+    -- Exclusive: waits for shippers in flight, turns new ones to the queue already while it waits.
+    PERFORM set_config('lock_timeout', (ceil(extract(epoch FROM lane.timeout) * 2000))::text, true);
+    BEGIN
+        PERFORM pg_advisory_xact_lock(tbl_repl._lock_ship(), t) FROM unnest(targets) AS t;
+    EXCEPTION WHEN lock_not_available THEN
+        PERFORM set_config('lock_timeout', old_limit, true);
+        RAISE WARNING USING
+            ERRCODE = 'lock_not_available',
+            MESSAGE = format('targets on server %I are in use, nothing replayed', lane.server);
+        RETURN 0;
+    END;
+    PERFORM set_config('lock_timeout', old_limit, true);
+
+    -- What is there to do: one snapshot, whole transactions up to max_rows.
+    EXECUTE (
+        SELECT format($query$
+            WITH q AS MATERIALIZED (%s),
+            per AS (SELECT q.txid, sum(q.row_count) AS n FROM q GROUP BY q.txid),
+            run AS (SELECT per.txid, sum(per.n) OVER (ORDER BY per.txid) AS total, row_number() OVER (ORDER BY per.txid) AS i FROM per),
+            cut AS (SELECT run.txid, run.total, run.i FROM run WHERE run.total <= $1 OR run.i = 1 ORDER BY run.i DESC LIMIT 1)
+            SELECT pg_current_snapshot() AS snapshot, cut.txid AS cut, cut.total AS rows,
+                   cut.i = (SELECT count(*) FROM run) AS complete,
+                   (SELECT jsonb_object_agg(o.target_id, o.ops) FROM (
+                        SELECT q.target_id, jsonb_agg(DISTINCT CASE WHEN q.op = 'T' AND NOT q.whole THEN 't' ELSE q.op::text END) AS ops
+                        FROM q WHERE q.txid <= cut.txid GROUP BY q.target_id) AS o) AS ops,
+                   (SELECT array_agg(run.txid) FROM run WHERE run.txid > cut.txid) AS remaining
+            FROM cut RIGHT JOIN (SELECT) AS one ON true$query$,
+            string_agg(format('SELECT %s AS target_id, c.txid, c.op, c.keys IS NULL AS whole, c.row_count FROM %s',
+                              t.target_id, tbl_repl._pending_from(t, st.position)), ' UNION ALL '))
+        FROM tbl_repl.target AS t JOIN tbl_repl.target_state AS st USING (target_id)
+        WHERE t.target_id = ANY (targets) AND st.copy_after IS NULL
+        HAVING count(*) > 0)
+    INTO batch USING max_rows;
+    handled := coalesce(batch.rows, 0);
+    IF batch.cut IS NOT NULL THEN
+        SELECT coalesce(array_agg(l), '{}') INTO loads
+        FROM tbl_repl.target AS t
+        JOIN tbl_repl.target_state AS st USING (target_id)
+        CROSS JOIN LATERAL (SELECT array_agg(o::"char") AS ops FROM jsonb_array_elements_text(batch.ops -> t.target_id::text) AS o WHERE o <> 't') AS o
+        CROSS JOIN LATERAL tbl_repl._loads(t, o.ops, false,
+            tbl_repl._pending_from(t, st.position, CASE WHEN NOT batch.complete THEN batch.cut END)) AS l
+        WHERE t.target_id = ANY (targets) AND st.copy_after IS NULL AND batch.ops ? t.target_id::text;
+    END IF;
+
+    -- The initial copy in the background: the next page, what is queued comes after it.
+    FOR item IN
+        SELECT t.target_id, st.copy_after, s.fk_rank, s.source_table
+        FROM tbl_repl.target AS t JOIN tbl_repl.target_state AS st USING (target_id) JOIN tbl_repl.source AS s USING (source_id)
+        WHERE t.target_id = ANY (targets) AND st.copy_after IS NOT NULL
+    LOOP
+        EXECUTE format('SELECT tbl_repl.page_%s($1, $2)', item.target_id) INTO page USING item.copy_after, max_rows;
+        pages := jsonb_set(pages, ARRAY[item.target_id::text], to_jsonb(coalesce(page, '{}')));
+        handled := handled + coalesce(cardinality(page), 0);
+        IF page IS NOT NULL THEN
+            loads := array_append(loads, ROW(item.target_id, item.fk_rank, format(
+                'SELECT array_agg(e.k) AS keys FROM unnest(%L::text[]) WITH ORDINALITY AS e (k, n) GROUP BY (e.n - 1) / %s ORDER BY (e.n - 1) / %s',
+                page, tbl_repl._chunk_rows(item.source_table), tbl_repl._chunk_rows(item.source_table)), true, false)::tbl_repl.load);
+        END IF;
+    END LOOP;
+
+    -- Nothing else to do: what is in quarantine gets another chance.
+    IF cardinality(loads) = 0 AND batch.cut IS NULL THEN
+        SELECT coalesce(array_agg(ROW(q.target_id, s.fk_rank, format(
+                   'SELECT array_agg(q.key) AS keys FROM (SELECT key FROM tbl_repl.quarantined WHERE target_id = %s ORDER BY last_failed_at LIMIT %s) AS q HAVING count(*) > 0',
+                   q.target_id, max_rows), true, false)::tbl_repl.load), '{}')
+        INTO loads
+        FROM (SELECT DISTINCT x.target_id FROM tbl_repl.quarantined AS x WHERE x.target_id = ANY (targets)) AS q
+        JOIN tbl_repl.target AS t USING (target_id) JOIN tbl_repl.source AS s USING (source_id);
+        retrying := true;
+    END IF;
+
+    IF cardinality(loads) > 0 THEN
+        failure := tbl_repl._apply(lane.target_id, lane.conn, lane.timeout, loads);
+        IF failure.code IS NOT NULL THEN
+            PERFORM tbl_repl._log_error(l.target_id, NULL, failure.code, failure.message, failure.detail, failure.hint, NULL)
+            FROM (SELECT DISTINCT u.target_id FROM unnest(loads) AS u) AS l;
+            RAISE WARNING USING
+                ERRCODE = failure.code,
+                MESSAGE = format('server %I: %s', lane.server, failure.message),
+                DETAIL  = coalesce(nullif(failure.detail, ''), 'Its changes stay queued.'),
+                HINT    = coalesce(nullif(failure.hint, ''), 'They are shipped by the next replay that reaches it.');
+            RETURN 0;
+        END IF;
+        IF retrying THEN
+            handled := failure.shipped;
+        END IF;
+        UPDATE tbl_repl.target_state AS st
+        SET rows_shipped = st.rows_shipped + coalesce((failure.by_target ->> st.target_id::text)::bigint, 0),
+            last_shipped_at = clock_timestamp()
+        WHERE st.target_id IN (SELECT u.target_id FROM unnest(loads) AS u)
+          AND (failure.by_target ->> st.target_id::text)::bigint > 0;
+    END IF;
+
+    -- Positions move with this transaction; were it lost now, the same would be sent again.
+    IF batch.cut IS NOT NULL THEN
+        UPDATE tbl_repl.target_state AS st
+        SET position = CASE WHEN batch.complete THEN batch.snapshot
+                            ELSE tbl_repl._position_after(st.position, batch.snapshot, batch.cut, batch.remaining) END
+        WHERE st.target_id = ANY (targets) AND st.copy_after IS NULL AND st.target_id <> ALL (coalesce(failure.broken, '{}'));
+    END IF;
+    FOR item IN SELECT p.key::integer AS target_id, jsonb_array_length(p.value) AS n, p.value ->> -1 AS last FROM jsonb_each(pages) AS p LOOP
+        CONTINUE WHEN item.target_id = ANY (coalesce(failure.broken, '{}'));
+        UPDATE tbl_repl.target_state AS st
+        SET copy_after = CASE WHEN item.n < max_rows THEN NULL ELSE item.last END,
+            rows_copied = st.rows_copied + item.n,
+            status = CASE WHEN item.n < max_rows AND st.status = 'copying' THEN 'queueing' ELSE st.status END
+        WHERE st.target_id = item.target_id;
+        IF item.n < max_rows AND handled = 0 THEN
+            handled := 1;  -- the copy has ended; what was queued meanwhile is next
+        END IF;
+    END LOOP;
+
+    IF coalesce(batch.complete, true) THEN
+        PERFORM tbl_repl._back_to_ok(t) FROM unnest(targets) AS t
+        WHERE t <> ALL (coalesce(failure.broken, '{}'));
+    END IF;
+    RETURN handled;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._replay_lane(integer[], integer) IS
+    'ships one batch to the targets behind one connection';
+
+-- Back to ok.  Holding ship, so that nobody ships: with queue held exclusively those that were queueing
+-- have committed, and who comes now looks at the status once more when he has the lock.
+CREATE OR REPLACE FUNCTION tbl_repl._back_to_ok(target_id integer)
+RETURNS void
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    give_up timestamptz := clock_timestamp() + interval '1 second';
+BEGIN
+    IF NOT EXISTS (SELECT FROM tbl_repl.target_state AS st
+                   WHERE st.target_id = _back_to_ok.target_id AND st.status IN ('queueing', 'failed') AND st.copy_after IS NULL) THEN
+        RETURN;
+    END IF;
+    -- A prepared transaction may hold it for long: then the next replay tries again.
+    WHILE NOT pg_try_advisory_xact_lock(tbl_repl._lock_queue(), target_id) LOOP
+        IF clock_timestamp() > give_up THEN
+            RETURN;
+        END IF;
+        PERFORM pg_sleep(0.001);
+    END LOOP;
+    IF NOT tbl_repl._has_pending(target_id) THEN
+        UPDATE tbl_repl.target_state AS st SET status = 'ok' WHERE st.target_id = _back_to_ok.target_id;
+    END IF;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._back_to_ok(integer) IS
+    'sets a drained target back to ok; the caller holds ship exclusively';
+
+-- _apply(target_id, conn, timeout, loads): one remote transaction, in which rows that the target
+-- rejects are found by halving and put into quarantine.
+--   code, message, detail, hint: why nothing could be shipped at all, and trying again may help
+--   shipped, by_target: number of keys that are now right there; broken: targets that need a person
+CREATE OR REPLACE FUNCTION tbl_repl._apply(
+    target_id integer,
+    conn      text,
+    timeout   interval,
+    loads     tbl_repl.load[],
+    OUT code      text,
+    OUT message   text,
+    OUT detail    text,
+    OUT hint      text,
+    OUT shipped   bigint,
+    OUT by_target jsonb,
+    OUT broken    integer[]
+)
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    halves record;
+BEGIN
+    broken := '{}';
+    by_target := '{}';
+    shipped := 0;
+    BEGIN
+        -- twice the timeout: an older session of ours may have to be outlived first
+        PERFORM tbl_repl._connect(_apply.target_id, conn, clock_timestamp() + timeout * 2);
+        BEGIN
+            shipped := tbl_repl._stream_any_way(conn, _apply.target_id, loads, false, timeout);
+            PERFORM tbl_repl._commit(conn, timeout);
+            SELECT jsonb_object_agg(l.target_id, shipped / cardinality(loads)) INTO by_target FROM unnest(loads) AS l;
+            PERFORM tbl_repl._release(loads, '{}');
+            RETURN;
+        EXCEPTION WHEN OTHERS THEN
+            IF tbl_repl._is_transient(SQLSTATE) THEN
+                RAISE;
+            END IF;
+            IF conn = ANY (tbl_repl._dblink_connections()) THEN
+                PERFORM tbl_repl._dblink_disconnect(conn);
+            END IF;
+        END;
+        PERFORM tbl_repl._connect(_apply.target_id, conn, clock_timestamp() + timeout * 2);
+        halves := tbl_repl._apply_by_halves(conn, timeout, loads);
+        shipped := halves.shipped;
+        by_target := halves.by_target;
+        broken := halves.broken;
+    EXCEPTION WHEN OTHERS THEN
+        GET STACKED DIAGNOSTICS code = RETURNED_SQLSTATE, message = MESSAGE_TEXT, detail = PG_EXCEPTION_DETAIL, hint = PG_EXCEPTION_HINT;
+        IF conn = ANY (tbl_repl._dblink_connections()) THEN
+            PERFORM tbl_repl._dblink_disconnect(conn);
+        END IF;
+    END;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._apply(integer, text, interval, tbl_repl.load[]) IS
+    'ships keys in one remote transaction, rejected rows go into quarantine';
+
+-- Says nothing about the rows: the target is out of reach, busy, full, read-only, shutting down.
+CREATE OR REPLACE FUNCTION tbl_repl._is_transient(code text)
+RETURNS boolean
+LANGUAGE sql IMMUTABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT code ~ '^(08|25|28|40|53|55|57|58|XX)' OR code IN ('3D000', '22012', '42704')
+$function$;
+COMMENT ON FUNCTION tbl_repl._is_transient(text) IS
+    'whether an error says something about the target rather than about a row; 22012 is a lease that was over, 42704 a missing mapping';
+
+-- A definition that no longer fits: no row can help it.
+CREATE OR REPLACE FUNCTION tbl_repl._is_definition_error(code text)
+RETURNS boolean
+LANGUAGE sql IMMUTABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT code IN ('42P01', '42703', '42501', '3F000', '42P10', '42883', '42804', '428C9')
+$function$;
+COMMENT ON FUNCTION tbl_repl._is_definition_error(text) IS
+    'whether an error says that the target''s definition does not fit its table';
+
+CREATE OR REPLACE FUNCTION tbl_repl._apply_by_halves(
+    conn    text,
+    timeout interval,
+    loads   tbl_repl.load[],
+    OUT shipped   bigint,
+    OUT by_target jsonb,
+    OUT broken    integer[]
+)
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    item     record;
+    portal   refcursor;
+    keys     text[];
+    found    tbl_repl.poison[];
+    poison   tbl_repl.poison[] := '{}';
+    one      tbl_repl.poison;
+    left_bad tbl_repl.poison[];
+    progress boolean;
+    counted  bigint;
+BEGIN
+    shipped := 0;
+    by_target := '{}';
+    broken := '{}';
+    PERFORM tbl_repl._call(conn, 'BEGIN', clock_timestamp() + timeout);
+    IF EXISTS (SELECT FROM unnest(loads) AS l WHERE l.truncate) THEN
+        PERFORM tbl_repl._truncate(conn, loads, timeout);
+    END IF;
+    FOR item IN SELECT l.* FROM unnest(loads) AS l ORDER BY l.fk_rank, l.target_id LOOP
+        counted := 0;
+        OPEN portal FOR EXECUTE item.chunks;
+        LOOP
+            FETCH portal INTO keys;
+            EXIT WHEN NOT FOUND;
+            found := tbl_repl._apply_keys(conn, timeout, item.target_id, item.absent, keys, true);
+            IF cardinality(found) > 0 AND found[1].key IS NULL THEN
+                -- the definition is at fault: a person is needed, the queue is kept
+                broken := array_append(broken, item.target_id);
+                PERFORM tbl_repl._log_error(item.target_id, NULL, found[1].code, found[1].message, NULL,
+                                            format('Mend it, call tbl_repl.alter_target(%s) if columns have changed, then replay.', item.target_id), NULL);
+                UPDATE tbl_repl.target_state AS st SET status = 'failed' WHERE st.target_id = item.target_id AND st.status <> 'paused';
+                EXIT;
+            END IF;
+            poison := poison || found;
+            counted := counted + cardinality(keys) - cardinality(found);
+        END LOOP;
+        CLOSE portal;
+        shipped := shipped + counted;
+        by_target := jsonb_set(by_target, ARRAY[item.target_id::text],
+                               to_jsonb(counted + coalesce((by_target ->> item.target_id::text)::bigint, 0)));
+    END LOOP;
+    -- What failed because of another row (a parent not there yet, a value not yet given up) may do now.
+    LOOP
+        progress := false;
+        left_bad := '{}';
+        FOREACH one IN ARRAY poison LOOP
+            IF one.code IN ('23503', '23505') THEN
+                found := tbl_repl._apply_keys(conn, timeout, one.target_id, one.absent, ARRAY[one.key], false);
+                IF cardinality(found) = 0 THEN
+                    progress := true;
+                    shipped := shipped + 1;
+                    CONTINUE;
+                END IF;
+            END IF;
+            left_bad := array_append(left_bad, one);
+        END LOOP;
+        poison := left_bad;
+        EXIT WHEN NOT progress;
+    END LOOP;
+    PERFORM tbl_repl._commit(conn, timeout);
+    PERFORM tbl_repl._release(ARRAY(SELECT l FROM unnest(loads) AS l WHERE l.target_id <> ALL (broken)), poison);
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._apply_by_halves(text, interval, tbl_repl.load[]) IS
+    'ships keys, halving where the target rejects some, until the rows that are to blame are found';
+
+-- _apply_keys: the keys that the target rejects.  A single one without key: the definition is at fault.
+CREATE OR REPLACE FUNCTION tbl_repl._apply_keys(
+    conn      text,
+    timeout   interval,
+    target_id integer,
+    absent    boolean,
+    keys      text[],
+    outermost boolean
+)
+RETURNS tbl_repl.poison[]
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    form     text;
+    rendered record;
+    bad      tbl_repl.poison;
+    half     integer := cardinality(keys) / 2;
+    ends     tbl_repl.poison[];
+    sent     boolean;
+BEGIN
+    FOREACH form IN ARRAY '{plain,clear}'::text[] LOOP
+        sent := false;
+        BEGIN
+            EXECUTE format('SELECT * FROM tbl_repl.render_%s($1, false, $2, $3)', target_id) INTO rendered USING keys, absent, form;
+            IF rendered.deletes IS NULL AND rendered.upserts IS NULL THEN
+                RETURN '{}';
+            END IF;
+            sent := true;
+            PERFORM tbl_repl._call(conn, concat_ws('; ', 'SAVEPOINT tbl_repl; SET CONSTRAINTS ALL DEFERRED', rendered.deletes, rendered.upserts,
+                                                   'SET CONSTRAINTS ALL IMMEDIATE; RELEASE tbl_repl'), clock_timestamp() + timeout);
+            RETURN '{}';
+        EXCEPTION WHEN OTHERS THEN
+            IF tbl_repl._is_transient(SQLSTATE) AND SQLSTATE <> '22012' THEN
+                RAISE;
+            END IF;
+            bad := ROW(_apply_keys.target_id, keys[1], _apply_keys.absent, SQLSTATE, SQLERRM)::tbl_repl.poison;
+        END;
+        IF sent THEN
+            PERFORM tbl_repl._call(conn, 'ROLLBACK TO tbl_repl; RELEASE tbl_repl', clock_timestamp() + timeout);
+        END IF;
+        EXIT WHEN bad.code <> '23505';
+    END LOOP;
+    IF outermost AND tbl_repl._is_definition_error(bad.code) THEN
+        IF cardinality(keys) = 1 THEN
+            ends := ARRAY[bad, bad];
+        ELSE
+            ends := tbl_repl._apply_keys(conn, timeout, target_id, absent, keys[1:1], false)
+                 || tbl_repl._apply_keys(conn, timeout, target_id, absent, keys[cardinality(keys):], false);
+        END IF;
+        IF cardinality(ends) = 2 AND ends[1].code = bad.code AND ends[2].code = bad.code THEN
+            bad.key := NULL;
+            RETURN ARRAY[bad];
+        END IF;
+    END IF;
+    IF cardinality(keys) = 1 THEN
+        RETURN ARRAY[bad];
+    END IF;
+    RETURN tbl_repl._apply_keys(conn, timeout, target_id, absent, keys[:half], false)
+        || tbl_repl._apply_keys(conn, timeout, target_id, absent, keys[half + 1:], false);
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._apply_keys(text, interval, integer, boolean, text[], boolean) IS
+    'ships some keys inside a remote transaction; returns those that the target rejects';
+
+-- Quarantine after a batch: what was rejected goes in, what was shipped comes out.
+CREATE OR REPLACE FUNCTION tbl_repl._release(loads tbl_repl.load[], poison tbl_repl.poison[])
+RETURNS void
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    item record;
+BEGIN
+    FOR item IN SELECT l.target_id, l.chunks FROM unnest(loads) AS l
+                WHERE EXISTS (SELECT FROM tbl_repl.quarantined AS q WHERE q.target_id = l.target_id)
+    LOOP
+        EXECUTE format('DELETE FROM tbl_repl.quarantined AS q WHERE q.target_id = %s AND q.key IN (SELECT unnest(x.keys) FROM (%s) AS x) AND q.key <> ALL ($1)',
+                       item.target_id, item.chunks)
+        USING ARRAY(SELECT p.key FROM unnest(poison) AS p WHERE p.target_id = item.target_id);
+    END LOOP;
+    INSERT INTO tbl_repl.quarantined AS q (target_id, key, sqlstate, message)
+    SELECT DISTINCT ON (p.target_id, p.key) p.target_id, p.key, p.code, p.message FROM unnest(poison) AS p
+    ON CONFLICT (target_id, key) DO UPDATE
+    SET attempts = q.attempts + 1, sqlstate = excluded.sqlstate, message = excluded.message, last_failed_at = clock_timestamp();
+    PERFORM tbl_repl._log_error(p.target_id, p.key, p.code, p.message, NULL,
+                                'The row is in quarantine; it is tried again when it changes, or by replay.', NULL)
+    FROM (SELECT DISTINCT ON (u.target_id, u.key) u.* FROM unnest(poison) AS u LIMIT 100) AS p;
+    DELETE FROM tbl_repl.error AS e
+    WHERE e.target_id IN (SELECT u.target_id FROM unnest(poison) AS u)
+      AND e.at < (SELECT x.at FROM tbl_repl.error AS x WHERE x.target_id = e.target_id ORDER BY x.at DESC OFFSET 1000 LIMIT 1);
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._release(tbl_repl.load[], tbl_repl.poison[]) IS
+    'brings the quarantine up to date after a batch';
+
+-- Segments of the queue take turns.  The one that is not being filled is truncated when nobody needs it;
+-- then the full one rests.  TRUNCATE gives the space back also while some transaction holds back vacuum.
+-- Why nothing is lost: with the lock held no writer has rows in it that we cannot see.
+CREATE OR REPLACE FUNCTION tbl_repl._rotate()
+RETURNS void
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    head    smallint;
+    resting regclass;
+    needed  boolean;
+BEGIN
+    SELECT h.segment INTO head FROM tbl_repl.queue_head AS h;
+    resting := format('tbl_repl.change_%s', 1 - head)::regclass;
+    IF pg_relation_size(resting) > 0 THEN
+        BEGIN
+            EXECUTE format('LOCK TABLE %s IN ACCESS EXCLUSIVE MODE NOWAIT', resting);
+            EXECUTE format('SELECT EXISTS (SELECT FROM %s AS c JOIN tbl_repl.target AS t ON t.source_id = c.source_id '
+                           'JOIN tbl_repl.target_state AS st ON st.target_id = t.target_id '
+                           'WHERE (c.target_id = t.target_id OR (c.target_id IS NULL AND t.mode = ''async'')) '
+                           'AND NOT pg_visible_in_snapshot(c.txid, st.position))', resting) INTO needed;
+            IF needed THEN
+                RETURN;
+            END IF;
+            EXECUTE format('TRUNCATE %s', resting);
+        EXCEPTION WHEN lock_not_available THEN
+            RETURN;
+        END;
+    END IF;
+    IF pg_relation_size(format('tbl_repl.change_%s', head)::regclass) > 1048576 THEN
+        UPDATE tbl_repl.queue_head AS h SET segment = 1 - head;
+    END IF;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._rotate() IS 'empties the segment of the queue that everybody has passed';

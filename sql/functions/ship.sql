@@ -1,0 +1,827 @@
+-- Ship: what happens at the commit of a transaction that has changed tables with direct targets.
+--
+-- Promises: a sync target has what is committed, or nothing is committed; a tolerant one has it, or it
+-- is queued; one message a target and one round trip for all of them, as long as a transaction touches
+-- few rows; nobody is waited for longer than timeout.
+--
+-- Why it is right.  Two transactions that write the same row are serialised by its row lock, and shipping
+-- happens while it is held: among direct shippers the state committed last is the state shipped last.
+-- A drainer (replay.sql) works alone: it holds the lock ship exclusively, which waits for shippers in
+-- flight and turns new ones away, and reads what is committed after it got the lock.  Status is a hint;
+-- the pending rows of the queue are the truth.
+
+-- The deferred trigger of tbl_repl.flush.
+-- It has to run after every other deferred check, or a commit would be shipped that still fails.
+-- Deferred events fire in rounds, and an event queued in a round comes in the next one: so the first
+-- firings only queue the next.  Five rounds outlast deferred triggers that write tables with deferred
+-- checks of their own.
+-- SET CONSTRAINTS ALL IMMEDIATE by the application makes our events fire at once, inside the statement
+-- that queues them: then we are nested, and not at commit.  Our own constraint is set back.
+CREATE OR REPLACE FUNCTION tbl_repl._flush()
+RETURNS trigger
+LANGUAGE plpgsql VOLATILE
+SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+AS $function$
+BEGIN
+    IF pg_trigger_depth() > 1 THEN
+        SET CONSTRAINTS tbl_repl.flush_at_commit DEFERRED;
+        UPDATE tbl_repl.flush AS f SET hop = 0 WHERE f.txid = NEW.txid;
+    ELSIF NEW.hop < 4 THEN
+        UPDATE tbl_repl.flush AS f SET hop = NEW.hop + 1 WHERE f.txid = NEW.txid;
+    ELSE
+        DELETE FROM tbl_repl.flush AS f WHERE f.txid = NEW.txid;
+        PERFORM tbl_repl._ship_transaction(NEW.txid);
+        DELETE FROM tbl_repl.stash AS s WHERE s.txid = NEW.txid;
+    END IF;
+    RETURN NULL;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._flush() IS
+    'at commit: ships what the transaction has changed; SECURITY DEFINER, for writers have no right here';
+
+CREATE CONSTRAINT TRIGGER flush_at_commit
+    AFTER INSERT OR UPDATE ON tbl_repl.flush
+    DEFERRABLE INITIALLY DEFERRED
+    FOR EACH ROW EXECUTE FUNCTION tbl_repl._flush();
+
+-- Only the text of the command tells that this commit is a PREPARE TRANSACTION.
+CREATE OR REPLACE FUNCTION tbl_repl._is_preparing()
+RETURNS boolean
+LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT current_query() ~* 'prepare\s+transaction'
+       AND regexp_replace(regexp_replace(current_query(), '''[^'']*''|/\*.*?\*/|--[^\n]*', ' ', 'g'), '\s+', ' ', 'g')
+           ~* '(^|;)\s*prepare transaction'
+$function$;
+COMMENT ON FUNCTION tbl_repl._is_preparing() IS 'whether the command in progress is PREPARE TRANSACTION';
+
+-- _render_transaction(target_id, own, mine, form): the keys that transaction own has changed in the
+-- target's source, rendered.  NULL, NULL, 0 where its operations leave nothing.
+CREATE OR REPLACE FUNCTION tbl_repl._render_transaction(
+    target_id integer,
+    own       xid8,
+    mine      boolean,
+    form      text,
+    OUT deletes text,
+    OUT upserts text,
+    OUT rows    integer
+)
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    target  record;
+    item    record;
+    written text[];
+    removed text[];
+    more    record;
+BEGIN
+    SELECT t.source_id, t.operations, t.operations @> '{insert,update,delete,truncate}' AS everything
+    INTO target
+    FROM tbl_repl.target AS t WHERE t.target_id = _render_transaction.target_id;
+    FOR item IN SELECT s.op, s.keys FROM tbl_repl.stash AS s
+                WHERE s.txid = own AND s.source_id = target.source_id AND s.keys IS NOT NULL
+    LOOP
+        IF target.everything OR (item.op = 'I' AND 'insert' = ANY (target.operations))
+                             OR (item.op = 'U' AND 'update' = ANY (target.operations)) THEN
+            written := CASE WHEN written IS NULL THEN item.keys ELSE written || item.keys END;
+        ELSIF (item.op = 'K' AND 'update' = ANY (target.operations)) OR (item.op = 'D' AND 'delete' = ANY (target.operations))
+           OR (item.op = 'T' AND 'truncate' = ANY (target.operations)) THEN
+            removed := CASE WHEN removed IS NULL THEN item.keys ELSE removed || item.keys END;
+        END IF;
+    END LOOP;
+    rows := 0;
+    IF written IS NOT NULL THEN
+        IF cardinality(written) > 1 THEN
+            SELECT array_agg(DISTINCT k) INTO written FROM unnest(written) AS k;
+        END IF;
+        EXECUTE format('SELECT * FROM tbl_repl.render_%s($1, $2, $3, $4)', target_id)
+        INTO deletes, upserts, rows
+        USING written, mine, target.everything OR 'delete' = ANY (target.operations), form;
+    END IF;
+    IF removed IS NOT NULL THEN
+        SELECT array_agg(DISTINCT k) INTO removed FROM unnest(removed) AS k;
+        EXECUTE format('SELECT * FROM tbl_repl.render_%s($1, $2, $3, $4)', target_id)
+        INTO more USING removed, mine, true, form;
+        deletes := concat_ws('; ', deletes, more.deletes);
+        upserts := concat_ws('; ', upserts, more.upserts);
+        rows := rows + more.rows;
+    END IF;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._render_transaction(integer, xid8, boolean, text) IS
+    'what a transaction in flight has changed, as SQL for one target';
+
+-- _message(parcels, upserts_first): deletions from the referencing tables upwards, then rows from the
+-- referenced tables downwards.
+CREATE OR REPLACE FUNCTION tbl_repl._message(parcels tbl_repl.parcel[], upserts_first boolean)
+RETURNS text
+LANGUAGE sql IMMUTABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT CASE WHEN upserts_first
+                THEN concat_ws('; ', string_agg(p.upserts, '; ' ORDER BY p.fk_rank, p.target_id),
+                                     string_agg(p.deletes, '; ' ORDER BY p.fk_rank DESC, p.target_id))
+                ELSE concat_ws('; ', string_agg(p.deletes, '; ' ORDER BY p.fk_rank DESC, p.target_id),
+                                     string_agg(p.upserts, '; ' ORDER BY p.fk_rank, p.target_id)) END
+    FROM unnest(parcels) AS p
+$function$;
+COMMENT ON FUNCTION tbl_repl._message(tbl_repl.parcel[], boolean) IS
+    'the statements for one connection, in an order that foreign keys allow';
+
+-- A message that commits ends with its lease: too late on the target''s clock, it undoes itself.
+CREATE OR REPLACE FUNCTION tbl_repl._lease(deadline timestamptz)
+RETURNS text
+LANGUAGE sql IMMUTABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT format('; EXECUTE tbl_repl_lease(%s)', extract(epoch FROM deadline)::numeric)
+$function$;
+COMMENT ON FUNCTION tbl_repl._lease(timestamptz) IS 'statement that fails on the target after the deadline';
+
+-- _connect(target_id, conn, deadline, sent_until): a usable connection, opened and prepared if need be.
+CREATE OR REPLACE FUNCTION tbl_repl._connect(
+    target_id  integer,
+    conn       text,
+    deadline   timestamptz,
+    sent_until timestamptz DEFAULT NULL
+)
+RETURNS void
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    statement text;
+BEGIN
+    IF tbl_repl._is_usable(conn) THEN
+        RETURN;
+    END IF;
+    EXECUTE format('SELECT tbl_repl.connect_%s($1, $2, $3)', target_id) USING conn, deadline, sent_until;
+    FOR statement IN
+        SELECT tbl_repl._prepare_sql(o)
+        FROM tbl_repl.target AS t
+        JOIN tbl_repl.target AS o ON o.server = t.server AND o.owner = t.owner AND o.timeout = t.timeout
+                                 AND o.mode <> 'async'
+        WHERE t.target_id = _connect.target_id
+    LOOP
+        BEGIN
+            PERFORM tbl_repl._call(conn, statement, deadline);
+        EXCEPTION WHEN OTHERS THEN
+            -- One broken target must not close the way to the others: it fails when it is shipped to.
+            IF SQLSTATE ~ '^(08|57P)' THEN
+                RAISE;
+            END IF;
+        END;
+    END LOOP;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._connect(integer, text, timestamptz, timestamptz) IS
+    'makes sure that a connection to a target is open';
+
+-- _ship_transaction(own): routes, ships, queues what could not be shipped.  SQLSTATE of a failed sync
+-- target is the remote one.  Takes ship (shared) of each target it ships to, then queue (shared) of each
+-- it queues for, all to the end of the transaction.
+CREATE OR REPLACE FUNCTION tbl_repl._ship_transaction(own xid8)
+RETURNS void
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    repeatable boolean := current_setting('transaction_isolation') = 'repeatable read';
+    preparing  boolean;
+    total      bigint;
+    whole      boolean;
+    now_at     timestamptz;
+    item       record;
+    parcels    tbl_repl.parcel[] := '{}';
+    parcel     tbl_repl.parcel;
+    failed     integer[] := '{}';
+    queued     integer[] := '{}';
+    again      integer;
+BEGIN
+    SELECT sum(s.row_count), bool_or(s.keys IS NULL) INTO total, whole FROM tbl_repl.stash AS s WHERE s.txid = own;
+    IF total IS NULL THEN
+        RETURN;
+    END IF;
+    preparing := tbl_repl._is_preparing();
+
+    FOR item IN
+        SELECT t.target_id, t.source_id, t.server, t.mode, t.timeout, s.source_table, s.fk_rank, st.status,
+               EXISTS (SELECT FROM tbl_repl.stash AS c WHERE c.txid = own AND c.op = 'C' AND c.target_id = t.target_id) AS copies,
+               format('tbl_repl_%s_%s_%s_%s', f.oid, r.oid, (extract(epoch FROM t.timeout) * 1000)::bigint, f.xmin) AS conn
+        FROM tbl_repl.target AS t
+        JOIN tbl_repl.target_state AS st USING (target_id)
+        JOIN tbl_repl.source AS s USING (source_id)
+        JOIN pg_foreign_server AS f ON f.srvname = t.server
+        JOIN pg_roles AS r ON r.rolname = t.owner
+        WHERE t.source_id IN (SELECT c.source_id FROM tbl_repl.stash AS c WHERE c.txid = own)
+          AND (t.mode <> 'async' OR EXISTS (SELECT FROM tbl_repl.stash AS c
+                                            WHERE c.txid = own AND c.op = 'C' AND c.target_id = t.target_id))
+        ORDER BY t.target_id
+    LOOP
+        IF preparing AND item.mode = 'sync' AND item.status = 'ok' THEN
+            RAISE EXCEPTION USING
+                ERRCODE = 'feature_not_supported',
+                MESSAGE = format('cannot PREPARE a transaction that has written table %s, which has a sync target', item.source_table),
+                HINT    = 'Commit it in one phase, or make the target tolerant or async.';
+        ELSIF NOT preparing AND tbl_repl._may_ship(item.target_id, item.status, item.mode, item.timeout, repeatable) THEN
+            parcels := array_append(parcels, ROW(item.target_id, item.source_id, item.server, item.conn,
+                item.mode = 'sync' OR item.copies, item.timeout, item.fk_rank, NULL, NULL, 0)::tbl_repl.parcel);
+        ELSE
+            queued := array_append(queued, item.target_id);
+        END IF;
+    END LOOP;
+
+    IF cardinality(parcels) > 0 THEN
+        failed := CASE WHEN whole OR total > tbl_repl._rows_per_message()
+                       THEN tbl_repl._ship_large(parcels, own, repeatable)
+                       ELSE tbl_repl._ship_small(parcels, own, repeatable) END;
+    END IF;
+    IF cardinality(queued) = 0 AND cardinality(failed) = 0 THEN
+        RETURN;
+    END IF;
+
+    -- Second pass.  With queue held nobody can set a target back to ok until we have committed; so one
+    -- that has become ok meanwhile has to be shipped to after all, or its rows would wait behind nothing.
+    FOR item IN SELECT q.target_id, q.target_id = ANY (failed) AS has_failed
+                FROM (SELECT unnest(queued) UNION SELECT unnest(failed)) AS q (target_id) ORDER BY 1
+    LOOP
+        PERFORM pg_advisory_xact_lock_shared(tbl_repl._lock_queue(), item.target_id);
+        IF NOT item.has_failed AND NOT preparing AND NOT repeatable
+           AND (SELECT st.status = 'ok' FROM tbl_repl.target_state AS st WHERE st.target_id = item.target_id)
+           AND pg_try_advisory_xact_lock_shared(tbl_repl._lock_ship(), item.target_id)
+        THEN
+            SELECT array_agg(ROW(t.target_id, t.source_id, t.server, tbl_repl._connection_name(t.server, t.owner, t.timeout),
+                                 t.mode = 'sync', t.timeout, s.fk_rank, NULL, NULL, 0)::tbl_repl.parcel) INTO parcels
+            FROM tbl_repl.target AS t JOIN tbl_repl.source AS s USING (source_id) WHERE t.target_id = item.target_id;
+            failed := CASE WHEN whole OR total > tbl_repl._rows_per_message()
+                           THEN tbl_repl._ship_large(parcels, own, repeatable)
+                           ELSE tbl_repl._ship_small(parcels, own, repeatable) END;
+            CONTINUE WHEN cardinality(failed) = 0;
+            item.has_failed := true;
+        END IF;
+        INSERT INTO tbl_repl.change (segment, source_id, target_id, op, keys, row_count)
+        SELECT h.segment, c.source_id, item.target_id, c.op, c.keys, c.row_count
+        FROM tbl_repl.stash AS c
+        JOIN tbl_repl.target AS t ON t.source_id = c.source_id AND t.target_id = item.target_id
+        CROSS JOIN tbl_repl.queue_head AS h
+        WHERE c.txid = own AND c.op <> 'C';
+        IF item.has_failed THEN
+            PERFORM tbl_repl._set_queueing(item.target_id);
+        END IF;
+    END LOOP;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._ship_transaction(xid8) IS
+    'ships what a transaction has changed to its direct targets, or queues it';
+
+CREATE OR REPLACE FUNCTION tbl_repl._rows_per_message() RETURNS integer
+LANGUAGE sql IMMUTABLE PARALLEL SAFE RETURN 1000;
+COMMENT ON FUNCTION tbl_repl._rows_per_message() IS 'how many rows one message carries at the most';
+
+-- May this transaction ship to the target directly?  Takes ship (shared) if so.
+-- A REPEATABLE READ writer sees the status of its snapshot: FOR SHARE fails (40001) when it has changed
+-- since.  A sync writer that finds a drainer at work while the status is ok waits for it, bounded.
+CREATE OR REPLACE FUNCTION tbl_repl._may_ship(
+    target_id  integer,
+    status     text,
+    mode       text,
+    timeout    interval,
+    repeatable boolean
+)
+RETURNS boolean
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    deadline timestamptz;
+BEGIN
+    IF status <> 'ok' THEN
+        RETURN false;
+    END IF;
+    IF repeatable THEN
+        BEGIN
+            PERFORM FROM tbl_repl.target_state AS st WHERE st.target_id = _may_ship.target_id FOR SHARE;
+        EXCEPTION WHEN serialization_failure THEN
+            RETURN false;
+        END;
+    END IF;
+    IF pg_try_advisory_xact_lock_shared(tbl_repl._lock_ship(), target_id) THEN
+        RETURN true;
+    ELSIF mode <> 'sync' THEN
+        RETURN false;
+    END IF;
+    deadline := clock_timestamp() + timeout;
+    LOOP
+        PERFORM pg_sleep(0.001);
+        IF pg_try_advisory_xact_lock_shared(tbl_repl._lock_ship(), target_id) THEN
+            RETURN true;
+        ELSIF NOT repeatable AND (SELECT st.status <> 'ok' FROM tbl_repl.target_state AS st WHERE st.target_id = _may_ship.target_id) THEN
+            RETURN false;
+        ELSIF clock_timestamp() > deadline THEN
+            RAISE EXCEPTION USING
+                ERRCODE = 'lock_not_available',
+                MESSAGE = format('sync target %s is busy', target_id),
+                DETAIL  = 'A replay of its queue holds it.',
+                HINT    = 'Try again, or give the target a longer timeout.';
+        END IF;
+    END LOOP;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._may_ship(integer, text, text, interval, boolean) IS
+    'whether a writer may ship to a target directly; takes the lock ship if so';
+
+-- SKIP LOCKED: who holds the row is setting it as well, or has just brought the target back.
+CREATE OR REPLACE FUNCTION tbl_repl._set_queueing(target_id integer)
+RETURNS void
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+BEGIN
+    UPDATE tbl_repl.target_state AS st SET status = 'queueing'
+    WHERE st.target_id IN (SELECT l.target_id FROM tbl_repl.target_state AS l
+                           WHERE l.target_id = _set_queueing.target_id AND l.status = 'ok' FOR UPDATE SKIP LOCKED);
+EXCEPTION WHEN serialization_failure THEN
+    NULL;  -- under REPEATABLE READ: changed since our snapshot; the rows we queued are pending all the same
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._set_queueing(integer) IS
+    'a target failed: from now on its changes queue';
+
+CREATE OR REPLACE FUNCTION tbl_repl._log_error(
+    target_id integer,
+    key       text,
+    code      text,
+    message   text,
+    detail    text,
+    hint      text,
+    statement text
+)
+RETURNS void
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+BEGIN
+    INSERT INTO tbl_repl.error (target_id, key, sqlstate, message, detail, hint, statement)
+    VALUES (target_id, key, code, message, nullif(detail, ''), nullif(hint, ''), left(statement, 10000));
+    BEGIN
+        UPDATE tbl_repl.target_state AS st SET last_error = format('%s: %s', code, message), last_error_at = clock_timestamp()
+        WHERE st.target_id IN (SELECT l.target_id FROM tbl_repl.target_state AS l
+                               WHERE l.target_id = _log_error.target_id FOR UPDATE SKIP LOCKED);
+    EXCEPTION WHEN serialization_failure THEN
+        NULL;
+    END;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._log_error(integer, text, text, text, text, text, text) IS
+    'keeps an error of a target for error_log and target_status';
+
+CREATE OR REPLACE FUNCTION tbl_repl._count_shipped(target_id integer, rows bigint)
+RETURNS void
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+BEGIN
+    UPDATE tbl_repl.shipped AS s SET rows = s.rows + _count_shipped.rows, shipped_at = clock_timestamp()
+    WHERE s.target_id = _count_shipped.target_id AND s.pid = pg_backend_pid();
+    IF NOT FOUND THEN
+        INSERT INTO tbl_repl.shipped (target_id, pid, rows, shipped_at)
+        VALUES (target_id, pg_backend_pid(), rows, clock_timestamp()) ON CONFLICT DO NOTHING;
+    END IF;
+EXCEPTION WHEN serialization_failure THEN
+    NULL;  -- a figure
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._count_shipped(integer, bigint) IS 'counts rows shipped at commit by this backend';
+
+-- _ship_small(parcels, own, mine): one message a connection; sent to all, then waited for together.
+-- Returns the targets that failed and may (tolerant); raises what a sync one says.
+-- With a sync target among several connections, rows go first and the commits follow when all have
+-- answered.  Where sync and tolerant targets share a connection and it fails, the tolerant ones are left out
+-- and it is tried again.
+CREATE OR REPLACE FUNCTION tbl_repl._ship_small(
+    parcels tbl_repl.parcel[],
+    own     xid8,
+    mine    boolean
+)
+RETURNS integer[]
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    parcel    tbl_repl.parcel;
+    lanes     tbl_repl.lane[] := '{}';
+    lane      tbl_repl.lane;
+    failed    integer[] := '{}';
+    rendered  record;
+    ready     tbl_repl.parcel[] := '{}';
+    two_phase boolean;
+    outcome   tbl_repl.lane;
+    first_bad tbl_repl.lane;
+    bad       boolean := false;
+    n         integer;
+BEGIN
+    FOREACH parcel IN ARRAY parcels LOOP
+        BEGIN
+            rendered := tbl_repl._render_transaction(parcel.target_id, own, mine, 'prepared');
+            parcel.deletes := nullif(rendered.deletes, '');
+            parcel.upserts := nullif(rendered.upserts, '');
+            parcel.rows := rendered.rows;
+            IF parcel.rows > 0 THEN
+                ready := array_append(ready, parcel);
+            END IF;
+        EXCEPTION WHEN OTHERS THEN
+            -- a filter or map that fails on a row, a column that is gone: the target's own business
+            IF parcel.sync THEN
+                RAISE;
+            END IF;
+            PERFORM tbl_repl._log_error(parcel.target_id, NULL, SQLSTATE, SQLERRM, NULL, NULL, NULL);
+            failed := array_append(failed, parcel.target_id);
+        END;
+    END LOOP;
+
+    FOR lane IN
+        SELECT p.conn, min(p.target_id), bool_or(p.sync), clock_timestamp() + min(p.timeout), 'new',
+               array_agg(p ORDER BY p.target_id), NULL, NULL, NULL, NULL, NULL, NULL
+        FROM unnest(ready) AS p GROUP BY p.conn ORDER BY 2
+    LOOP
+        lane.message := tbl_repl._message(lane.parcels, false);
+        IF lane.message <> '' THEN
+            lanes := array_append(lanes, lane);
+        END IF;
+    END LOOP;
+    two_phase := cardinality(lanes) > 1 AND EXISTS (SELECT FROM unnest(lanes) AS l WHERE l.sync);
+
+    FOR n IN 1 .. cardinality(lanes) LOOP
+        lanes[n] := tbl_repl._lane_send(lanes[n], two_phase);
+    END LOOP;
+    FOR n IN 1 .. cardinality(lanes) LOOP
+        lanes[n] := tbl_repl._lane_finish(lanes[n], own, mine, two_phase);
+        IF lanes[n].state = 'failed' AND lanes[n].sync AND NOT bad THEN
+            first_bad := lanes[n];
+            bad := true;
+        END IF;
+    END LOOP;
+    IF two_phase AND NOT bad THEN
+        FOR n IN 1 .. cardinality(lanes) LOOP
+            IF lanes[n].state = 'done' THEN
+                lane := lanes[n];
+                BEGIN
+                    PERFORM tbl_repl._send(lane.conn, 'SET CONSTRAINTS ALL IMMEDIATE' || tbl_repl._lease(lane.deadline) || '; COMMIT');
+                    lane.state := 'committing';
+                EXCEPTION WHEN OTHERS THEN
+                    lane := tbl_repl._lane_failed(lane, SQLSTATE, SQLERRM, NULL, NULL);
+                END;
+                lanes[n] := lane;
+            END IF;
+        END LOOP;
+        FOR n IN 1 .. cardinality(lanes) LOOP
+            IF lanes[n].state = 'committing' THEN
+                lanes[n] := tbl_repl._lane_commit(lanes[n]);
+            END IF;
+            IF lanes[n].state = 'failed' AND lanes[n].sync AND NOT bad THEN
+                first_bad := lanes[n];
+                bad := true;
+            END IF;
+        END LOOP;
+    END IF;
+    IF bad THEN
+        FOR n IN 1 .. cardinality(lanes) LOOP
+            -- open remote transactions end with their connection
+            IF two_phase AND lanes[n].conn = ANY (tbl_repl._dblink_connections()) THEN
+                PERFORM tbl_repl._dblink_disconnect(lanes[n].conn);
+            END IF;
+        END LOOP;
+        RAISE EXCEPTION USING
+            ERRCODE = first_bad.code,
+            MESSAGE = first_bad.error,
+            DETAIL  = coalesce(first_bad.detail, format('Sync target on server %I.', (first_bad.parcels[1]).server)),
+            HINT    = coalesce(first_bad.hint, 'The local transaction is rolled back, because a target of mode sync failed.');
+    END IF;
+
+    FOREACH lane IN ARRAY lanes LOOP
+        FOREACH parcel IN ARRAY lane.parcels LOOP
+            IF lane.state = 'failed' OR parcel.target_id = ANY (lane.left_out) THEN
+                PERFORM tbl_repl._log_error(parcel.target_id, NULL, lane.code, lane.error, lane.detail, lane.hint,
+                                            concat_ws('; ', parcel.deletes, parcel.upserts));
+                failed := array_append(failed, parcel.target_id);
+            ELSE
+                PERFORM tbl_repl._count_shipped(parcel.target_id, parcel.rows);
+            END IF;
+        END LOOP;
+    END LOOP;
+    RETURN failed;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._ship_small(tbl_repl.parcel[], xid8, boolean) IS
+    'ships few rows: one message a connection, all at once';
+
+CREATE OR REPLACE FUNCTION tbl_repl._lane_failed(
+    lane   tbl_repl.lane,
+    code   text,
+    error  text,
+    detail text,
+    hint   text
+)
+RETURNS tbl_repl.lane
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+BEGIN
+    lane.state := 'failed';
+    lane.code := _lane_failed.code;
+    lane.error := _lane_failed.error;
+    lane.detail := nullif(_lane_failed.detail, '');
+    lane.hint := nullif(_lane_failed.hint, '');
+    RETURN lane;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._lane_failed(tbl_repl.lane, text, text, text, text) IS 'notes why a connection failed';
+
+-- _lane_send(lane, two_phase): connects if need be, and sends.  Never raises: the other connections have
+-- to be served.  A connection that turns out to be dead before anything was sent is opened again.
+CREATE OR REPLACE FUNCTION tbl_repl._lane_send(
+    lane      tbl_repl.lane,
+    two_phase boolean
+)
+RETURNS tbl_repl.lane
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    error_text   text;
+    error_detail text;
+    error_hint   text;
+BEGIN
+    PERFORM tbl_repl._connect(lane.target_id, lane.conn, lane.deadline);
+    PERFORM tbl_repl._send(lane.conn, CASE WHEN two_phase THEN 'BEGIN; ' || lane.message
+                                           ELSE lane.message || tbl_repl._lease(lane.deadline) END);
+    lane.state := 'sent';
+    RETURN lane;
+EXCEPTION WHEN query_canceled OR OTHERS THEN
+    GET STACKED DIAGNOSTICS error_text = MESSAGE_TEXT, error_detail = PG_EXCEPTION_DETAIL, error_hint = PG_EXCEPTION_HINT;
+    RETURN tbl_repl._lane_failed(lane, SQLSTATE, error_text, error_detail, error_hint);
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._lane_send(tbl_repl.lane, boolean) IS 'sends a connection its message';
+
+-- _lane_finish(lane, own, mine, two_phase): waits for the answer; where an order of statements or a
+-- missing prepared statement was the reason, tries another way; after a loss, once more over a new connection, for
+-- the old session is known to be gone then.  Gives up when the lease is over, not before.
+CREATE OR REPLACE FUNCTION tbl_repl._lane_finish(
+    lane      tbl_repl.lane,
+    own       xid8,
+    mine      boolean,
+    two_phase boolean
+)
+RETURNS tbl_repl.lane
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    error_text   text;
+    error_detail text;
+    error_hint   text;
+    code         text;
+    tried        text[] := '{}';
+    parcel       tbl_repl.parcel;
+    cleared      tbl_repl.parcel[] := '{}';
+    rendered     record;
+    first_error  tbl_repl.lane;
+BEGIN
+    IF lane.state <> 'sent' THEN
+        RETURN tbl_repl._lane_without_tolerant(lane, own, mine, two_phase);
+    END IF;
+    LOOP
+        BEGIN
+            PERFORM tbl_repl._receive(lane.conn, lane.deadline, true);
+            lane.state := 'done';
+            RETURN lane;
+        EXCEPTION WHEN query_canceled OR OTHERS THEN
+            GET STACKED DIAGNOSTICS error_text = MESSAGE_TEXT, error_detail = PG_EXCEPTION_DETAIL, error_hint = PG_EXCEPTION_HINT;
+            code := SQLSTATE;
+            lane := tbl_repl._lane_failed(lane, code, error_text, error_detail, error_hint);
+        END;
+        first_error := coalesce(first_error, lane);
+        BEGIN
+            IF two_phase AND lane.conn = ANY (tbl_repl._dblink_connections()) THEN
+                PERFORM tbl_repl._call(lane.conn, 'ROLLBACK', lane.deadline, true);
+            END IF;
+            IF code ~ '^(08|57P)' AND NOT 'lost' = ANY (tried) THEN
+                tried := array_append(tried, 'lost');
+                EXIT WHEN clock_timestamp() > lane.deadline;
+                PERFORM tbl_repl._connect(lane.target_id, lane.conn, lane.deadline, lane.deadline);
+            ELSIF code = '26000' AND NOT 'prepare' = ANY (tried) THEN
+                tried := array_append(tried, 'prepare');
+                PERFORM tbl_repl._prepare_again(lane);
+            ELSIF code = '23503' AND NOT 'upserts first' = ANY (tried) THEN
+                tried := array_append(tried, 'upserts first');
+                lane.message := 'SET CONSTRAINTS ALL DEFERRED; ' || tbl_repl._message(lane.parcels, true);
+            ELSIF code = '23505' AND NOT 'clear' = ANY (tried) THEN
+                tried := array_append(tried, 'clear');
+                cleared := '{}';
+                FOREACH parcel IN ARRAY lane.parcels LOOP
+                    rendered := tbl_repl._render_transaction(parcel.target_id, own, mine, 'clear');
+                    parcel.deletes := nullif(rendered.deletes, '');
+                    parcel.upserts := nullif(rendered.upserts, '');
+                    cleared := array_append(cleared, parcel);
+                END LOOP;
+                lane.message := 'SET CONSTRAINTS ALL DEFERRED; ' || tbl_repl._message(cleared, false);
+            ELSE
+                EXIT;
+            END IF;
+            PERFORM tbl_repl._send(lane.conn, CASE WHEN two_phase THEN 'BEGIN; ' || lane.message
+                                                   ELSE lane.message || tbl_repl._lease(lane.deadline) END);
+        EXCEPTION WHEN query_canceled OR OTHERS THEN
+            EXIT;
+        END;
+    END LOOP;
+    IF code ~ '^(08|57P)' THEN
+        -- Lost, and the old session could not be ended: its message dies with the lease.
+        PERFORM tbl_repl._outlive(lane.deadline);
+    END IF;
+    -- the first reason is the one to tell
+    first_error.parcels := lane.parcels;
+    RETURN tbl_repl._lane_without_tolerant(first_error, own, mine, two_phase);
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._lane_finish(tbl_repl.lane, xid8, boolean, boolean) IS
+    'waits for the answer of a connection, tries other ways where there are any';
+
+CREATE OR REPLACE FUNCTION tbl_repl._prepare_again(lane tbl_repl.lane)
+RETURNS void
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    item record;
+BEGIN
+    FOR item IN
+        SELECT tbl_repl._prepare_sql(t) AS statement, t.target_id, t.generation
+        FROM unnest(lane.parcels) AS p JOIN tbl_repl.target AS t ON t.target_id = p.target_id
+    LOOP
+        IF tbl_repl._call(lane.conn, format('SELECT pg_catalog.count(*) FROM pg_catalog.pg_prepared_statements WHERE name = %L',
+                                            format('tbl_repl_d%s_%s', item.target_id, item.generation)), lane.deadline, true) = '0' THEN
+            PERFORM tbl_repl._call(lane.conn, item.statement, lane.deadline, true);
+        END IF;
+    END LOOP;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._prepare_again(tbl_repl.lane) IS 'prepares what a connection does not know yet';
+
+-- A tolerant target must not fail a transaction because it shares a server with a sync one.
+CREATE OR REPLACE FUNCTION tbl_repl._lane_without_tolerant(
+    lane      tbl_repl.lane,
+    own       xid8,
+    mine      boolean,
+    two_phase boolean
+)
+RETURNS tbl_repl.lane
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    retry tbl_repl.lane := lane;
+BEGIN
+    IF NOT lane.sync OR NOT EXISTS (SELECT FROM unnest(lane.parcels) AS p WHERE NOT p.sync)
+       OR clock_timestamp() > lane.deadline OR lane.code ~ '^(08|57P)' THEN
+        RETURN lane;
+    END IF;
+    SELECT array_agg(p ORDER BY p.target_id) INTO retry.parcels FROM unnest(lane.parcels) AS p WHERE p.sync;
+    retry.state := 'new';
+    retry.message := tbl_repl._message(retry.parcels, false);
+    retry := tbl_repl._lane_finish(tbl_repl._lane_send(retry, two_phase), own, mine, two_phase);
+    IF retry.state = 'failed' THEN
+        RETURN retry;
+    END IF;
+    lane.state := retry.state;
+    SELECT array_agg(p.target_id) INTO lane.left_out FROM unnest(lane.parcels) AS p WHERE NOT p.sync;
+    RETURN lane;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._lane_without_tolerant(tbl_repl.lane, xid8, boolean, boolean) IS
+    'ships the sync targets of a connection that failed, without the tolerant ones';
+
+CREATE OR REPLACE FUNCTION tbl_repl._lane_commit(lane tbl_repl.lane)
+RETURNS tbl_repl.lane
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    error_text   text;
+    error_detail text;
+    error_hint   text;
+BEGIN
+    PERFORM tbl_repl._receive(lane.conn, lane.deadline, true);
+    lane.state := 'done';
+    RETURN lane;
+EXCEPTION WHEN query_canceled OR OTHERS THEN
+    GET STACKED DIAGNOSTICS error_text = MESSAGE_TEXT, error_detail = PG_EXCEPTION_DETAIL, error_hint = PG_EXCEPTION_HINT;
+    IF SQLSTATE ~ '^(08|57P)' THEN
+        PERFORM tbl_repl._outlive(lane.deadline);
+    ELSIF lane.conn = ANY (tbl_repl._dblink_connections()) THEN
+        PERFORM tbl_repl._dblink_disconnect(lane.conn);
+    END IF;
+    RETURN tbl_repl._lane_failed(lane, SQLSTATE, error_text, error_detail, error_hint);
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._lane_commit(tbl_repl.lane) IS 'waits for a commit';
+
+-- _ship_large(parcels, own, mine): many rows, or a whole table after TRUNCATE or for the initial copy: one
+-- remote transaction a connection, in messages of bounded size, one connection after the other; the commits come
+-- last.  Returns the targets that failed and may; raises what a sync one says.
+CREATE OR REPLACE FUNCTION tbl_repl._ship_large(
+    parcels tbl_repl.parcel[],
+    own     xid8,
+    mine    boolean
+)
+RETURNS integer[]
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    lane         record;
+    done         text[] := '{}';
+    failed       integer[] := '{}';
+    loads        tbl_repl.load[];
+    shipped      bigint;
+    error_text   text;
+    error_detail text;
+    error_hint   text;
+    all_at_end   boolean;
+    parcel       tbl_repl.parcel;
+    conn         text;
+BEGIN
+    SELECT bool_or(p.sync) AND count(DISTINCT p.conn) > 1 INTO all_at_end FROM unnest(parcels) AS p;
+    FOR lane IN
+        -- sync targets have a connection's transaction to themselves here
+        SELECT p.conn, p.sync, min(p.target_id) AS target_id, max(p.timeout) AS timeout, array_agg(p ORDER BY p.target_id) AS parcels
+        FROM unnest(parcels) AS p GROUP BY p.conn, p.sync ORDER BY p.sync DESC, 3
+    LOOP
+        BEGIN
+            IF lane.conn = ANY (done) THEN
+                -- the sync targets of this server are still to be committed
+                PERFORM tbl_repl._commit(lane.conn, lane.timeout);
+                done := array_remove(done, lane.conn);
+            END IF;
+            PERFORM tbl_repl._connect(lane.target_id, lane.conn, clock_timestamp() + lane.timeout);
+            SELECT array_agg(l) INTO loads
+            FROM unnest(lane.parcels) AS p CROSS JOIN LATERAL tbl_repl._loads_of_transaction(p.target_id, own) AS l;
+            IF loads IS NULL THEN
+                CONTINUE;
+            END IF;
+            shipped := tbl_repl._stream_any_way(lane.conn, lane.target_id, loads, mine, lane.timeout);
+            IF all_at_end THEN
+                done := array_append(done, lane.conn);
+            ELSE
+                PERFORM tbl_repl._commit(lane.conn, lane.timeout);
+            END IF;
+            PERFORM tbl_repl._count_shipped(lane.target_id, shipped);
+        EXCEPTION WHEN query_canceled OR OTHERS THEN
+            GET STACKED DIAGNOSTICS error_text = MESSAGE_TEXT, error_detail = PG_EXCEPTION_DETAIL, error_hint = PG_EXCEPTION_HINT;
+            IF lane.conn = ANY (tbl_repl._dblink_connections()) THEN
+                PERFORM tbl_repl._dblink_disconnect(lane.conn);
+            END IF;
+            IF lane.sync THEN
+                PERFORM tbl_repl._dblink_disconnect(c) FROM unnest(done) AS c WHERE c = ANY (tbl_repl._dblink_connections());
+                RAISE;
+            END IF;
+            FOREACH parcel IN ARRAY lane.parcels LOOP
+                PERFORM tbl_repl._log_error(parcel.target_id, NULL, SQLSTATE, error_text, error_detail, error_hint, NULL);
+                failed := array_append(failed, parcel.target_id);
+            END LOOP;
+        END;
+    END LOOP;
+    FOREACH conn IN ARRAY done LOOP
+        PERFORM tbl_repl._commit(conn, (SELECT max(p.timeout) FROM unnest(parcels) AS p WHERE p.conn = conn));
+    END LOOP;
+    RETURN failed;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._ship_large(tbl_repl.parcel[], xid8, boolean) IS
+    'ships many rows or whole tables in messages of bounded size';
+
+-- What a transaction in flight has for one target, as loads: a whole table, or keys.
+CREATE OR REPLACE FUNCTION tbl_repl._loads_of_transaction(target_id integer, own xid8)
+RETURNS SETOF tbl_repl.load
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    target tbl_repl.target%ROWTYPE;
+    ops    "char"[];
+    copies boolean;
+BEGIN
+    SELECT * INTO STRICT target FROM tbl_repl.target AS t WHERE t.target_id = _loads_of_transaction.target_id;
+    SELECT array_agg(DISTINCT s.op) FILTER (WHERE s.op <> 'T' OR s.keys IS NULL),
+           bool_or(s.op = 'C' AND s.target_id = target.target_id)
+    INTO ops, copies
+    FROM tbl_repl.stash AS s WHERE s.txid = own AND s.source_id = target.source_id;
+    RETURN QUERY SELECT l.* FROM tbl_repl._loads(target, ops, coalesce(copies, false), format(
+        'tbl_repl.stash AS c WHERE c.txid = %L AND c.source_id = %s AND c.keys IS NOT NULL', own, target.source_id)) AS l;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._loads_of_transaction(integer, xid8) IS
+    'what a transaction in flight has for one target';

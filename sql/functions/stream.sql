@@ -1,0 +1,266 @@
+-- Stream: many rows to one connection, in one remote transaction, in messages of bounded size.
+--
+-- Used by the flush for large transactions and whole tables, and by replay for everything.  All tables
+-- are read in the snapshot of one statement, which is fetched from message by message: memory does not
+-- grow with the number of rows.  While the target works on one message the next one is rendered.
+
+-- How many rows of a target make a message of about two megabytes, a thousand at the most.
+CREATE OR REPLACE FUNCTION tbl_repl._chunk_rows(source_table regclass)
+RETURNS integer
+LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT greatest(1, least(tbl_repl._rows_per_message(),
+                             2000000 / greatest(1, sum(pg_table_size(p.relid)) / greatest(1, sum(c.reltuples)))))::integer
+    FROM (SELECT source_table AS relid UNION SELECT t.relid FROM pg_partition_tree(source_table) AS t) AS p
+    JOIN pg_class AS c ON c.oid = p.relid
+$function$;
+COMMENT ON FUNCTION tbl_repl._chunk_rows(regclass) IS 'rows of a table that make a message of bounded size';
+
+-- _loads(target, ops, copies, keys_from): ops: the operations that have occurred ('T' meaning a TRUNCATE of
+-- the whole table); keys_from: what follows FROM to give rows c of the queue or the stash.
+-- After TRUNCATE the state is the whole table: an insert that has overtaken it must not be lost.
+CREATE OR REPLACE FUNCTION tbl_repl._loads(
+    target    tbl_repl.target,
+    ops       "char"[],
+    copies    boolean,
+    keys_from text
+)
+RETURNS SETOF tbl_repl.load
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    source    tbl_repl.source%ROWTYPE;
+    by_key    boolean;
+    truncated boolean;
+    listing   text;
+    wanted    "char"[];
+BEGIN
+    SELECT * INTO STRICT source FROM tbl_repl.source AS s WHERE s.source_id = target.source_id;
+    by_key := tbl_repl._truncates_by_key(target.target_id);
+    truncated := coalesce('T' = ANY (ops), false) AND 'truncate' = ANY (target.operations) AND NOT by_key;
+    IF truncated OR copies THEN
+        RETURN QUERY SELECT target.target_id, source.fk_rank,
+            format('WITH RECURSIVE p (keys) AS (SELECT tbl_repl.page_%1$s('''', %2$s) UNION ALL '
+                   'SELECT tbl_repl.page_%1$s(p.keys[cardinality(p.keys)], %2$s) FROM p WHERE cardinality(p.keys) = %2$s) '
+                   'SELECT p.keys FROM p WHERE p.keys IS NOT NULL',
+                   target.target_id, tbl_repl._chunk_rows(source.source_table)),
+            true, truncated;
+    END IF;
+    IF truncated THEN
+        RETURN;
+    END IF;
+    listing := 'SELECT array_agg(e.k) AS keys FROM (SELECT d.k, (row_number() OVER () - 1) / %s AS n '
+               'FROM (SELECT DISTINCT unnest(c.keys) AS k FROM %s AND c.op = ANY (%L)) AS d) AS e GROUP BY e.n ORDER BY e.n';
+    IF target.operations @> '{insert,update,delete,truncate}' THEN
+        RETURN QUERY SELECT target.target_id, source.fk_rank,
+            format(listing, tbl_repl._chunk_rows(source.source_table), keys_from,
+                   CASE WHEN by_key THEN '{I,U,K,D,T}' ELSE '{I,U,K,D}' END), true, false;
+        RETURN;
+    END IF;
+    wanted := array_remove(ARRAY[CASE WHEN 'insert' = ANY (target.operations) THEN 'I' END,
+                                 CASE WHEN 'update' = ANY (target.operations) THEN 'U' END]::"char"[], NULL);
+    IF cardinality(wanted) > 0 THEN
+        RETURN QUERY SELECT target.target_id, source.fk_rank,
+            format(listing, tbl_repl._chunk_rows(source.source_table), keys_from, wanted),
+            'delete' = ANY (target.operations), false;
+    END IF;
+    wanted := array_remove(ARRAY[CASE WHEN 'update' = ANY (target.operations) THEN 'K' END,
+                                 CASE WHEN 'delete' = ANY (target.operations) THEN 'D' END,
+                                 CASE WHEN 'truncate' = ANY (target.operations) AND by_key THEN 'T' END]::"char"[], NULL);
+    IF cardinality(wanted) > 0 THEN
+        RETURN QUERY SELECT target.target_id, source.fk_rank,
+            format(listing, tbl_repl._chunk_rows(source.source_table), keys_from, wanted), true, false;
+    END IF;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._loads(tbl_repl.target, "char"[], boolean, text) IS
+    'what a set of changes means for one target';
+
+-- The one statement that reads everything, in the order in which it has to be sent.
+CREATE OR REPLACE FUNCTION tbl_repl._stream_query(
+    loads   tbl_repl.load[],
+    mine    boolean,
+    variant text
+)
+RETURNS text
+LANGUAGE sql IMMUTABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT CASE WHEN cardinality(loads) = 1 AND variant = 'deletes first'
+        THEN format('SELECT concat_ws(''; '', r.deletes, r.upserts) AS statement, r.rows::bigint AS rows FROM (%s) AS c CROSS JOIN LATERAL tbl_repl.render_%s(c.keys, %L, %L, ''plain'') AS r',
+                    loads[1].chunks, loads[1].target_id, mine, loads[1].absent)
+        ELSE (
+            SELECT string_agg(format('(SELECT r.%I AS statement, %s AS rows FROM (%s) AS c CROSS JOIN LATERAL tbl_repl.render_%s(c.keys, %L, %L, %L) AS r)',
+                                     step.part, CASE step.part WHEN 'upserts' THEN 'r.rows::bigint' ELSE '0::bigint' END,
+                                     l.chunks, l.target_id, mine, l.absent,
+                                     CASE WHEN variant = 'clear' AND step.part = 'deletes' THEN 'clear' ELSE 'plain' END),
+                              ' UNION ALL ' ORDER BY step.n, CASE step.part WHEN 'deletes' THEN -l.fk_rank ELSE l.fk_rank END, l.target_id)
+            FROM unnest(loads) AS l
+            CROSS JOIN (VALUES ('deletes', CASE variant WHEN 'upserts first' THEN 2 ELSE 1 END),
+                               ('upserts', CASE variant WHEN 'upserts first' THEN 1 ELSE 2 END)) AS step (part, n)) END
+$function$;
+COMMENT ON FUNCTION tbl_repl._stream_query(tbl_repl.load[], boolean, text) IS
+    'the query that renders a remote transaction; variant: ''deletes first'' | ''upserts first'' | ''clear''';
+
+-- _stream(conn, loads, mine, timeout, variant): begins a remote transaction and sends everything; does not
+-- commit.  Returns the number of keys.  Errors: the target's; the caller ends the connection.
+CREATE OR REPLACE FUNCTION tbl_repl._stream(
+    conn    text,
+    loads   tbl_repl.load[],
+    mine    boolean,
+    timeout interval,
+    variant text
+)
+RETURNS bigint
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    portal    refcursor;
+    statement text;
+    rows      bigint;
+    total     bigint := 0;
+    in_flight boolean := true;
+BEGIN
+    PERFORM tbl_repl._send(conn, 'BEGIN; SET CONSTRAINTS ALL DEFERRED');
+    IF EXISTS (SELECT FROM unnest(loads) AS l WHERE l.truncate) THEN
+        PERFORM tbl_repl._receive(conn, clock_timestamp() + timeout);
+        PERFORM tbl_repl._truncate(conn, loads, timeout);
+        in_flight := false;
+    END IF;
+    OPEN portal FOR EXECUTE tbl_repl._stream_query(loads, mine, variant);
+    LOOP
+        FETCH portal INTO statement, rows;
+        EXIT WHEN NOT FOUND;
+        total := total + rows;
+        CONTINUE WHEN coalesce(statement, '') = '';
+        IF in_flight THEN
+            PERFORM tbl_repl._receive(conn, clock_timestamp() + timeout);
+        END IF;
+        PERFORM tbl_repl._send(conn, statement);
+        in_flight := true;
+    END LOOP;
+    CLOSE portal;
+    IF in_flight THEN
+        PERFORM tbl_repl._receive(conn, clock_timestamp() + timeout);
+    END IF;
+    RETURN total;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._stream(text, tbl_repl.load[], boolean, interval, text) IS
+    'sends the state of many keys in one remote transaction, without committing it';
+
+-- All tables in one command, so that foreign keys between them do not matter; rows are deleted where a
+-- foreign key from elsewhere does.
+CREATE OR REPLACE FUNCTION tbl_repl._truncate(
+    conn    text,
+    loads   tbl_repl.load[],
+    timeout interval
+)
+RETURNS void
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    tables  text;
+    deletes text;
+BEGIN
+    SELECT string_agg(d.name, ', '), string_agg(format('DELETE FROM %s', d.name), '; ' ORDER BY d.fk_rank DESC)
+    INTO tables, deletes
+    FROM (SELECT tbl_repl._dst_table(t) AS name, max(l.fk_rank) AS fk_rank
+          FROM unnest(loads) AS l JOIN tbl_repl.target AS t ON t.target_id = l.target_id
+          WHERE l.truncate GROUP BY 1) AS d;
+    BEGIN
+        PERFORM tbl_repl._call(conn, format('SAVEPOINT tbl_repl; TRUNCATE %s', tables), clock_timestamp() + timeout);
+    EXCEPTION WHEN feature_not_supported OR insufficient_privilege THEN
+        PERFORM tbl_repl._call(conn, format('ROLLBACK TO tbl_repl; %s', deletes), clock_timestamp() + timeout);
+    END;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._truncate(text, tbl_repl.load[], interval) IS
+    'empties the targets'' tables';
+
+-- _stream_any_way: children that move to a new parent want the rows before the deletions (23503), unique
+-- values that wander between rows want to be given up first (23505).
+CREATE OR REPLACE FUNCTION tbl_repl._stream_any_way(
+    conn      text,
+    target_id integer,
+    loads     tbl_repl.load[],
+    mine      boolean,
+    timeout   interval
+)
+RETURNS bigint
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    variant      text := 'deletes first';
+    rows         bigint;
+    code         text;
+    first_code   text;
+    first_text   text;
+    first_detail text;
+    first_hint   text;
+BEGIN
+    LOOP
+        BEGIN
+            rows := tbl_repl._stream(conn, loads, mine, timeout, variant);
+            -- what is deferred on the target has to be found out while it can still be done another way
+            PERFORM tbl_repl._call(conn, 'SET CONSTRAINTS ALL IMMEDIATE', clock_timestamp() + timeout);
+            RETURN rows;
+        EXCEPTION WHEN foreign_key_violation OR unique_violation THEN
+            code := SQLSTATE;
+            IF first_code IS NULL THEN
+                GET STACKED DIAGNOSTICS first_code = RETURNED_SQLSTATE, first_text = MESSAGE_TEXT,
+                    first_detail = PG_EXCEPTION_DETAIL, first_hint = PG_EXCEPTION_HINT;
+            END IF;
+        END;
+        PERFORM tbl_repl._call(conn, 'ROLLBACK', clock_timestamp() + timeout);
+        IF variant = 'deletes first' THEN
+            variant := CASE code WHEN '23503' THEN 'upserts first' ELSE 'clear' END;
+        ELSE
+            RAISE EXCEPTION USING ERRCODE = first_code, MESSAGE = first_text, DETAIL = first_detail, HINT = first_hint;
+        END IF;
+    END LOOP;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._stream_any_way(text, integer, tbl_repl.load[], boolean, interval) IS
+    'streams, in another order of statements where constraints of the target ask for it';
+
+CREATE OR REPLACE FUNCTION tbl_repl._commit(conn text, timeout interval)
+RETURNS void
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    deadline timestamptz := clock_timestamp() + timeout;
+BEGIN
+    PERFORM tbl_repl._call(conn, 'SET CONSTRAINTS ALL IMMEDIATE' || tbl_repl._lease(deadline) || '; COMMIT', deadline, true);
+EXCEPTION WHEN connection_exception OR sqlclient_unable_to_establish_sqlconnection OR connection_does_not_exist
+            OR connection_failure OR sqlserver_rejected_establishment_of_sqlconnection THEN
+    -- nobody knows what became of it: it must not come after something newer
+    PERFORM tbl_repl._outlive(deadline);
+    RAISE;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._commit(text, interval) IS 'commits the remote transaction, within the lease';
+
+CREATE OR REPLACE FUNCTION tbl_repl._outlive(deadline timestamptz)
+RETURNS void
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+BEGIN
+    WHILE clock_timestamp() <= deadline LOOP
+        BEGIN
+            PERFORM pg_sleep(greatest(0.001, extract(epoch FROM deadline - clock_timestamp())));
+        EXCEPTION WHEN query_canceled THEN
+            NULL;
+        END;
+    END LOOP;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._outlive(timestamptz) IS
+    'waits until the lease of a lost message is over, also through a cancel';

@@ -1,0 +1,855 @@
+-- Target: the verbs with which a user says what goes where.
+--
+-- Each either does all it is asked, on both sides, or leaves nothing behind.  They run as their caller, so
+-- that PostgreSQL itself checks that he may put a trigger on the table.
+
+-- add_target: defines a target.  Locks the table SHARE ROW EXCLUSIVE (writers wait) to the end of the
+-- transaction; with initial_copy => 'now' that includes the copy, which takes place at its COMMIT.
+-- Errors: 42704 server or user mapping, 22023 unknown word, 42P16 no usable key here or there, 42703 unknown
+-- column, 42601 ... filter or map that does not parse or fit, 42710 defined already, 42501 not the owner,
+-- 0A000 tables that cannot be captured, 25001 copy 'now' not under READ COMMITTED, 08* no connection.
+-- Not pinned: names in row_filter and column_map mean what they mean to the caller.
+CREATE OR REPLACE FUNCTION tbl_repl.add_target(
+    source_table   regclass,
+    server         name,
+    dst_table      text DEFAULT NULL,
+    mode           text DEFAULT 'tolerant',
+    columns        name[] DEFAULT NULL,
+    column_map     jsonb DEFAULT NULL,
+    row_filter     text DEFAULT NULL,
+    key_columns    name[] DEFAULT NULL,
+    operations     text[] DEFAULT '{insert,update,delete,truncate}',
+    initial_copy   text DEFAULT 'now',
+    on_conflict    text DEFAULT 'overwrite',
+    version_column name DEFAULT NULL,
+    forward        text DEFAULT 'local',
+    timeout        interval DEFAULT '5 s'
+)
+RETURNS integer
+LANGUAGE plpgsql VOLATILE
+AS $function$
+BEGIN
+    RETURN tbl_repl._add_target(source_table, server, dst_table, mode, columns, column_map, row_filter, key_columns,
+                                operations, initial_copy, on_conflict, version_column, forward, timeout,
+                                pg_catalog.current_setting('search_path'));
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl.add_target(regclass, name, text, text, name[], jsonb, text, name[], text[], text, text, name, text, interval) IS
+    'replicates a table, some of its columns or rows, to a table on another server; returns the target_id';
+
+CREATE OR REPLACE FUNCTION tbl_repl._check_word(what text, word text, accepted text[])
+RETURNS void
+LANGUAGE plpgsql IMMUTABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+BEGIN
+    IF word IS NULL OR word <> ALL (accepted) THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'invalid_parameter_value',
+            MESSAGE = format('unknown %s: %s', what, coalesce(quote_literal(word), 'NULL')),
+            HINT    = format('Use one of: %s.', array_to_string(accepted, ', '));
+    END IF;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._check_word(text, text, text[]) IS 'refuses a word that is not in the list (22023)';
+
+CREATE OR REPLACE FUNCTION tbl_repl._check_words(
+    mode           text,
+    operations     text[],
+    on_conflict    text,
+    forward        text,
+    version_column name,
+    timeout        interval
+)
+RETURNS void
+LANGUAGE plpgsql IMMUTABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    operation text;
+BEGIN
+    PERFORM tbl_repl._check_word('mode', mode, '{sync,tolerant,async}');
+    FOREACH operation IN ARRAY coalesce(nullif(operations, '{}'), ARRAY[NULL]) LOOP
+        PERFORM tbl_repl._check_word('operation', operation, '{insert,update,delete,truncate}');
+    END LOOP;
+    PERFORM tbl_repl._check_word('conflict policy', on_conflict, '{overwrite,keep,newest,error}');
+    PERFORM tbl_repl._check_word('forward rule', forward, '{local,any}');
+    IF on_conflict <> 'overwrite' OR forward <> 'local' OR version_column IS NOT NULL THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'feature_not_supported',
+            MESSAGE = 'conflict policies other than overwrite and forward => any are not available in this version',
+            HINT    = 'Leave on_conflict, version_column and forward at their defaults.';
+    END IF;
+    IF timeout IS NULL OR timeout < interval '100 milliseconds' OR timeout > interval '1 day' THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'invalid_parameter_value',
+            MESSAGE = format('invalid timeout: %s', coalesce(timeout::text, 'NULL')),
+            HINT    = 'Give an interval from 100 ms to 1 day.';
+    END IF;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._check_words(text, text[], text, text, name, interval) IS
+    'refuses unknown modes, operations and policies';
+
+-- _resolve(source_table, expression, path, condition): the expression over a row called s with every
+-- name resolved as the given search_path resolves it now; as a view would keep it, and taken from one.
+-- Errors: what PostgreSQL says of the expression; 42601 for one that is more than an expression.
+CREATE OR REPLACE FUNCTION tbl_repl._resolve(
+    source_table regclass,
+    expression   text,
+    path         text,
+    what         text,
+    OUT resolved text,
+    OUT type_id  oid
+)
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    view_name    text := format('tbl_repl.resolving_%s', pg_backend_pid());
+    source_name  text := source_table::text;
+    probe        refcursor;
+    definition   text;
+    parts        text[];
+    error_text   text;
+    error_detail text;
+BEGIN
+    BEGIN
+        PERFORM set_config('search_path', path, true);
+        -- A cursor takes one query only, and WHERE neither aggregates nor sets: what passes here is one
+        -- scalar expression, or closes our parenthesis, which the view's text gives away.
+        OPEN probe FOR EXECUTE pg_catalog.format('SELECT FROM %s AS s WHERE false AND (%s%s)', source_name, expression,
+                                                 CASE WHEN what OPERATOR(pg_catalog.=) 'row_filter' THEN E'\n' ELSE E'\n) IS NULL AND (true' END);
+        CLOSE probe;
+        OPEN probe FOR EXECUTE pg_catalog.format(E'SELECT (%s\n) AS tbl_repl_x FROM %s AS s WHERE false', expression, source_name);
+        CLOSE probe;
+        EXECUTE pg_catalog.format(E'CREATE VIEW %s AS SELECT (%s\n) AS tbl_repl_x FROM %s AS s', view_name, expression, source_name);
+        PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
+    EXCEPTION WHEN OTHERS THEN
+        GET STACKED DIAGNOSTICS error_text = MESSAGE_TEXT, error_detail = PG_EXCEPTION_DETAIL;
+        RAISE EXCEPTION USING
+            ERRCODE = CASE WHEN SQLSTATE = '42P11' THEN '42601' ELSE SQLSTATE END,
+            MESSAGE = format('%s does not fit table %s: %s', what, source_table, error_text),
+            DETAIL  = format('Expression: %s', expression),
+            HINT    = 'Write one SQL expression over the columns of the source table.';
+    END;
+    definition := pg_get_viewdef(view_name::regclass);
+    SELECT a.atttypid INTO type_id FROM pg_attribute AS a WHERE a.attrelid = view_name::regclass AND a.attname = 'tbl_repl_x';
+    parts := regexp_match(definition, format('^\s*SELECT (.*) AS tbl_repl_x\s+FROM (?:ONLY )?%s s;$',
+                                             regexp_replace(source_table::text, '([^A-Za-z0-9_ ])', '\\\1', 'g')));
+    EXECUTE format('DROP VIEW %s', view_name);
+    IF parts IS NULL THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'syntax_error',
+            MESSAGE = format('%s is more than one expression', what),
+            DETAIL  = format('Expression: %s', expression),
+            HINT    = 'Write one SQL expression over the columns of the source table.';
+    END IF;
+    resolved := parts[1];
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._resolve(regclass, text, text, text) IS
+    'checks an expression over the source row and resolves its names';
+
+-- _remote_facts(conn, schema, name, deadline): what the target's catalogs say of the table, as jsonb:
+-- columns [{name, type, base, category, length, notnull, identity, generated, fuzzy, equals, has_default}], keys (unique
+-- indexes an upsert may use), unique (column lists of all others), referenced, writable, kind, version.
+CREATE OR REPLACE FUNCTION tbl_repl._remote_facts(
+    conn       text,
+    dst_schema name,
+    dst_name   name,
+    deadline   timestamptz
+)
+RETURNS jsonb
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    answer text;
+BEGIN
+    answer := tbl_repl._call(conn, format($remote$
+        SELECT pg_catalog.set_config('search_path', 'pg_catalog', true);
+        SELECT jsonb_build_object(
+            'kind', c.relkind,
+            'version', current_setting('server_version_num')::int,
+            'user', current_user,
+            'writable', has_table_privilege(c.oid, 'INSERT') AND has_table_privilege(c.oid, 'UPDATE') AND has_table_privilege(c.oid, 'DELETE') AND has_table_privilege(c.oid, 'SELECT'),
+            'truncatable', has_table_privilege(c.oid, 'TRUNCATE'),
+            'referenced', EXISTS (SELECT FROM pg_constraint AS r WHERE r.confrelid = c.oid AND r.contype = 'f' AND r.conrelid <> c.oid
+                                  OR r.confrelid = c.oid AND r.contype = 'f' AND r.confdeltype <> 'a'),
+            'extension', EXISTS (SELECT FROM pg_extension AS e WHERE e.extname = 'tbl_repl'),
+            'columns', (
+                SELECT jsonb_agg(jsonb_build_object(
+                    'name', a.attname, 'type', format_type(a.atttypid, -1), 'base', b.typname, 'category', b.typcategory,
+                    'length', CASE WHEN b.typname IN ('varchar', 'bpchar') AND a.atttypmod > 4 THEN a.atttypmod - 4 END,
+                    'notnull', a.attnotnull, 'identity', a.attidentity, 'generated', a.attgenerated <> '',
+                    'has_default', a.atthasdef OR a.attidentity <> '' OR t.typdefault IS NOT NULL,
+                    'fuzzy', coalesce((SELECT NOT l.collisdeterministic FROM pg_collation AS l WHERE l.oid = a.attcollation), false),
+                    'equals', (SELECT format('OPERATOR(%%I.%%s)', n.nspname, o.oprname)
+                               FROM pg_opclass AS k
+                               JOIN pg_am AS m ON m.oid = k.opcmethod AND m.amname = 'btree'
+                               JOIN pg_amop AS p ON p.amopfamily = k.opcfamily AND p.amopstrategy = 3
+                                                AND p.amoplefttype = k.opcintype AND p.amoprighttype = k.opcintype
+                               JOIN pg_operator AS o ON o.oid = p.amopopr JOIN pg_namespace AS n ON n.oid = o.oprnamespace
+                               WHERE k.opcdefault AND k.opcintype = b.oid LIMIT 1)
+                    ) ORDER BY a.attnum)
+                FROM pg_attribute AS a
+                JOIN pg_type AS t ON t.oid = a.atttypid
+                JOIN pg_type AS b ON b.oid = CASE WHEN t.typtype = 'd' THEN (
+                    WITH RECURSIVE d AS (SELECT t.oid, t.typbasetype, t.typtype UNION ALL
+                                         SELECT u.oid, u.typbasetype, u.typtype FROM d JOIN pg_type AS u ON u.oid = d.typbasetype WHERE d.typtype = 'd')
+                    SELECT d.oid FROM d WHERE d.typtype <> 'd') ELSE t.oid END
+                WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped),
+            'keys', (SELECT jsonb_agg(k.columns) FROM pg_index AS i CROSS JOIN LATERAL (
+                        SELECT jsonb_agg(a.attname ORDER BY n) AS columns FROM generate_series(0, i.indnkeyatts - 1) AS n
+                        JOIN pg_attribute AS a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[n]) AS k
+                     WHERE i.indrelid = c.oid AND i.indisunique AND i.indisvalid AND i.indimmediate AND i.indpred IS NULL AND i.indexprs IS NULL),
+            'unique', (SELECT jsonb_agg(k.columns) FROM pg_index AS i CROSS JOIN LATERAL (
+                        SELECT jsonb_agg(a.attname ORDER BY n) AS columns FROM generate_series(0, i.indnkeyatts - 1) AS n
+                        JOIN pg_attribute AS a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[n]) AS k
+                     WHERE i.indrelid = c.oid AND (i.indisunique OR i.indisexclusion) AND k.columns IS NOT NULL))
+        FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
+        WHERE n.nspname = %L AND c.relname = %L$remote$, dst_schema, dst_name), deadline);
+    IF answer NOT LIKE '{%' THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'undefined_table',
+            MESSAGE = format('table %I.%I does not exist on the target', dst_schema, dst_name),
+            HINT    = 'Create it there, or name another one in dst_table.';
+    END IF;
+    RETURN answer::jsonb;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._remote_facts(text, name, name, timestamptz) IS
+    'columns, keys and privileges of the target''s table';
+
+-- _define(target, source, path): fills in what follows from what the user said: sent columns,
+-- expressions, filter, key on the target; checks it against both sides.  Opens a connection.
+CREATE OR REPLACE FUNCTION tbl_repl._define(
+    target tbl_repl.target,
+    source tbl_repl.source,
+    path   text
+)
+RETURNS tbl_repl.target
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    item      record;
+    facts     jsonb;
+    conn      text;
+    types     oid[] := '{}';
+    expr      record;
+    plain     name;
+    n         integer;
+    fact      jsonb;
+    category  text;
+    deadline  timestamptz := clock_timestamp() + target.timeout * 2;
+BEGIN
+    SELECT c INTO plain FROM unnest(target.columns) AS c
+    WHERE NOT EXISTS (SELECT FROM pg_attribute AS a WHERE a.attrelid = source.source_table AND a.attname = c AND a.attnum > 0 AND NOT a.attisdropped);
+    IF FOUND THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'undefined_column',
+            MESSAGE = format('column %I of table %s does not exist', plain, source.source_table),
+            HINT    = 'columns names columns of the source table.';
+    END IF;
+    IF jsonb_typeof(target.column_map) <> 'object'
+       OR EXISTS (SELECT FROM jsonb_each(CASE jsonb_typeof(target.column_map) WHEN 'object' THEN target.column_map END) AS m WHERE jsonb_typeof(m.value) <> 'string') THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'invalid_parameter_value',
+            MESSAGE = 'column_map must be a JSON object of strings',
+            HINT    = 'For instance {"email": "md5(email)"}: column of the target, SQL expression over the source row.';
+    END IF;
+
+    target.sent_columns := '{}';
+    target.sent_exprs := '{}';
+    FOR item IN
+        SELECT a.attname AS name, format('s.%I', a.attname) AS expression, a.atttypid AS type_id, a.attname AS plain
+        FROM pg_attribute AS a
+        WHERE a.attrelid = source.source_table AND a.attnum > 0 AND NOT a.attisdropped
+          AND CASE WHEN target.columns IS NULL THEN a.attgenerated = '' ELSE a.attname = ANY (target.columns) END
+          AND NOT coalesce(target.column_map ? a.attname::text, false)
+        ORDER BY a.attnum
+    LOOP
+        target.sent_columns := array_append(target.sent_columns, item.name);
+        target.sent_exprs := array_append(target.sent_exprs, item.expression);
+        types := array_append(types, item.type_id);
+    END LOOP;
+    FOR item IN SELECT m.key::name AS name, m.value AS expression FROM jsonb_each_text(target.column_map) AS m ORDER BY m.key COLLATE "C" LOOP
+        SELECT a.attname, a.atttypid INTO expr FROM pg_attribute AS a
+        WHERE a.attrelid = source.source_table AND a.attnum > 0 AND NOT a.attisdropped
+          AND (btrim(item.expression) = quote_ident(a.attname) OR btrim(item.expression) = a.attname::text
+               OR btrim(item.expression) = format('%I', a.attname));
+        target.sent_columns := array_append(target.sent_columns, item.name);
+        IF FOUND THEN
+            target.sent_exprs := array_append(target.sent_exprs, format('s.%I', expr.attname));
+            types := array_append(types, expr.atttypid);
+        ELSE
+            expr := tbl_repl._resolve(source.source_table, item.expression, path, format('column_map entry %s', quote_ident(item.name)));
+            target.sent_exprs := array_append(target.sent_exprs, expr.resolved);
+            types := array_append(types, expr.type_id);
+        END IF;
+    END LOOP;
+    target.filter_expr := NULL;
+    IF target.row_filter IS NOT NULL THEN
+        target.filter_expr := (tbl_repl._resolve(source.source_table, target.row_filter, path, 'row_filter')).resolved;
+    END IF;
+
+    target.dst_keys := '{}';
+    FOREACH plain IN ARRAY source.key_columns LOOP
+        SELECT target.sent_columns[i] INTO item FROM generate_subscripts(target.sent_columns, 1) AS i
+        WHERE target.sent_exprs[i] = format('s.%I', plain)
+        ORDER BY target.sent_columns[i] = plain DESC, i LIMIT 1;
+        IF NOT FOUND THEN
+            RAISE EXCEPTION USING
+                ERRCODE = 'invalid_table_definition',
+                MESSAGE = format('key column %I is not sent', plain),
+                DETAIL  = 'A target needs the whole key to find the row on the other side.',
+                HINT    = 'Name it in columns, or give it another name in column_map by an entry that is nothing but the column.';
+        END IF;
+        target.dst_keys := array_append(target.dst_keys, item.sent_columns);
+    END LOOP;
+
+    conn := tbl_repl._connection_name(target.server, current_user, target.timeout);
+    IF NOT tbl_repl._is_usable(conn) THEN
+        PERFORM tbl_repl._open(conn, target.server, target.timeout, deadline);
+    END IF;
+    facts := tbl_repl._remote_facts(conn, target.dst_schema, target.dst_name, deadline);
+    IF NOT coalesce((facts ->> 'writable')::boolean, false) THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'insufficient_privilege',
+            MESSAGE = format('role %s may not write table %s on the target', facts ->> 'user', tbl_repl._dst_table(target)),
+            HINT    = format('There: GRANT SELECT, INSERT, UPDATE, DELETE, TRUNCATE ON %s TO %I;', tbl_repl._dst_table(target), facts ->> 'user');
+    END IF;
+    IF NOT EXISTS (SELECT FROM jsonb_array_elements(facts -> 'keys') AS k
+                   WHERE k @> to_jsonb(target.dst_keys) AND k <@ to_jsonb(target.dst_keys)) THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'invalid_table_definition',
+            MESSAGE = format('table %s on the target has no unique index on (%s)', tbl_repl._dst_table(target),
+                             (SELECT string_agg(quote_ident(k), ', ') FROM unnest(target.dst_keys) AS k)),
+            DETAIL  = 'Rows are found there by the key of the source; the index must be neither partial nor deferrable.',
+            HINT    = format('There: CREATE UNIQUE INDEX ON %s (%s);', tbl_repl._dst_table(target),
+                             (SELECT string_agg(quote_ident(k), ', ') FROM unnest(target.dst_keys) AS k));
+    END IF;
+    FOR n IN 1 .. cardinality(target.sent_columns) LOOP
+        SELECT c INTO fact FROM jsonb_array_elements(facts -> 'columns') AS c WHERE c ->> 'name' = target.sent_columns[n]::text;
+        IF NOT FOUND THEN
+            RAISE EXCEPTION USING
+                ERRCODE = 'undefined_column',
+                MESSAGE = format('column %I of table %s does not exist on the target', target.sent_columns[n], tbl_repl._dst_table(target)),
+                HINT    = 'Add it there, leave it out by columns, or give it another name by column_map.';
+        ELSIF (fact ->> 'generated')::boolean THEN
+            RAISE EXCEPTION USING
+                ERRCODE = 'generated_always',
+                MESSAGE = format('column %I of table %s is generated on the target', target.sent_columns[n], tbl_repl._dst_table(target)),
+                HINT    = 'Leave it out by columns.';
+        END IF;
+        SELECT y.typcategory INTO category FROM pg_type AS y
+        WHERE y.oid = (SELECT CASE WHEN z.typtype = 'd' THEN z.typbasetype ELSE z.oid END FROM pg_type AS z WHERE z.oid = types[n]);
+        -- Values travel as text, so much goes; what goes for no value at all is refused here.
+        IF fact ->> 'category' IN ('N', 'B', 'D', 'T') AND category <> fact ->> 'category' AND category <> 'X' THEN
+            RAISE EXCEPTION USING
+                ERRCODE = 'datatype_mismatch',
+                MESSAGE = format('column %I is of type %s on the target, but type %s is sent', target.sent_columns[n],
+                                 fact ->> 'type', format_type(types[n], -1)),
+                HINT    = format('Cast it in column_map: {%s: "(...)::%s"}.', to_json(target.sent_columns[n]::text), fact ->> 'type');
+        END IF;
+    END LOOP;
+    SELECT c ->> 'name' INTO plain FROM jsonb_array_elements(facts -> 'columns') AS c
+    WHERE (c ->> 'notnull')::boolean AND NOT (c ->> 'has_default')::boolean AND NOT (c ->> 'generated')::boolean
+      AND c ->> 'name' <> ALL (target.sent_columns::text[]);
+    IF FOUND THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'not_null_violation',
+            MESSAGE = format('column %I of table %s on the target is NOT NULL without a default, and not sent', plain, tbl_repl._dst_table(target)),
+            HINT    = 'Send it, give it a default there, or drop its NOT NULL.';
+    END IF;
+    -- What a plain unique clash may be about; the key itself is none.
+    target.remote := facts || jsonb_build_object('unique',
+        (SELECT coalesce(jsonb_agg(u), '[]') FROM jsonb_array_elements(facts -> 'unique') AS u
+         WHERE NOT (u @> to_jsonb(target.dst_keys) AND u <@ to_jsonb(target.dst_keys))));
+    RETURN target;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._define(tbl_repl.target, tbl_repl.source, text) IS
+    'works out and checks the definition of a target on both sides';
+
+CREATE OR REPLACE FUNCTION tbl_repl._add_target(
+    source_table   regclass,
+    server         name,
+    dst_table      text,
+    mode           text,
+    columns        name[],
+    column_map     jsonb,
+    row_filter     text,
+    key_columns    name[],
+    operations     text[],
+    initial_copy   text,
+    on_conflict    text,
+    version_column name,
+    forward        text,
+    timeout        interval,
+    path           text
+)
+RETURNS integer
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    source  tbl_repl.source%ROWTYPE;
+    target  tbl_repl.target%ROWTYPE;
+    rel     record;
+    parts   text[];
+    owner   name;
+BEGIN
+    IF source_table IS NULL OR server IS NULL THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'null_value_not_allowed',
+            MESSAGE = 'source_table and server must be given';
+    END IF;
+    PERFORM tbl_repl._check_words(mode, operations, on_conflict, forward, version_column, timeout);
+    PERFORM tbl_repl._check_word('initial copy', initial_copy, '{now,background,none}');
+    IF NOT EXISTS (SELECT FROM pg_foreign_server AS f WHERE f.srvname = server) THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'undefined_object',
+            MESSAGE = format('server %I does not exist', server),
+            HINT    = 'Create it with CREATE SERVER ... FOREIGN DATA WRAPPER dblink_fdw OPTIONS (host ..., port ..., dbname ...), and a user mapping.';
+    END IF;
+    SELECT c.relname, c.relkind, c.relpersistence, c.relispartition, c.relowner, n.nspname INTO rel
+    FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace WHERE c.oid = source_table;
+    IF rel.nspname = 'tbl_repl' OR rel.relkind NOT IN ('r', 'p') OR rel.relpersistence = 't' THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'wrong_object_type',
+            MESSAGE = format('%s cannot be replicated', source_table),
+            DETAIL  = 'Only ordinary and partitioned tables can: views, foreign and temporary tables have no triggers that see every change.';
+    ELSIF NOT pg_has_role(current_user, rel.relowner, 'USAGE') THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'insufficient_privilege',
+            MESSAGE = format('must be owner of table %s', source_table);
+    ELSIF NOT rel.relispartition AND rel.relkind = 'r'
+          AND EXISTS (SELECT FROM pg_inherits AS i WHERE source_table IN (i.inhparent, i.inhrelid)) THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'feature_not_supported',
+            MESSAGE = format('table %s takes part in inheritance', source_table),
+            DETAIL  = 'Triggers of a parent do not see what is written to its children.',
+            HINT    = 'Use declarative partitioning, or replicate a table without children.';
+    ELSIF initial_copy = 'now' AND current_setting('transaction_isolation') <> 'read committed' THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'active_sql_transaction',
+            MESSAGE = 'initial_copy => ''now'' needs READ COMMITTED',
+            DETAIL  = 'An older snapshot does not show rows that were committed before the triggers were there.',
+            HINT    = 'Use initial_copy => ''background'', or another transaction.';
+    END IF;
+    parts := parse_ident(coalesce(dst_table, format('%I.%I', rel.nspname, rel.relname)));
+    IF cardinality(parts) > 2 THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'invalid_parameter_value',
+            MESSAGE = format('invalid dst_table: %s', dst_table),
+            HINT    = 'Give ''schema.table'', or ''table'' for one in the source''s schema; quote names as in SQL.';
+    END IF;
+
+    -- Writers in flight have ended when this is granted; the next ones meet the triggers.
+    EXECUTE format('LOCK TABLE %s IN SHARE ROW EXCLUSIVE MODE', source_table);
+    SELECT * INTO source FROM tbl_repl.source AS s
+    WHERE s.source_table = _add_target.source_table AND s.key_columns = tbl_repl._find_key(_add_target.source_table, _add_target.key_columns);
+    IF NOT FOUND THEN
+        INSERT INTO tbl_repl.source (source_table, key_columns, capture)
+        VALUES (source_table, tbl_repl._find_key(source_table, key_columns),
+                CASE WHEN rel.relkind = 'p' OR rel.relispartition THEN 'row' ELSE 'statement' END)
+        RETURNING * INTO source;
+    ELSE
+        SELECT r.rolname INTO owner FROM pg_proc AS f JOIN pg_roles AS r ON r.oid = f.proowner
+        WHERE f.pronamespace = 'tbl_repl'::regnamespace AND f.proname = format('capture_%s', source.source_id);
+        IF NOT pg_has_role(current_user, owner, 'USAGE') THEN
+            RAISE EXCEPTION USING
+                ERRCODE = 'insufficient_privilege',
+                MESSAGE = format('table %s is replicated by role %I already', source_table, owner),
+                HINT    = format('Define all targets of a table as the same role: SET ROLE %I.', owner);
+        END IF;
+    END IF;
+
+    target.source_id := source.source_id;
+    target.owner := current_user;
+    target.server := server;
+    target.dst_schema := CASE WHEN cardinality(parts) = 2 THEN parts[1] ELSE rel.nspname::text END;
+    target.dst_name := parts[cardinality(parts)];
+    target.mode := mode;
+    target.columns := columns;
+    target.column_map := nullif(column_map, '{}');
+    target.row_filter := nullif(btrim(row_filter), '');
+    target.operations := operations;
+    target.on_conflict := on_conflict;
+    target.version_column := version_column;
+    target.forward := forward;
+    target.timeout := timeout;
+    target.generation := 1;
+    IF EXISTS (SELECT FROM tbl_repl.target AS t WHERE t.source_id = source.source_id AND t.server = target.server
+                                                  AND t.dst_schema = target.dst_schema AND t.dst_name = target.dst_name) THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'duplicate_object',
+            MESSAGE = format('table %s is already replicated to %s on server %I', source_table, tbl_repl._dst_table(target), server),
+            HINT    = 'Change it with tbl_repl.alter_target, or drop it first.';
+    END IF;
+    target := tbl_repl._define(target, source, path);
+    target.target_id := nextval('tbl_repl.target_target_id_seq');
+    INSERT INTO tbl_repl.target SELECT target.*;
+    INSERT INTO tbl_repl.target_state (target_id, status, position, system_identifier, copy_after)
+    SELECT target.target_id, CASE initial_copy WHEN 'background' THEN 'copying' ELSE 'ok' END,
+           pg_current_snapshot(), c.system_identifier, CASE initial_copy WHEN 'background' THEN '' END
+    FROM pg_control_system() AS c;
+    PERFORM tbl_repl._rebuild_target(target.target_id);
+    PERFORM tbl_repl._rebuild_capture(source.source_id);
+    PERFORM tbl_repl._rank_sources();
+    IF initial_copy = 'now' THEN
+        -- By the flush at our commit: were we to roll back, nothing may be there.
+        INSERT INTO tbl_repl.stash (source_id, target_id, op, row_count) VALUES (source.source_id, target.target_id, 'C', 1);
+        INSERT INTO tbl_repl.flush DEFAULT VALUES ON CONFLICT DO NOTHING;
+    END IF;
+    RETURN target.target_id;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._add_target(regclass, name, text, text, name[], jsonb, text, name[], text[], text, text, name, text, interval, text) IS
+    'add_target with the caller''s search_path';
+
+-- Referenced tables get smaller ranks; cycles end at a bound, for their constraints have to be deferrable anyway.
+CREATE OR REPLACE FUNCTION tbl_repl._rank_sources()
+RETURNS void
+LANGUAGE sql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    WITH RECURSIVE edge AS (
+        SELECT DISTINCT c.conrelid AS child, c.confrelid AS parent
+        FROM pg_constraint AS c
+        WHERE c.contype = 'f' AND c.conrelid <> c.confrelid
+    ), walk AS (
+        SELECT s.source_table::oid AS rel, 0 AS depth FROM tbl_repl.source AS s
+        UNION
+        SELECT e.child, w.depth + 1 FROM walk AS w JOIN edge AS e ON e.parent = w.rel WHERE w.depth < 32
+    ), rank AS (
+        SELECT w.rel, max(w.depth) AS depth FROM walk AS w GROUP BY w.rel
+    )
+    UPDATE tbl_repl.source AS s SET fk_rank = r.depth
+    FROM rank AS r WHERE r.rel = s.source_table AND s.fk_rank <> r.depth
+$function$;
+COMMENT ON FUNCTION tbl_repl._rank_sources() IS 'orders the replicated tables by their foreign keys';
+
+-- _own_target(target_id): the target, locked; 42704 unknown, 42501 not its owner.
+CREATE OR REPLACE FUNCTION tbl_repl._own_target(target_id integer)
+RETURNS tbl_repl.target
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    target tbl_repl.target%ROWTYPE;
+BEGIN
+    SELECT * INTO target FROM tbl_repl.target AS t WHERE t.target_id = _own_target.target_id;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'undefined_object',
+            MESSAGE = format('target %s does not exist', coalesce(target_id::text, 'NULL')),
+            HINT    = 'See tbl_repl.target_status.';
+    ELSIF NOT pg_has_role(current_user, target.owner, 'MEMBER') THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'insufficient_privilege',
+            MESSAGE = format('must be owner of target %s', target_id),
+            DETAIL  = format('It was defined by role %I.', target.owner);
+    END IF;
+    RETURN target;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._own_target(integer) IS 'a target that the caller may change';
+
+-- alter_target: changes what is given, NULL leaves as it is; row_filter => '' and column_map => '{}' take
+-- filter and map away.  Without anything to change it looks at both sides anew and rebuilds what is generated:
+-- for columns that were added or altered.  Does not copy: see resync_target.  Locks the source SHARE ROW EXCLUSIVE.
+-- Not pinned, as add_target.
+CREATE OR REPLACE FUNCTION tbl_repl.alter_target(
+    target_id      integer,
+    dst_table      text DEFAULT NULL,
+    mode           text DEFAULT NULL,
+    columns        name[] DEFAULT NULL,
+    column_map     jsonb DEFAULT NULL,
+    row_filter     text DEFAULT NULL,
+    operations     text[] DEFAULT NULL,
+    on_conflict    text DEFAULT NULL,
+    version_column name DEFAULT NULL,
+    forward        text DEFAULT NULL,
+    timeout        interval DEFAULT NULL
+)
+RETURNS void
+LANGUAGE plpgsql VOLATILE
+AS $function$
+BEGIN
+    PERFORM tbl_repl._alter_target(target_id, dst_table, mode, columns, column_map, row_filter, operations, on_conflict,
+                                   version_column, forward, timeout, pg_catalog.current_setting('search_path'));
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl.alter_target(integer, text, text, name[], jsonb, text, text[], text, name, text, interval) IS
+    'changes the definition of a target; what is not given stays';
+
+CREATE OR REPLACE FUNCTION tbl_repl._alter_target(
+    target_id      integer,
+    dst_table      text,
+    mode           text,
+    columns        name[],
+    column_map     jsonb,
+    row_filter     text,
+    operations     text[],
+    on_conflict    text,
+    version_column name,
+    forward        text,
+    timeout        interval,
+    path           text
+)
+RETURNS void
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    target tbl_repl.target%ROWTYPE := tbl_repl._own_target(target_id);
+    source tbl_repl.source%ROWTYPE;
+    old    tbl_repl.target%ROWTYPE := target;
+    parts  text[];
+BEGIN
+    SELECT * INTO STRICT source FROM tbl_repl.source AS s WHERE s.source_id = target.source_id;
+    target.mode := coalesce(mode, target.mode);
+    target.operations := coalesce(operations, target.operations);
+    target.on_conflict := coalesce(on_conflict, target.on_conflict);
+    target.forward := coalesce(forward, target.forward);
+    target.version_column := coalesce(version_column, target.version_column);
+    target.timeout := coalesce(timeout, target.timeout);
+    PERFORM tbl_repl._check_words(target.mode, target.operations, target.on_conflict, target.forward,
+                                  target.version_column, target.timeout);
+    target.columns := coalesce(columns, target.columns);
+    target.column_map := nullif(coalesce(column_map, target.column_map), '{}');
+    target.row_filter := nullif(btrim(coalesce(row_filter, target.row_filter)), '');
+    IF dst_table IS NOT NULL THEN
+        parts := parse_ident(dst_table);
+        IF cardinality(parts) = 2 THEN
+            target.dst_schema := parts[1];
+        END IF;
+        target.dst_name := parts[cardinality(parts)];
+    END IF;
+    EXECUTE format('LOCK TABLE %s IN SHARE ROW EXCLUSIVE MODE', source.source_table);
+    target := tbl_repl._define(target, source, path);
+    target.generation := target.generation + 1;
+    UPDATE tbl_repl.target AS t
+    SET dst_schema = target.dst_schema, dst_name = target.dst_name, mode = target.mode, columns = target.columns,
+        column_map = target.column_map, row_filter = target.row_filter, operations = target.operations,
+        on_conflict = target.on_conflict, version_column = target.version_column, forward = target.forward,
+        timeout = target.timeout, sent_columns = target.sent_columns, sent_exprs = target.sent_exprs,
+        filter_expr = target.filter_expr, dst_keys = target.dst_keys, remote = target.remote, generation = target.generation
+    WHERE t.target_id = _alter_target.target_id;
+    IF old.mode = 'async' AND target.mode <> 'async' THEN
+        PERFORM tbl_repl._leave_async(old);
+    END IF;
+    PERFORM tbl_repl._rebuild_target(target_id);
+    PERFORM tbl_repl._rebuild_capture(source.source_id);
+    PERFORM tbl_repl._rank_sources();
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._alter_target(integer, text, text, name[], jsonb, text, text[], text, name, text, interval, text) IS
+    'alter_target with the caller''s search_path';
+
+-- An async target shares its queue rows with others; a direct one has its own.  Nobody writes the table now.
+CREATE OR REPLACE FUNCTION tbl_repl._leave_async(target tbl_repl.target)
+RETURNS void
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    moved bigint;
+BEGIN
+    EXECUTE (SELECT format('INSERT INTO tbl_repl.change (segment, source_id, target_id, op, keys, row_count, captured_at) '
+                           'SELECT h.segment, c.source_id, %s, c.op, c.keys, c.row_count, c.captured_at FROM tbl_repl.queue_head AS h, %s AND c.target_id IS NULL',
+                           target.target_id, tbl_repl._pending_from(target, st.position))
+             FROM tbl_repl.target_state AS st WHERE st.target_id = target.target_id);
+    GET DIAGNOSTICS moved = ROW_COUNT;
+    IF moved > 0 THEN
+        UPDATE tbl_repl.target_state AS st SET status = 'queueing' WHERE st.target_id = target.target_id AND st.status = 'ok';
+    END IF;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._leave_async(tbl_repl.target) IS
+    'gives a target that is no longer async its own queue rows';
+
+-- drop_target: ends the replication; rows on the target stay.  With the last target of a table its
+-- triggers go, and the table is as it was.
+CREATE OR REPLACE FUNCTION tbl_repl.drop_target(target_id integer)
+RETURNS void
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    target    tbl_repl.target%ROWTYPE := tbl_repl._own_target(target_id);
+    rel       regclass;
+    signature text;
+BEGIN
+    SELECT c.oid INTO rel FROM tbl_repl.source AS s JOIN pg_class AS c ON c.oid = s.source_table WHERE s.source_id = target.source_id;
+    IF rel IS NOT NULL THEN
+        EXECUTE format('LOCK TABLE %s IN SHARE ROW EXCLUSIVE MODE', rel);
+    END IF;
+    DELETE FROM tbl_repl.target AS t WHERE t.target_id = drop_target.target_id;
+    FOREACH signature IN ARRAY tbl_repl._target_functions(target_id) LOOP
+        EXECUTE format('DROP FUNCTION IF EXISTS %s', signature);
+    END LOOP;
+    DELETE FROM tbl_repl.stash AS s WHERE s.target_id = drop_target.target_id;
+    DELETE FROM tbl_repl.shipped AS s WHERE s.target_id = drop_target.target_id;
+    IF EXISTS (SELECT FROM tbl_repl.target AS t WHERE t.source_id = target.source_id) THEN
+        IF rel IS NOT NULL THEN
+            PERFORM tbl_repl._rebuild_capture(target.source_id);
+        END IF;
+        RETURN;
+    END IF;
+    PERFORM tbl_repl._drop_triggers(target.source_id, NULL);
+    EXECUTE format('DROP FUNCTION IF EXISTS tbl_repl.%I()', format('capture_%s', target.source_id));
+    DELETE FROM tbl_repl.stash AS s WHERE s.source_id = target.source_id AND s.txid = pg_current_xact_id();
+    DELETE FROM tbl_repl.change AS c WHERE c.source_id = target.source_id;
+    DELETE FROM tbl_repl.source AS s WHERE s.source_id = target.source_id;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl.drop_target(integer) IS 'ends the replication to a target';
+
+CREATE OR REPLACE FUNCTION tbl_repl.drop_target(
+    source_table regclass,
+    server       name,
+    dst_table    text DEFAULT NULL
+)
+RETURNS void
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    found_ids integer[];
+    parts     text[] := parse_ident(dst_table);
+BEGIN
+    SELECT array_agg(t.target_id) INTO found_ids
+    FROM tbl_repl.target AS t JOIN tbl_repl.source AS s USING (source_id)
+    WHERE s.source_table = drop_target.source_table AND t.server = drop_target.server
+      AND (dst_table IS NULL OR (t.dst_name = parts[cardinality(parts)] AND (cardinality(parts) = 1 OR t.dst_schema = parts[1])));
+    IF coalesce(cardinality(found_ids), 0) <> 1 THEN
+        RAISE EXCEPTION USING
+            ERRCODE = CASE WHEN found_ids IS NULL THEN 'undefined_object' ELSE 'ambiguous_parameter' END,
+            MESSAGE = format(CASE WHEN found_ids IS NULL THEN 'table %s has no such target on server %I'
+                                  ELSE 'table %s has several targets on server %I' END, source_table, server),
+            HINT    = CASE WHEN found_ids IS NULL THEN 'See tbl_repl.target_status.' ELSE 'Name one in dst_table.' END;
+    END IF;
+    PERFORM tbl_repl.drop_target(found_ids[1]);
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl.drop_target(regclass, name, text) IS 'ends the replication of a table to a server';
+
+-- pause_target: from now on changes queue, whatever the mode.  Waits for shippers in flight.
+CREATE OR REPLACE FUNCTION tbl_repl.pause_target(target_id integer)
+RETURNS void
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+BEGIN
+    PERFORM tbl_repl._own_target(target_id);
+    PERFORM pg_advisory_xact_lock(tbl_repl._lock_ship(), target_id);
+    UPDATE tbl_repl.target_state AS st SET status = 'paused' WHERE st.target_id = pause_target.target_id;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl.pause_target(integer) IS 'stops shipping to a target; changes queue';
+
+-- resume_target: what has queued is shipped by replay or the worker, then the target returns to ok.
+CREATE OR REPLACE FUNCTION tbl_repl.resume_target(target_id integer)
+RETURNS void
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    current_status text;
+BEGIN
+    PERFORM tbl_repl._own_target(target_id);
+    PERFORM pg_advisory_xact_lock(tbl_repl._lock_ship(), target_id);
+    SELECT st.status INTO current_status FROM tbl_repl.target_state AS st
+    WHERE st.target_id = resume_target.target_id FOR UPDATE;
+    IF current_status NOT IN ('paused', 'failed') THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'object_not_in_prerequisite_state',
+            MESSAGE = format('target %s is not paused', target_id),
+            DETAIL  = format('Its status is %s.', current_status),
+            HINT    = 'Only a target that is paused or failed can be resumed.';
+    END IF;
+    UPDATE tbl_repl.target_state AS st
+    SET status = CASE WHEN st.copy_after IS NOT NULL THEN 'copying' ELSE 'queueing' END
+    WHERE st.target_id = resume_target.target_id;
+    PERFORM tbl_repl._back_to_ok(target_id);
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl.resume_target(integer) IS 'lets a paused or failed target go on';
+
+-- explain_target(target_id, key): the statements that would be sent for a row, or for a made-up first
+-- one; sends nothing.  The row's values are in it, so it takes the owner of the target.
+CREATE OR REPLACE FUNCTION tbl_repl.explain_target(target_id integer, key jsonb DEFAULT NULL)
+RETURNS SETOF text
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    target   tbl_repl.target%ROWTYPE := tbl_repl._own_target(target_id);
+    keys     text[];
+    rendered record;
+BEGIN
+    IF key IS NULL THEN
+        EXECUTE format('SELECT tbl_repl.page_%s('''', 1)', target_id) INTO keys;
+    ELSE
+        SELECT ARRAY[tbl_repl._key_from_json(s.source_table, s.key_columns, key)] INTO keys
+        FROM tbl_repl.source AS s WHERE s.source_id = target.source_id;
+    END IF;
+    IF keys IS NULL THEN
+        RETURN QUERY SELECT format('%s($1, ...)%s', p.head, p.tail) FROM tbl_repl._upsert_parts(target) AS p;
+        RETURN;
+    END IF;
+    EXECUTE format('SELECT * FROM tbl_repl.render_%s($1, false, true, ''plain'')', target_id) INTO rendered USING keys;
+    RETURN QUERY SELECT x FROM unnest(ARRAY[rendered.deletes, rendered.upserts]) AS x WHERE x IS NOT NULL;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl.explain_target(integer, jsonb) IS
+    'the SQL that would be sent for a row: {"key column": value}; without a key, for the first row';
+
+-- resync_target: queues every row; rows that only the target has stay (see repair_target).
+CREATE OR REPLACE FUNCTION tbl_repl.resync_target(target_id integer)
+RETURNS bigint
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    target tbl_repl.target%ROWTYPE := tbl_repl._own_target(target_id);
+    after  text := '';
+    page   text[];
+    total  bigint := 0;
+BEGIN
+    LOOP
+        EXECUTE format('SELECT tbl_repl.page_%s($1, 10000)', target_id) INTO page USING after;
+        EXIT WHEN page IS NULL;
+        PERFORM tbl_repl._queue_keys(target, page);
+        total := total + cardinality(page);
+        after := page[cardinality(page)];
+    END LOOP;
+    RETURN total;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl.resync_target(integer) IS 'queues every row of a target; returns how many';
+
+-- Queues keys for one target as if they had been written, and lets everything for it queue behind them.
+CREATE OR REPLACE FUNCTION tbl_repl._queue_keys(target tbl_repl.target, keys text[])
+RETURNS void
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+BEGIN
+    PERFORM pg_advisory_xact_lock_shared(tbl_repl._lock_queue(), target.target_id);
+    INSERT INTO tbl_repl.change (segment, source_id, target_id, op, keys, row_count)
+    SELECT h.segment, target.source_id, target.target_id, o.op, _queue_keys.keys, cardinality(_queue_keys.keys)
+    FROM tbl_repl.queue_head AS h,
+         -- as an operation that this target takes
+         (SELECT CASE WHEN 'delete' = ANY (target.operations) THEN 'D' WHEN 'update' = ANY (target.operations) THEN 'U'
+                      WHEN 'insert' = ANY (target.operations) THEN 'I' ELSE 'T' END::"char" AS op) AS o;
+    UPDATE tbl_repl.target_state AS st SET status = 'queueing'
+    WHERE st.target_id = target.target_id AND st.status = 'ok' AND target.mode <> 'async';
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._queue_keys(tbl_repl.target, text[]) IS 'queues keys for one target';
