@@ -35,7 +35,14 @@ def environment(scratch: Path, **more: str) -> dict[str, str]:
 def assert_told_the_story(done: subprocess.CompletedProcess[str], scratch: Path) -> None:
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert "checks, all well" in done.stdout
-    for word in ("10002", "sync_err_rec", "28P01", "23514", "25006", "TRUNCATE TABLE"):
+    for word in (
+        "10003",
+        "sync_err_rec",
+        "password authentication failed",
+        "23514",
+        "25006",
+        "TRUNCATE TABLE",
+    ):
         assert word in done.stdout, word
     assert list(scratch.iterdir()) == []
 
