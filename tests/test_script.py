@@ -162,7 +162,8 @@ FROM pg_trigger t
 JOIN pg_proc p ON p.oid = t.tgfoid
 CROSS JOIN LATERAL plpgsql_check_function_tb(
     p.oid, t.tgrelid, fatal_errors => false, performance_warnings => false,
-    oldtable => t.tgoldtable, newtable => t.tgnewtable) c
+    -- one function serves every statement trigger; what it does not get it does not look at
+    oldtable => coalesce(t.tgoldtable, 'old_rows'), newtable => coalesce(t.tgnewtable, 'new_rows')) c
 WHERE p.pronamespace = 'tbl_repl'::regnamespace AND NOT t.tgisinternal
     AND p.prolang = (SELECT oid FROM pg_language WHERE lanname = 'plpgsql')
 """
