@@ -440,7 +440,7 @@ DECLARE
     item     record;
     portal   refcursor;
     keys     text[];
-    found    tbl_repl.poison[];
+    rejected    tbl_repl.poison[];
     poison   tbl_repl.poison[] := '{}';
     one      tbl_repl.poison;
     left_bad tbl_repl.poison[];
@@ -460,17 +460,17 @@ BEGIN
         LOOP
             FETCH portal INTO keys;
             EXIT WHEN NOT FOUND;
-            found := tbl_repl._apply_keys(conn, timeout, item.target_id, item.absent, keys, true);
-            IF cardinality(found) > 0 AND found[1].key IS NULL THEN
+            rejected := tbl_repl._apply_keys(conn, timeout, item.target_id, item.absent, keys, true);
+            IF cardinality(rejected) > 0 AND rejected[1].key IS NULL THEN
                 -- the definition is at fault: a person is needed, the queue is kept
                 broken := array_append(broken, item.target_id);
-                PERFORM tbl_repl._log_error(item.target_id, NULL, found[1].code, found[1].message, NULL,
+                PERFORM tbl_repl._log_error(item.target_id, NULL, rejected[1].code, rejected[1].message, NULL,
                                             format('Mend it, call tbl_repl.alter_target(%s) if columns have changed, then replay.', item.target_id), NULL);
                 UPDATE tbl_repl.target_state AS st SET status = 'failed' WHERE st.target_id = item.target_id AND st.status <> 'paused';
                 EXIT;
             END IF;
-            poison := poison || found;
-            counted := counted + cardinality(keys) - cardinality(found);
+            poison := poison || rejected;
+            counted := counted + cardinality(keys) - cardinality(rejected);
         END LOOP;
         CLOSE portal;
         shipped := shipped + counted;
@@ -483,8 +483,8 @@ BEGIN
         left_bad := '{}';
         FOREACH one IN ARRAY poison LOOP
             IF one.code IN ('23503', '23505') THEN
-                found := tbl_repl._apply_keys(conn, timeout, one.target_id, one.absent, ARRAY[one.key], false);
-                IF cardinality(found) = 0 THEN
+                rejected := tbl_repl._apply_keys(conn, timeout, one.target_id, one.absent, ARRAY[one.key], false);
+                IF cardinality(rejected) = 0 THEN
                     progress := true;
                     shipped := shipped + 1;
                     CONTINUE;
