@@ -216,15 +216,16 @@ BEGIN
         JOIN tbl_repl.source AS s USING (source_id)
         JOIN pg_foreign_server AS f ON f.srvname = t.server
         JOIN pg_roles AS r ON r.rolname = t.owner
-        WHERE t.source_id IN (SELECT c.source_id FROM tbl_repl.stash AS c WHERE c.txid = own)
-          AND (t.mode <> 'async' OR EXISTS (SELECT FROM tbl_repl.stash AS c
-                                            WHERE c.txid = own AND c.op = 'C' AND c.target_id = t.target_id))
+        WHERE EXISTS (SELECT FROM tbl_repl.stash AS c
+                      WHERE c.txid = own AND c.source_id = t.source_id
+                        AND CASE c.op WHEN 'C' THEN c.target_id = t.target_id ELSE t.mode <> 'async' END)
         ORDER BY t.target_id
     LOOP
-        IF preparing AND item.mode = 'sync' AND item.status = 'ok' THEN
+        IF preparing AND (item.copies OR (item.mode = 'sync' AND item.status = 'ok')) THEN
             RAISE EXCEPTION USING
                 ERRCODE = 'feature_not_supported',
-                MESSAGE = format('cannot PREPARE a transaction that has written table %s, which has a sync target', item.source_table),
+                MESSAGE = format('cannot PREPARE a transaction that has written table %s, which has a sync target, or has added a target to it',
+                                 item.source_table),
                 HINT    = 'Commit it in one phase, or make the target tolerant or async.';
         ELSIF NOT preparing AND tbl_repl._may_ship(item.target_id, item.status, item.mode, item.timeout, repeatable) THEN
             parcels := array_append(parcels, ROW(item.target_id, item.source_id, item.server, item.conn,
@@ -540,6 +541,16 @@ END
 $function$;
 COMMENT ON FUNCTION tbl_repl._lane_failed(tbl_repl.lane, text, text, text, text) IS 'notes why a connection failed';
 
+CREATE OR REPLACE FUNCTION tbl_repl._lane_text(lane tbl_repl.lane, two_phase boolean)
+RETURNS text
+LANGUAGE sql IMMUTABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT CASE WHEN two_phase THEN 'BEGIN; ' || lane.message ELSE lane.message || tbl_repl._lease(lane.deadline) END
+$function$;
+COMMENT ON FUNCTION tbl_repl._lane_text(tbl_repl.lane, boolean) IS
+    'the message of a connection: a transaction of its own, or the first half of one';
+
 -- _lane_send(lane, two_phase): connects if need be, and sends.  Never raises: the other connections have
 -- to be served.  A connection that turns out to be dead before anything was sent is opened again.
 CREATE OR REPLACE FUNCTION tbl_repl._lane_send(
@@ -556,8 +567,11 @@ DECLARE
     error_hint   text;
 BEGIN
     PERFORM tbl_repl._connect(lane.target_id, lane.conn, lane.deadline);
-    PERFORM tbl_repl._send(lane.conn, CASE WHEN two_phase THEN 'BEGIN; ' || lane.message
-                                           ELSE lane.message || tbl_repl._lease(lane.deadline) END);
+    IF tbl_repl._dblink_send(lane.conn, tbl_repl._lane_text(lane, two_phase)) <> 1 THEN
+        PERFORM tbl_repl._dblink_disconnect(lane.conn);
+        PERFORM tbl_repl._connect(lane.target_id, lane.conn, lane.deadline);
+        PERFORM tbl_repl._send(lane.conn, tbl_repl._lane_text(lane, two_phase));
+    END IF;
     lane.state := 'sent';
     RETURN lane;
 EXCEPTION WHEN query_canceled OR OTHERS THEN
@@ -602,7 +616,13 @@ BEGIN
         EXCEPTION WHEN query_canceled OR OTHERS THEN
             GET STACKED DIAGNOSTICS error_text = MESSAGE_TEXT, error_detail = PG_EXCEPTION_DETAIL, error_hint = PG_EXCEPTION_HINT;
             code := SQLSTATE;
+            IF code = '22012' AND clock_timestamp() > lane.deadline - interval '50 milliseconds' THEN
+                -- the lease, not a division of the target's own
+                code := '08006';
+                error_text := 'the target did not answer in time';
+            END IF;
             lane := tbl_repl._lane_failed(lane, code, error_text, error_detail, error_hint);
+            EXIT WHEN clock_timestamp() > lane.deadline;
         END;
         first_error := coalesce(first_error, lane);
         BEGIN
@@ -632,17 +652,17 @@ BEGIN
             ELSE
                 EXIT;
             END IF;
-            PERFORM tbl_repl._send(lane.conn, CASE WHEN two_phase THEN 'BEGIN; ' || lane.message
-                                                   ELSE lane.message || tbl_repl._lease(lane.deadline) END);
+            PERFORM tbl_repl._send(lane.conn, tbl_repl._lane_text(lane, two_phase));
         EXCEPTION WHEN query_canceled OR OTHERS THEN
             EXIT;
         END;
     END LOOP;
-    IF code ~ '^(08|57P)' THEN
+    IF code ~ '^08' THEN
         -- Lost, and the old session could not be ended: its message dies with the lease.
         PERFORM tbl_repl._outlive(lane.deadline);
     END IF;
     -- the first reason is the one to tell
+    first_error := coalesce(first_error, lane);
     first_error.parcels := lane.parcels;
     RETURN tbl_repl._lane_without_tolerant(first_error, own, mine, two_phase);
 END
@@ -719,7 +739,7 @@ BEGIN
     RETURN lane;
 EXCEPTION WHEN query_canceled OR OTHERS THEN
     GET STACKED DIAGNOSTICS error_text = MESSAGE_TEXT, error_detail = PG_EXCEPTION_DETAIL, error_hint = PG_EXCEPTION_HINT;
-    IF SQLSTATE ~ '^(08|57P)' THEN
+    IF SQLSTATE ~ '^08' THEN
         PERFORM tbl_repl._outlive(lane.deadline);
     ELSIF lane.conn = ANY (tbl_repl._dblink_connections()) THEN
         PERFORM tbl_repl._dblink_disconnect(lane.conn);
@@ -750,22 +770,18 @@ DECLARE
     error_text   text;
     error_detail text;
     error_hint   text;
-    all_at_end   boolean;
     parcel       tbl_repl.parcel;
-    conn         text;
 BEGIN
-    SELECT bool_or(p.sync) AND count(DISTINCT p.conn) > 1 INTO all_at_end FROM unnest(parcels) AS p;
     FOR lane IN
-        -- sync targets have a connection's transaction to themselves here
+        -- sync targets first, in transactions of their own: all of them or none
         SELECT p.conn, p.sync, min(p.target_id) AS target_id, max(p.timeout) AS timeout, array_agg(p ORDER BY p.target_id) AS parcels
         FROM unnest(parcels) AS p GROUP BY p.conn, p.sync ORDER BY p.sync DESC, 3
     LOOP
+        IF NOT lane.sync THEN
+            PERFORM tbl_repl._commit_all(done, parcels);
+            done := '{}';
+        END IF;
         BEGIN
-            IF lane.conn = ANY (done) THEN
-                -- the sync targets of this server are still to be committed
-                PERFORM tbl_repl._commit(lane.conn, lane.timeout);
-                done := array_remove(done, lane.conn);
-            END IF;
             PERFORM tbl_repl._connect(lane.target_id, lane.conn, clock_timestamp() + lane.timeout);
             SELECT array_agg(l) INTO loads
             FROM unnest(lane.parcels) AS p CROSS JOIN LATERAL tbl_repl._loads_of_transaction(p.target_id, own) AS l;
@@ -773,7 +789,7 @@ BEGIN
                 CONTINUE;
             END IF;
             shipped := tbl_repl._stream_any_way(lane.conn, lane.target_id, loads, mine, lane.timeout);
-            IF all_at_end THEN
+            IF lane.sync THEN
                 done := array_append(done, lane.conn);
             ELSE
                 PERFORM tbl_repl._commit(lane.conn, lane.timeout);
@@ -794,14 +810,34 @@ BEGIN
             END LOOP;
         END;
     END LOOP;
-    FOREACH conn IN ARRAY done LOOP
-        PERFORM tbl_repl._commit(conn, (SELECT max(p.timeout) FROM unnest(parcels) AS p WHERE p.conn = conn));
-    END LOOP;
+    PERFORM tbl_repl._commit_all(done, parcels);
     RETURN failed;
 END
 $function$;
 COMMENT ON FUNCTION tbl_repl._ship_large(tbl_repl.parcel[], xid8, boolean) IS
     'ships many rows or whole tables in messages of bounded size';
+
+CREATE OR REPLACE FUNCTION tbl_repl._commit_all(conns text[], parcels tbl_repl.parcel[])
+RETURNS void
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    lane  text;
+    bound interval;
+BEGIN
+    FOREACH lane IN ARRAY conns LOOP
+        SELECT max(p.timeout) INTO bound FROM unnest(parcels) AS p WHERE p.conn = lane;
+        PERFORM tbl_repl._commit(lane, bound);
+    END LOOP;
+EXCEPTION WHEN OTHERS THEN
+    -- open remote transactions end with their connection
+    PERFORM tbl_repl._dblink_disconnect(c) FROM unnest(conns) AS c WHERE c = ANY (tbl_repl._dblink_connections());
+    RAISE;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._commit_all(text[], tbl_repl.parcel[]) IS
+    'commits the remote transactions that wait for it';
 
 -- What a transaction in flight has for one target, as loads: a whole table, or keys.
 CREATE OR REPLACE FUNCTION tbl_repl._loads_of_transaction(target_id integer, own xid8)
