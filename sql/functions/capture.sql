@@ -47,7 +47,12 @@ BEGIN
     END IF;$piece$, source.source_id) END,
         CASE WHEN queued THEN format(
             $piece$INSERT INTO tbl_repl.change (segment, source_id, op, keys, row_count)
-    SELECT h.segment, %1$s, {op}, {keys}, coalesce(cardinality({keys}), 1) FROM tbl_repl.queue_head AS h;$piece$, source.source_id) END);
+    SELECT h.segment, %1$s, {op}, {keys}, coalesce(cardinality({keys}), 1) FROM tbl_repl.queue_head AS h;
+    IF NOT pg_try_advisory_xact_lock_shared(%2$s, 0) AND current_setting('transaction_isolation') <> 'serializable' THEN
+        -- the worker sleeps: the flush wakes it (not here: PREPARE TRANSACTION refuses what has notified)
+        INSERT INTO tbl_repl.stash (source_id, op, row_count) VALUES (%1$s, 'W', 0);
+        INSERT INTO tbl_repl.flush DEFAULT VALUES ON CONFLICT DO NOTHING;
+    END IF;$piece$, source.source_id, tbl_repl._lock_sleep()) END);
 
     IF source.capture = 'statement' THEN
         selected := format('SELECT array_agg(%s) INTO {into} FROM {rows} AS s%s;', key_s, ' WHERE ' || filter);

@@ -39,7 +39,8 @@ SELECT t.target_id,
        st.last_error,
        st.last_error_at,
        greatest(st.last_shipped_at, d.shipped_at) AS last_shipped_at,
-       st.rows_shipped + coalesce(d.rows, 0) AS rows_shipped
+       st.rows_shipped + coalesce(d.rows, 0) AS rows_shipped,
+       st.next_try_at
 FROM tbl_repl.target AS t
 JOIN tbl_repl.target_state AS st USING (target_id)
 JOIN tbl_repl.source AS s USING (source_id)

@@ -19,6 +19,24 @@ LANGUAGE plpgsql VOLATILE
 SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 AS $function$
+BEGIN
+    RETURN tbl_repl._replay(server, max_rows, true);
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl.replay(name, integer) IS
+    'ships one batch of what is queued; returns the number of rows handled, 0 when nothing is left';
+
+-- retry: whether rows in quarantine get another chance once nothing else is left.
+CREATE OR REPLACE FUNCTION tbl_repl._replay(
+    server   name,
+    max_rows integer,
+    retry    boolean
+)
+RETURNS bigint
+LANGUAGE plpgsql VOLATILE
+SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+AS $function$
 DECLARE
     lane    record;
     handled bigint;
@@ -33,22 +51,22 @@ BEGIN
         RAISE EXCEPTION USING
             ERRCODE = 'invalid_parameter_value',
             MESSAGE = 'the number of rows of a batch must be at least 1';
-    ELSIF NOT EXISTS (SELECT FROM pg_foreign_server AS f WHERE f.srvname = replay.server) AND replay.server IS NOT NULL THEN
+    ELSIF NOT EXISTS (SELECT FROM pg_foreign_server AS f WHERE f.srvname = _replay.server) AND _replay.server IS NOT NULL THEN
         RAISE EXCEPTION USING
             ERRCODE = 'undefined_object',
-            MESSAGE = format('server %I does not exist', replay.server);
+            MESSAGE = format('server %I does not exist', _replay.server);
     END IF;
     PERFORM tbl_repl._check_positions();
     -- Those that failed last come last: one bad target must not keep the others waiting.
     FOR lane IN
         SELECT t.server, t.owner, t.timeout, array_agg(t.target_id ORDER BY t.target_id) AS targets
         FROM tbl_repl.target AS t JOIN tbl_repl.target_state AS st USING (target_id)
-        WHERE (replay.server IS NULL OR t.server = replay.server) AND st.status <> 'paused'
+        WHERE (_replay.server IS NULL OR t.server = _replay.server) AND st.status <> 'paused'
         GROUP BY t.server, t.owner, t.timeout
         ORDER BY max(st.last_error_at) FILTER (WHERE st.last_error_at > coalesce(st.last_shipped_at, '-infinity')) NULLS FIRST,
                  min(st.last_shipped_at) NULLS FIRST, t.server, t.owner
     LOOP
-        handled := tbl_repl._replay_lane(lane.targets, max_rows);
+        handled := tbl_repl._replay_lane(lane.targets, max_rows, retry);
         IF handled > 0 THEN
             PERFORM tbl_repl._rotate();
             RETURN handled;
@@ -57,8 +75,8 @@ BEGIN
     RETURN 0;
 END
 $function$;
-COMMENT ON FUNCTION tbl_repl.replay(name, integer) IS
-    'ships one batch of what is queued; returns the number of rows handled, 0 when nothing is left';
+COMMENT ON FUNCTION tbl_repl._replay(name, integer, boolean) IS
+    'replay, with or without another try of what is in quarantine; SECURITY DEFINER as replay';
 
 -- drain(server, batch_rows): replay until nothing is left, COMMIT after each batch.  A procedure with
 -- a SET clause or SECURITY DEFINER could not commit: hence this thin shell, in which every name is qualified.
@@ -160,8 +178,8 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._position_after(pg_snapshot, pg_snapshot, xid8, xid8[]) IS
     'position of a target after a batch that ends at a transaction';
 
--- _replay_lane(targets, max_rows): one batch for the targets behind one connection.
-CREATE OR REPLACE FUNCTION tbl_repl._replay_lane(targets integer[], max_rows integer)
+-- _replay_lane(targets, max_rows, retry): one batch for the targets behind one connection.
+CREATE OR REPLACE FUNCTION tbl_repl._replay_lane(targets integer[], max_rows integer, retry boolean)
 RETURNS bigint
 LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp
@@ -186,7 +204,7 @@ BEGIN
     FROM tbl_repl.target_state AS st
     WHERE st.target_id = ANY (targets)
       AND (st.status <> 'ok' OR tbl_repl._has_pending(st.target_id)
-           OR EXISTS (SELECT FROM tbl_repl.quarantined AS q WHERE q.target_id = st.target_id));
+           OR (retry AND EXISTS (SELECT FROM tbl_repl.quarantined AS q WHERE q.target_id = st.target_id)));
     IF targets IS NULL THEN
         RETURN 0;
     END IF;
@@ -254,7 +272,7 @@ BEGIN
     END LOOP;
 
     -- Nothing else to do: what is in quarantine gets another chance.
-    IF cardinality(loads) = 0 AND batch.cut IS NULL THEN
+    IF retry AND cardinality(loads) = 0 AND batch.cut IS NULL THEN
         SELECT coalesce(array_agg(ROW(q.target_id, s.fk_rank, format(
                    'SELECT array_agg(q.key) AS keys FROM (SELECT key FROM tbl_repl.quarantined WHERE target_id = %s ORDER BY last_failed_at LIMIT %s) AS q HAVING count(*) > 0',
                    q.target_id, max_rows), true, false)::tbl_repl.load), '{}')
@@ -278,10 +296,16 @@ BEGIN
         END IF;
         IF retrying THEN
             handled := failure.shipped;
+        ELSIF NOT EXISTS (SELECT FROM unnest(loads) AS u WHERE u.target_id <> ALL (failure.broken)) THEN
+            RAISE WARNING USING
+                ERRCODE = 'object_not_in_prerequisite_state',
+                MESSAGE = format('server %I: targets %s have failed, see tbl_repl.target_status', lane.server, array_to_string(failure.broken, ', ')),
+                DETAIL  = 'Their changes stay queued.';
+            RETURN 0;
         END IF;
         UPDATE tbl_repl.target_state AS st
         SET rows_shipped = st.rows_shipped + coalesce((failure.by_target ->> st.target_id::text)::bigint, 0),
-            last_shipped_at = clock_timestamp()
+            last_shipped_at = clock_timestamp(), next_try_at = NULL
         WHERE st.target_id IN (SELECT u.target_id FROM unnest(loads) AS u)
           AND (failure.by_target ->> st.target_id::text)::bigint > 0;
     END IF;
@@ -312,7 +336,7 @@ BEGIN
     RETURN handled;
 END
 $function$;
-COMMENT ON FUNCTION tbl_repl._replay_lane(integer[], integer) IS
+COMMENT ON FUNCTION tbl_repl._replay_lane(integer[], integer, boolean) IS
     'ships one batch to the targets behind one connection';
 
 -- Back to ok.  Holding ship, so that nobody ships: with queue held exclusively those that were queueing

@@ -193,7 +193,7 @@ DECLARE
     preparing  boolean;
     total      bigint;
     whole      boolean;
-    now_at     timestamptz;
+    waking     boolean;
     item       record;
     parcels    tbl_repl.parcel[] := '{}';
     parcel     tbl_repl.parcel;
@@ -201,11 +201,18 @@ DECLARE
     queued     integer[] := '{}';
     again      integer;
 BEGIN
-    SELECT sum(s.row_count), bool_or(s.keys IS NULL) INTO total, whole FROM tbl_repl.stash AS s WHERE s.txid = own;
+    SELECT sum(s.row_count), bool_or(s.keys IS NULL AND s.op <> 'W'), bool_or(s.op = 'W') INTO total, whole, waking
+    FROM tbl_repl.stash AS s WHERE s.txid = own;
     IF total IS NULL THEN
         RETURN;
     END IF;
     preparing := tbl_repl._is_preparing();
+    IF waking AND NOT preparing THEN
+        NOTIFY tbl_repl;
+    END IF;
+    IF total = 0 THEN
+        RETURN;
+    END IF;
 
     FOR item IN
         SELECT t.target_id, t.source_id, t.server, t.mode, t.timeout, s.source_table, s.fk_rank, st.status,
@@ -268,7 +275,7 @@ BEGIN
         FROM tbl_repl.stash AS c
         JOIN tbl_repl.target AS t ON t.source_id = c.source_id AND t.target_id = item.target_id
         CROSS JOIN tbl_repl.queue_head AS h
-        WHERE c.txid = own AND c.op <> 'C';
+        WHERE c.txid = own AND c.op NOT IN ('C', 'W');
         IF item.has_failed THEN
             PERFORM tbl_repl._set_queueing(item.target_id);
         END IF;

@@ -72,18 +72,19 @@ CREATE POLICY target_write ON tbl_repl.target USING (pg_catalog.pg_has_role(owne
 -- status: 'ok' | 'copying' | 'queueing' | 'paused' | 'failed'.  A hint that saves work: the truth is
 -- in the pending rows of the queue.  position: everything visible in it has been shipped.
 -- copy_after: key of the last row copied in the background ('' before the first one).
+-- next_try_at: the worker leaves the target alone until then.
 CREATE TABLE tbl_repl.target_state (
     target_id         integer PRIMARY KEY REFERENCES tbl_repl.target ON DELETE CASCADE,
     status            text NOT NULL DEFAULT 'ok',
     position          pg_snapshot NOT NULL,
     system_identifier bigint NOT NULL,
     copy_after        text,
-    copy_resumes      boolean NOT NULL DEFAULT false,
     rows_copied       bigint NOT NULL DEFAULT 0,
     rows_shipped      bigint NOT NULL DEFAULT 0,
     last_shipped_at   timestamptz,
     last_error        text,
     last_error_at     timestamptz,
+    next_try_at       timestamptz,
     CONSTRAINT target_status_known CHECK (status IN ('ok', 'copying', 'queueing', 'paused', 'failed'))
 ) WITH (fillfactor = 50);
 COMMENT ON TABLE tbl_repl.target_state IS 'what changes while a target runs: status, position, figures';
@@ -132,7 +133,8 @@ COMMENT ON TABLE tbl_repl.queue_head IS 'the segment of the queue that is being 
 INSERT INTO tbl_repl.queue_head (segment) VALUES (0);
 
 -- What a transaction in flight has changed in tables with direct targets.  Emptied by the flush at
--- its commit; unlogged, because no row outlives its transaction.  op 'C': copy the whole table to target_id.
+-- its commit; unlogged, because no row outlives its transaction.  Further ops: 'C': copy the whole table to
+-- target_id; 'W': wake the worker.
 CREATE UNLOGGED TABLE tbl_repl.stash (
     txid      xid8 NOT NULL DEFAULT pg_current_xact_id(),
     source_id integer NOT NULL,
