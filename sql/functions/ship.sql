@@ -45,15 +45,16 @@ CREATE CONSTRAINT TRIGGER flush_at_commit
     DEFERRABLE INITIALLY DEFERRED
     FOR EACH ROW EXECUTE FUNCTION tbl_repl._flush();
 
--- Only the text of the command tells that this commit is a PREPARE TRANSACTION.
+-- Only the text of the command tells that this commit is a PREPARE TRANSACTION.  There is none (NULL) where
+-- the extended protocol commits by itself.
 CREATE OR REPLACE FUNCTION tbl_repl._is_preparing()
 RETURNS boolean
 LANGUAGE sql STABLE
 SET search_path = pg_catalog, pg_temp
 AS $function$
-    SELECT current_query() ~* 'prepare\s+transaction'
-       AND regexp_replace(regexp_replace(current_query(), '''[^'']*''|/\*.*?\*/|--[^\n]*', ' ', 'g'), '\s+', ' ', 'g')
-           ~* '(^|;)\s*prepare transaction'
+    SELECT coalesce(current_query() ~* E'prepare\\s+transaction'
+       AND regexp_replace(regexp_replace(current_query(), E'\'[^\']*\'|/\\*.*?\\*/|--[^\\n]*', ' ', 'g'), E'\\s+', ' ', 'g')
+           ~* E'(^|;)\\s*prepare transaction', false)
 $function$;
 COMMENT ON FUNCTION tbl_repl._is_preparing() IS 'whether the command in progress is PREPARE TRANSACTION';
 
@@ -429,6 +430,7 @@ DECLARE
     outcome   tbl_repl.lane;
     first_bad tbl_repl.lane;
     bad       boolean := false;
+    finished  integer[] := '{}';
     n         integer;
 BEGIN
     FOREACH parcel IN ARRAY parcels LOOP
@@ -462,10 +464,22 @@ BEGIN
     END LOOP;
     two_phase := cardinality(lanes) > 1 AND EXISTS (SELECT FROM unnest(lanes) AS l WHERE l.sync);
 
+    -- Those that are connected first, for connecting may hang; it then costs its own time, not theirs.
     FOR n IN 1 .. cardinality(lanes) LOOP
-        lanes[n] := tbl_repl._lane_send(lanes[n], two_phase);
+        IF cardinality(lanes) = 1 OR tbl_repl._is_usable(lanes[n].conn) THEN
+            lanes[n] := tbl_repl._lane_send(lanes[n], two_phase);
+        END IF;
     END LOOP;
     FOR n IN 1 .. cardinality(lanes) LOOP
+        IF lanes[n].state = 'new' THEN
+            lane := lanes[n];
+            lane.deadline := clock_timestamp() + (SELECT min(p.timeout) FROM unnest(lane.parcels) AS p);
+            lanes[n] := tbl_repl._lane_send(lane, two_phase);
+        END IF;
+    END LOOP;
+    FOR turn IN 1 .. cardinality(lanes) LOOP
+        n := tbl_repl._next_lane(lanes, finished);
+        finished := array_append(finished, n);
         lanes[n] := tbl_repl._lane_finish(lanes[n], own, mine, two_phase);
         IF lanes[n].state = 'failed' AND lanes[n].sync AND NOT bad THEN
             first_bad := lanes[n];
@@ -476,6 +490,9 @@ BEGIN
         FOR n IN 1 .. cardinality(lanes) LOOP
             IF lanes[n].state = 'done' THEN
                 lane := lanes[n];
+                -- a hung neighbour may have used up the time
+                lane.deadline := greatest(lane.deadline, clock_timestamp()
+                    + (SELECT least(min(p.timeout) / 4, interval '1 second') FROM unnest(lane.parcels) AS p));
                 BEGIN
                     PERFORM tbl_repl._send(lane.conn, 'SET CONSTRAINTS ALL IMMEDIATE' || tbl_repl._lease(lane.deadline) || '; COMMIT');
                     lane.state := 'committing';
@@ -511,7 +528,9 @@ BEGIN
 
     FOREACH lane IN ARRAY lanes LOOP
         FOREACH parcel IN ARRAY lane.parcels LOOP
-            IF lane.state = 'failed' OR parcel.target_id = ANY (lane.left_out) THEN
+            IF parcel.target_id = ANY (lane.left_out) THEN
+                failed := array_append(failed, parcel.target_id);
+            ELSIF lane.state = 'failed' THEN
                 PERFORM tbl_repl._log_error(parcel.target_id, NULL, lane.code, lane.error, lane.detail, lane.hint,
                                             concat_ws('; ', parcel.deletes, parcel.upserts));
                 failed := array_append(failed, parcel.target_id);
@@ -553,7 +572,9 @@ RETURNS text
 LANGUAGE sql IMMUTABLE
 SET search_path = pg_catalog, pg_temp
 AS $function$
-    SELECT CASE WHEN two_phase THEN 'BEGIN; ' || lane.message ELSE lane.message || tbl_repl._lease(lane.deadline) END
+    -- two_phase: what is deferred on the target has to be found out before anybody commits
+    SELECT CASE WHEN two_phase THEN format('BEGIN; %s; SET CONSTRAINTS ALL IMMEDIATE', lane.message)
+                ELSE lane.message || tbl_repl._lease(lane.deadline) END
 $function$;
 COMMENT ON FUNCTION tbl_repl._lane_text(tbl_repl.lane, boolean) IS
     'the message of a connection: a transaction of its own, or the first half of one';
@@ -572,16 +593,25 @@ DECLARE
     error_text   text;
     error_detail text;
     error_hint   text;
+    sending      boolean := false;
 BEGIN
     PERFORM tbl_repl._connect(lane.target_id, lane.conn, lane.deadline);
+    sending := true;
     IF tbl_repl._dblink_send(lane.conn, tbl_repl._lane_text(lane, two_phase)) <> 1 THEN
+        sending := false;
         PERFORM tbl_repl._dblink_disconnect(lane.conn);
         PERFORM tbl_repl._connect(lane.target_id, lane.conn, lane.deadline);
+        sending := true;
         PERFORM tbl_repl._send(lane.conn, tbl_repl._lane_text(lane, two_phase));
     END IF;
     lane.state := 'sent';
     RETURN lane;
 EXCEPTION WHEN query_canceled OR OTHERS THEN
+    IF sending AND SQLSTATE = '57014' THEN
+        -- a cancel right behind the sending: whoever waits for the answer finds out
+        lane.state := 'sent';
+        RETURN lane;
+    END IF;
     GET STACKED DIAGNOSTICS error_text = MESSAGE_TEXT, error_detail = PG_EXCEPTION_DETAIL, error_hint = PG_EXCEPTION_HINT;
     RETURN tbl_repl._lane_failed(lane, SQLSTATE, error_text, error_detail, error_hint);
 END
@@ -617,7 +647,11 @@ BEGIN
     END IF;
     LOOP
         BEGIN
-            PERFORM tbl_repl._receive(lane.conn, lane.deadline, true);
+            IF tbl_repl._receive(lane.conn, lane.deadline, true) IS NULL THEN
+                RAISE EXCEPTION USING
+                    ERRCODE = 'connection_failure',
+                    MESSAGE = 'the target has got no message';
+            END IF;
             lane.state := 'done';
             RETURN lane;
         EXCEPTION WHEN query_canceled OR OTHERS THEN
@@ -631,7 +665,9 @@ BEGIN
             lane := tbl_repl._lane_failed(lane, code, error_text, error_detail, error_hint);
             EXIT WHEN clock_timestamp() > lane.deadline;
         END;
-        first_error := coalesce(first_error, lane);
+        IF first_error.code IS NULL OR first_error.code = '26000' THEN
+            first_error := lane;
+        END IF;
         BEGIN
             IF two_phase AND lane.conn = ANY (tbl_repl._dblink_connections()) THEN
                 PERFORM tbl_repl._call(lane.conn, 'ROLLBACK', lane.deadline, true);
@@ -661,16 +697,22 @@ BEGIN
             END IF;
             PERFORM tbl_repl._send(lane.conn, tbl_repl._lane_text(lane, two_phase));
         EXCEPTION WHEN query_canceled OR OTHERS THEN
+            IF code = '26000' THEN
+                -- why it cannot be prepared says more than that it is not
+                GET STACKED DIAGNOSTICS error_text = MESSAGE_TEXT, error_detail = PG_EXCEPTION_DETAIL, error_hint = PG_EXCEPTION_HINT;
+                first_error := tbl_repl._lane_failed(lane, SQLSTATE, error_text, error_detail, error_hint);
+            END IF;
             EXIT;
         END;
     END LOOP;
-    IF code ~ '^08' THEN
+    IF code ~ '^08' AND NOT two_phase THEN
         -- Lost, and the old session could not be ended: its message dies with the lease.
         PERFORM tbl_repl._outlive(lane.deadline);
     END IF;
     -- the first reason is the one to tell
-    first_error := coalesce(first_error, lane);
-    first_error.parcels := lane.parcels;
+    IF first_error.code IS NULL THEN
+        first_error := lane;
+    END IF;
     RETURN tbl_repl._lane_without_tolerant(first_error, own, mine, two_phase);
 END
 $function$;
