@@ -127,7 +127,7 @@ AS $function$
 DECLARE
     node      text := tbl_repl.node_name();
     started   text := to_hex(extract(epoch FROM pg_postmaster_start_time())::bigint);
-    lane      text := left(md5(regexp_replace(conn, '_[0-9]+_[0-9]+$', '')), 4);
+    lane      text := left(md5(regexp_replace(conn, '_[0-9]+$', '')), 4);
     own_name  text := format('tbl_repl %s %s.%s.%s', node, pg_backend_pid(), started, lane);
     conninfo  text;
     lock_key  integer := hashtext(regexp_replace(conn, '_[0-9]+_[0-9]+$', ''));
@@ -142,7 +142,7 @@ BEGIN
     conninfo := coalesce(tbl_repl._conninfo(server, timeout, own_name), server);
     FOR older IN
         SELECT c FROM unnest(tbl_repl._dblink_connections()) AS c
-        WHERE regexp_replace(c, '_[0-9]+_[0-9]+$', '') = regexp_replace(conn, '_[0-9]+_[0-9]+$', '')
+        WHERE regexp_replace(c, '_[0-9]+$', '') = regexp_replace(conn, '_[0-9]+$', '')
     LOOP
         PERFORM tbl_repl._dblink_disconnect(older);
     END LOOP;

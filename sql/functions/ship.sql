@@ -159,6 +159,11 @@ BEGIN
     IF tbl_repl._is_usable(conn) THEN
         RETURN;
     END IF;
+    -- what no definition needs any more, after another timeout was given
+    PERFORM tbl_repl._dblink_disconnect(c)
+    FROM unnest(tbl_repl._dblink_connections()) AS c
+    WHERE c ~ '^tbl_repl(_[0-9]+){4}$' AND tbl_repl._dblink_is_busy(c) = 0
+      AND NOT EXISTS (SELECT FROM tbl_repl.target AS t WHERE tbl_repl._connection_name(t.server, t.owner, t.timeout) = c);
     EXECUTE format('SELECT tbl_repl.connect_%s($1, $2, $3)', target_id) USING conn, deadline, sent_until;
     FOR statement IN
         SELECT tbl_repl._prepare_sql(o)
@@ -643,7 +648,7 @@ DECLARE
     first_error  tbl_repl.lane;
 BEGIN
     IF lane.state <> 'sent' THEN
-        RETURN tbl_repl._lane_without_tolerant(lane, own, mine, two_phase);
+        RETURN tbl_repl._lane_by_parts(lane, own, mine, two_phase);
     END IF;
     LOOP
         BEGIN
@@ -713,7 +718,7 @@ BEGIN
     IF first_error.code IS NULL THEN
         first_error := lane;
     END IF;
-    RETURN tbl_repl._lane_without_tolerant(first_error, own, mine, two_phase);
+    RETURN tbl_repl._lane_by_parts(first_error, own, mine, two_phase);
 END
 $function$;
 COMMENT ON FUNCTION tbl_repl._lane_finish(tbl_repl.lane, xid8, boolean, boolean) IS
@@ -740,8 +745,9 @@ END
 $function$;
 COMMENT ON FUNCTION tbl_repl._prepare_again(tbl_repl.lane) IS 'prepares what a connection does not know yet';
 
--- A tolerant target must not fail a transaction because it shares a server with a sync one.
-CREATE OR REPLACE FUNCTION tbl_repl._lane_without_tolerant(
+-- A target must not fail because it shares a connection with a bad one: the sync ones are tried together, then
+-- each tolerant one.  Where commits wait for other connections the tolerant ones are left to the queue.
+CREATE OR REPLACE FUNCTION tbl_repl._lane_by_parts(
     lane      tbl_repl.lane,
     own       xid8,
     mine      boolean,
@@ -752,26 +758,73 @@ LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp
 AS $function$
 DECLARE
-    retry tbl_repl.lane := lane;
+    part tbl_repl.lane := lane;
+    item record;
 BEGIN
-    IF NOT lane.sync OR NOT EXISTS (SELECT FROM unnest(lane.parcels) AS p WHERE NOT p.sync)
-       OR clock_timestamp() > lane.deadline OR lane.code ~ '^(08|57P)' THEN
+    IF cardinality(lane.parcels) = 1 OR NOT EXISTS (SELECT FROM unnest(lane.parcels) AS p WHERE NOT p.sync)
+       OR (two_phase AND NOT lane.sync) OR clock_timestamp() > lane.deadline OR lane.code ~ '^(08|57P)' THEN
         RETURN lane;
     END IF;
-    SELECT array_agg(p ORDER BY p.target_id) INTO retry.parcels FROM unnest(lane.parcels) AS p WHERE p.sync;
-    retry.state := 'new';
-    retry.message := tbl_repl._message(retry.parcels, false);
-    retry := tbl_repl._lane_finish(tbl_repl._lane_send(retry, two_phase), own, mine, two_phase);
-    IF retry.state = 'failed' THEN
-        RETURN retry;
-    END IF;
-    lane.state := retry.state;
-    SELECT array_agg(p.target_id) INTO lane.left_out FROM unnest(lane.parcels) AS p WHERE NOT p.sync;
+    FOR item IN
+        SELECT p.sync, array_agg(p ORDER BY p.target_id) AS parcels
+        FROM unnest(lane.parcels) AS p
+        GROUP BY p.sync, CASE WHEN NOT p.sync THEN p.target_id END
+        ORDER BY p.sync DESC, min(p.fk_rank), min(p.target_id)
+    LOOP
+        part.parcels := item.parcels;
+        part.sync := item.sync;
+        part.state := 'new';
+        part.message := tbl_repl._message(part.parcels, false);
+        IF item.sync OR NOT two_phase THEN
+            part := tbl_repl._lane_finish(tbl_repl._lane_send(part, two_phase), own, mine, two_phase);
+        ELSE
+            part := tbl_repl._lane_failed(part, lane.code, lane.error, lane.detail, lane.hint);
+        END IF;
+        IF part.state = 'failed' AND item.sync THEN
+            RETURN part;
+        ELSIF part.state = 'failed' THEN
+            lane.left_out := array_append(lane.left_out, (item.parcels[1]).target_id);
+            PERFORM tbl_repl._log_error((item.parcels[1]).target_id, NULL, part.code, part.error, part.detail, part.hint, part.message);
+        END IF;
+    END LOOP;
+    lane.state := 'done';
     RETURN lane;
 END
 $function$;
-COMMENT ON FUNCTION tbl_repl._lane_without_tolerant(tbl_repl.lane, xid8, boolean, boolean) IS
-    'ships the sync targets of a connection that failed, without the tolerant ones';
+COMMENT ON FUNCTION tbl_repl._lane_by_parts(tbl_repl.lane, xid8, boolean, boolean) IS
+    'ships to the targets of a connection that failed, without those that are to blame';
+
+-- The next connection that has its answer, or none to expect; so that no retry of a healthy one waits for a
+-- hung one.
+CREATE OR REPLACE FUNCTION tbl_repl._next_lane(lanes tbl_repl.lane[], finished integer[])
+RETURNS integer
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    spinning timestamptz := clock_timestamp() + interval '2 milliseconds';
+    first    integer;
+BEGIN
+    LOOP
+        first := NULL;
+        FOR n IN 1 .. cardinality(lanes) LOOP
+            CONTINUE WHEN n = ANY (finished);
+            first := coalesce(first, n);
+            IF cardinality(finished) = cardinality(lanes) - 1 OR lanes[n].state <> 'sent'
+               OR clock_timestamp() > lanes[n].deadline OR tbl_repl._dblink_is_busy(lanes[n].conn) = 0 THEN
+                RETURN n;
+            END IF;
+        END LOOP;
+        IF clock_timestamp() > spinning THEN
+            PERFORM pg_sleep(0.0005);
+        END IF;
+    END LOOP;
+EXCEPTION WHEN query_canceled OR OTHERS THEN
+    RETURN first;  -- who waits for that one deals with it
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._next_lane(tbl_repl.lane[], integer[]) IS
+    'number of the connection to be looked at next';
 
 CREATE OR REPLACE FUNCTION tbl_repl._lane_commit(lane tbl_repl.lane)
 RETURNS tbl_repl.lane
