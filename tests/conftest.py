@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -16,6 +17,11 @@ _COMMON = {"deadline": None, "print_blob": True, "suppress_health_check": list(H
 settings.register_profile("short", max_examples=10, stateful_step_count=25, derandomize=True, **_COMMON)
 settings.register_profile("long", max_examples=300, stateful_step_count=60, **_COMMON)
 settings.load_profile("long" if os.environ.get("TBL_REPL_LONG") else "short")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """SIGTERM ends the run as Ctrl-C does: the servers go with it."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -52,10 +52,11 @@ def at_home(sql: str, pair: Pair) -> str:
 
 
 def matches(expected: str, said: str) -> bool:
-    """Equal but for trailing blanks; '...' stands for anything."""
+    """Equal but for the width of columns; '...' stands for anything."""
 
     def clean(text: str) -> str:
-        return "\n".join(line.rstrip() for line in text.strip().splitlines() if not line.startswith("NOTICE"))
+        lines = [line for line in text.strip().splitlines() if not line.startswith("NOTICE")]
+        return "\n".join(re.sub("-{2,}", "--", re.sub(" +", " ", line.strip())) for line in lines)
 
     pattern = re.escape(clean(expected)).replace(re.escape("..."), ".*?")
     return re.search(rf"(^|\n){pattern}$", clean(said), re.S) is not None
