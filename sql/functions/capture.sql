@@ -18,7 +18,6 @@ DECLARE
     direct    boolean;
     queued    boolean;
     filter    text;
-    selected  text;
     body      text;
     store     text;
     truncated text;
@@ -33,6 +32,8 @@ BEGIN
                      AND min(t.owner::text) = coalesce((SELECT r.rolname::text FROM pg_proc AS f JOIN pg_roles AS r ON r.oid = f.proowner
                                                   WHERE f.pronamespace = 'tbl_repl'::regnamespace
                                                     AND f.proname = format('capture_%s', source.source_id)), current_user)
+                     -- a virtual generated column has no value in a trigger
+                     AND NOT EXISTS (SELECT FROM pg_attribute AS a WHERE a.attrelid = source.source_table AND a.attgenerated = 'v')
                 THEN string_agg(DISTINCT format('(%s)', t.filter_expr), ' OR ') END
     INTO direct, queued, filter
     FROM tbl_repl.target AS t WHERE t.source_id = source.source_id;
@@ -55,55 +56,76 @@ BEGIN
     END IF;$piece$, source.source_id, tbl_repl._lock_sleep()) END);
 
     IF source.capture = 'statement' THEN
-        selected := format('SELECT array_agg(%s) INTO {into} FROM {rows} AS s%s;', key_s, ' WHERE ' || filter);
         body := concat(
-            E'    IF TG_OP = ''INSERT'' THEN\n        ', replace(replace(selected, '{into}', 'changed'), '{rows}', 'new_rows'),
-            E'\n    ELSIF TG_OP = ''DELETE'' THEN\n        ', replace(replace(selected, '{into}', 'changed'), '{rows}', 'old_rows'),
-            E'\n    ELSE\n        ', replace(replace(selected, '{into}', 'changed'), '{rows}', 'new_rows'),
-            E'\n        ', replace(replace(selected, '{into}', 'former'), '{rows}', 'old_rows'),
+            E'    IF TG_OP = ''INSERT'' THEN\n        ', tbl_repl._collect_sql(format('array_agg(%s)', key_s), 'changed', 'new_rows', filter),
+            E'\n    ELSIF TG_OP = ''DELETE'' THEN\n        ', tbl_repl._collect_sql(format('array_agg(%s)', key_s), 'changed', 'old_rows', filter),
+            E'\n    ELSE\n        ', tbl_repl._collect_sql(format('array_agg(%s)', key_s), 'changed', 'new_rows', filter),
+            E'\n        ', tbl_repl._collect_sql(format('array_agg(%s)', key_s), 'former', 'old_rows', filter),
             E'\n        IF former = changed THEN\n            former := NULL;\n        ELSE\n',
             E'            SELECT array_agg(k) INTO former FROM (SELECT unnest(former) EXCEPT SELECT unnest(changed)) AS f (k);\n',
             E'        END IF;\n    END IF;');
     ELSE
         -- Row triggers: PostgreSQL clones them to every partition there is and will be.
-        selected := format('SELECT ARRAY[%s] INTO {into} FROM (SELECT ({row}).*) AS s%s;', key_s, ' WHERE ' || filter);
         body := concat(
-            E'    IF TG_OP <> ''DELETE'' THEN\n        ', replace(replace(selected, '{into}', 'changed'), '{row}', 'NEW'),
-            E'\n    END IF;\n    IF TG_OP <> ''INSERT'' THEN\n        ', replace(replace(selected, '{into}', 'former'), '{row}', 'OLD'),
+            E'    IF TG_OP <> ''DELETE'' THEN\n        ', tbl_repl._collect_sql(format('ARRAY[%s]', key_s), 'changed', '(SELECT (NEW).*)', filter),
+            E'\n    END IF;\n    IF TG_OP <> ''INSERT'' THEN\n        ', tbl_repl._collect_sql(format('ARRAY[%s]', key_s), 'former', '(SELECT (OLD).*)', filter),
             E'\n        IF TG_OP = ''DELETE'' THEN\n            changed := former;\n            former := NULL;\n',
             E'        ELSIF former = changed THEN\n            former := NULL;\n        END IF;\n    END IF;');
     END IF;
 
     -- Where a target shares its table with others, or sees only some rows, TRUNCATE means these keys;
-    -- so it does for a single partition.
+    -- so it does for a single partition.  The root adds the rows of partitions that have no such trigger yet.
     truncated := concat(
         E'    IF TG_OP = ''TRUNCATE'' THEN\n',
         E'        IF TG_WHEN = ''BEFORE'' THEN\n',
-        format(E'            EXECUTE format(''SELECT array_agg(%s) FROM ONLY %%s AS s'', TG_RELID::regclass) INTO changed;\n',
-               replace(key_s, '''', '''''')),
+        format(E'            EXECUTE format(CASE WHEN EXISTS (SELECT FROM pg_class AS c WHERE c.oid = TG_RELID AND c.relkind = ''p'')\n'
+               '                                THEN %L ELSE %L END, TG_RELID::regclass, TG_NAME) INTO changed;\n',
+               format('SELECT array_agg(%s) FROM %%s AS s WHERE NOT EXISTS (SELECT FROM pg_trigger AS g WHERE g.tgrelid = s.tableoid AND g.tgname = %%L)',
+                      replace(key_s, '%', '%%')),
+               format('SELECT array_agg(%s) FROM ONLY %%s AS s', replace(key_s, '%', '%%'))),
         E'            IF changed IS NULL THEN RETURN NULL; END IF;\n',
         E'        END IF;\n        ',
         replace(replace(replace(store, '{op}', '''T'''), '{keys}', 'changed'), E'\n', E'\n        '),
         E'\n        RETURN NULL;\n    END IF;');
 
+    body := concat(
+        E'\n#variable_conflict use_column\nDECLARE\n    changed text[];\n    former text[];\nBEGIN\n', truncated, E'\n', body,
+        E'\n    IF changed IS NOT NULL THEN\n    ',
+        replace(replace(store, '{op}', '(CASE TG_OP WHEN ''INSERT'' THEN ''I'' WHEN ''UPDATE'' THEN ''U'' ELSE ''D'' END)::"char"'), '{keys}', 'changed'),
+        E'\n    END IF;\n    IF former IS NOT NULL THEN\n    ',
+        replace(replace(store, '{op}', '''K'''), '{keys}', 'former'),
+        E'\n    END IF;\n    RETURN NULL;\nEND\n');
     RETURN format($sql$CREATE OR REPLACE FUNCTION tbl_repl.%I()
 RETURNS trigger
 LANGUAGE plpgsql VOLATILE
 SECURITY DEFINER
-SET search_path = pg_catalog, pg_temp%s
+SET search_path = pg_catalog, pg_temp%s%s
 AS %L$sql$,
-        format('capture_%s', source.source_id),
-        E'\n' || nullif(settings, ''),
-        concat(E'\n#variable_conflict use_column\nDECLARE\n    changed text[];\n    former text[];\nBEGIN\n', truncated, E'\n', body,
-               E'\n    IF changed IS NOT NULL THEN\n    ',
-               replace(replace(store, '{op}', '(CASE TG_OP WHEN ''INSERT'' THEN ''I'' WHEN ''UPDATE'' THEN ''U'' ELSE ''D'' END)::"char"'), '{keys}', 'changed'),
-               E'\n    END IF;\n    IF former IS NOT NULL THEN\n    ',
-               replace(replace(store, '{op}', '''K'''), '{keys}', 'former'),
-               E'\n    END IF;\n    RETURN NULL;\nEND\n'));
+        format('capture_%s', source.source_id), E'\n' || nullif(settings, ''), tbl_repl._literal_setting(body), body);
 END
 $function$;
 COMMENT ON FUNCTION tbl_repl._capture_sql(integer) IS
     'text of the trigger function of a replicated table';
+
+-- A filter that fails on a row must not fail the application: then all keys are taken, and what the failure means
+-- is decided where they are shipped.
+CREATE OR REPLACE FUNCTION tbl_repl._collect_sql(
+    listing  text,
+    variable text,
+    rows     text,
+    filter   text
+)
+RETURNS text
+LANGUAGE sql IMMUTABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT CASE WHEN filter IS NULL THEN format('SELECT %s INTO %s FROM %s AS s;', listing, variable, rows)
+                ELSE format(E'BEGIN\n            SELECT %1$s INTO %2$s FROM %3$s AS s WHERE %4$s;\n'
+                            '        EXCEPTION WHEN OTHERS THEN\n            SELECT %1$s INTO %2$s FROM %3$s AS s;\n        END;',
+                            listing, variable, rows, filter) END
+$function$;
+COMMENT ON FUNCTION tbl_repl._collect_sql(text, text, text, text) IS
+    'statement of a trigger function that takes the keys of the rows that pass the filter';
 
 -- Triggers fire for changes made here; what an applier of tbl_repl writes carries its origin.
 CREATE OR REPLACE FUNCTION tbl_repl._trigger_sql(source_id integer)
@@ -135,7 +157,7 @@ AS $function$
         UNION ALL
         SELECT p.rel, 'truncate_keys', 'BEFORE TRUNCATE', NULL
         FROM parts AS p, s, keyed
-        WHERE p.rel <> s.source_table OR (keyed.needed AND s.capture = 'statement')
+        WHERE p.rel <> s.source_table OR keyed.needed
     )
     SELECT w.rel, format('_tbl_repl_%s_%s', source_id, w.suffix)::name,
            concat_ws(' ', format('CREATE TRIGGER %I %s ON %s', format('_tbl_repl_%s_%s', source_id, w.suffix), w.event, w.rel),

@@ -84,7 +84,7 @@ BEGIN
         RETURN NULL;
     END IF;
     RETURN (
-        SELECT string_agg(format('%s=''%s''', o.name, replace(replace(o.value, '\', '\\'), '''', '\''')), ' ')
+        SELECT string_agg(format('%s=''%s''', o.name, replace(replace(o.value, E'\\', E'\\\\'), '''', E'\\''')), ' ')
         FROM (
             SELECT DISTINCT ON (given.name) given.name, given.value
             FROM (
@@ -191,7 +191,7 @@ BEGIN
         SELECT array_agg((o ->> 'pid')::integer), bool_or(m[2] IS DISTINCT FROM started OR m[1]::integer <> pg_backend_pid())
         INTO stale, foreign_lease
         FROM json_array_elements(CASE json_typeof(answer::json -> 'older') WHEN 'array' THEN answer::json -> 'older' ELSE '[]' END) AS o
-        CROSS JOIN LATERAL regexp_match(o ->> 'name', '([0-9]+)\.([0-9a-f]+)\.([0-9a-f]+)$') AS m
+        CROSS JOIN LATERAL regexp_match(o ->> 'name', '([0-9]+)[.]([0-9a-f]+)[.]([0-9a-f]+)$') AS m
         WHERE m[2] IS DISTINCT FROM started
            OR (m[1]::integer = pg_backend_pid() AND m[3] = lane)
            OR NOT EXISTS (SELECT FROM pg_stat_activity AS a WHERE a.pid = m[1]::integer);

@@ -31,7 +31,7 @@ BEGIN
         JOIN pg_attribute AS a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[n]
     ) AS k
     WHERE i.indrelid = source_table
-      AND i.indisunique AND i.indisvalid AND i.indpred IS NULL AND i.indexprs IS NULL
+      AND i.indisunique AND NOT i.indisexclusion AND i.indisvalid AND i.indpred IS NULL AND i.indexprs IS NULL
       AND k.not_null
       AND CASE WHEN key_columns IS NULL THEN i.indisprimary
                ELSE k.columns @> key_columns AND k.columns <@ key_columns END
@@ -53,32 +53,35 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._find_key(regclass, name[]) IS
     'the primary key, or the unique index on exactly these columns; 42P16 where there is none';
 
--- Type and equality operator of each key column, the operator as the index has it: a type like
+-- Type and operators of each key column, the operators as the index has them: a type like
 -- citext is not compared by what a pinned search_path would find.
 CREATE OR REPLACE FUNCTION tbl_repl._key_parts(source_table regclass, key_columns name[])
-RETURNS TABLE (n integer, name name, type text, type_id oid, equals text)
+RETURNS TABLE (n integer, name name, type text, type_id oid, equals text, greater text)
 LANGUAGE sql STABLE
 SET search_path = pg_catalog, pg_temp
 AS $function$
     SELECT u.n::integer, u.name, format_type(a.atttypid, -1), a.atttypid,
-           coalesce((
-               SELECT format('OPERATOR(%I.%s)', ns.nspname, o.oprname)
-               FROM pg_index AS i
-               CROSS JOIN LATERAL generate_series(0, i.indnkeyatts - 1) AS p
-               JOIN pg_opclass AS oc ON oc.oid = i.indclass[p]
-               JOIN pg_amop AS ao ON ao.amopfamily = oc.opcfamily AND ao.amopstrategy = 3
-                                 AND ao.amoplefttype = oc.opcintype AND ao.amoprighttype = oc.opcintype
-               JOIN pg_operator AS o ON o.oid = ao.amopopr
-               JOIN pg_namespace AS ns ON ns.oid = o.oprnamespace
-               WHERE i.indrelid = source_table AND i.indisunique AND i.indkey[p] = a.attnum
-               ORDER BY i.indisprimary DESC, i.indexrelid
-               LIMIT 1), 'OPERATOR(pg_catalog.=)')
+           coalesce(op.equals, 'OPERATOR(pg_catalog.=)'), coalesce(op.greater, 'OPERATOR(pg_catalog.>)')
     FROM unnest(key_columns) WITH ORDINALITY AS u (name, n)
     JOIN pg_attribute AS a ON a.attrelid = source_table AND a.attname = u.name
+    LEFT JOIN LATERAL (
+        SELECT max(format('OPERATOR(%I.%s)', ns.nspname, o.oprname)) FILTER (WHERE ao.amopstrategy = 3) AS equals,
+               max(format('OPERATOR(%I.%s)', ns.nspname, o.oprname)) FILTER (WHERE ao.amopstrategy = 5) AS greater
+        FROM pg_index AS i
+        CROSS JOIN LATERAL generate_series(0, i.indnkeyatts - 1) AS p
+        JOIN pg_opclass AS oc ON oc.oid = i.indclass[p]
+        JOIN pg_amop AS ao ON ao.amopfamily = oc.opcfamily AND ao.amopstrategy IN (3, 5)
+                          AND ao.amoplefttype = oc.opcintype AND ao.amoprighttype = oc.opcintype
+        JOIN pg_operator AS o ON o.oid = ao.amopopr
+        JOIN pg_namespace AS ns ON ns.oid = o.oprnamespace
+        WHERE i.indrelid = source_table AND i.indisunique AND NOT i.indisexclusion AND i.indkey[p] = a.attnum
+        GROUP BY i.indisprimary, i.indexrelid, p
+        ORDER BY i.indisprimary DESC, i.indexrelid
+        LIMIT 1) AS op ON true
     ORDER BY u.n
 $function$;
 COMMENT ON FUNCTION tbl_repl._key_parts(regclass, name[]) IS
-    'type and equality operator of the key columns, in order';
+    'type and operators of the key columns, in order';
 
 CREATE OR REPLACE FUNCTION tbl_repl._key_text(key_columns name[], row_name text)
 RETURNS text
@@ -106,6 +109,28 @@ AS $function$
 $function$;
 COMMENT ON FUNCTION tbl_repl._key_match(regclass, name[]) IS
     'SQL condition: row s has the key tbl_repl_key';
+
+-- A row comparison where an index can answer it; operators of other schemas cannot stand in one.
+CREATE OR REPLACE FUNCTION tbl_repl._key_after(source_table regclass, key_columns name[])
+RETURNS text
+LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    WITH part AS (
+        SELECT p.n, format('s.%I', p.name) AS name, p.equals, p.greater,
+               format('(%s)::%s', CASE WHEN cardinality(key_columns) = 1 THEN 'tbl_repl_after'
+                                       ELSE format('tbl_repl_after::json ->> %s', p.n - 1) END, p.type) AS value
+        FROM tbl_repl._key_parts(source_table, key_columns) AS p
+    )
+    SELECT CASE WHEN bool_and(p.greater = 'OPERATOR(pg_catalog.>)')
+                THEN format('(%s) > (%s)', string_agg(p.name, ', ' ORDER BY p.n), string_agg(p.value, ', ' ORDER BY p.n))
+                ELSE string_agg(concat_ws(' AND ', (SELECT string_agg(format('%s %s %s', e.name, e.equals, e.value), ' AND ' ORDER BY e.n)
+                                                    FROM part AS e WHERE e.n < p.n),
+                                          format('%s %s %s', p.name, p.greater, p.value)), ' OR ' ORDER BY p.n) END
+    FROM part AS p
+$function$;
+COMMENT ON FUNCTION tbl_repl._key_after(regclass, name[]) IS
+    'SQL condition: row s comes after the key tbl_repl_after, in key order';
 
 CREATE OR REPLACE FUNCTION tbl_repl._key_json(source_table regclass, key_columns name[], key text)
 RETURNS jsonb
@@ -189,3 +214,14 @@ AS $function$
 $function$;
 COMMENT ON FUNCTION tbl_repl._text_settings(oid[]) IS
     'SET clauses under which values of these types have one text form';
+
+-- A literal with a backslash means something else while the writer's session has standard_conforming_strings off.
+CREATE OR REPLACE FUNCTION tbl_repl._literal_setting(body text)
+RETURNS text
+LANGUAGE sql IMMUTABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT CASE WHEN strpos(body, chr(92)) > 0 THEN E'\nSET standard_conforming_strings = on' ELSE '' END
+$function$;
+COMMENT ON FUNCTION tbl_repl._literal_setting(text) IS
+    'SET clause that a generated function needs so that its literals mean the same in every session';

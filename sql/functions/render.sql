@@ -52,11 +52,12 @@ COMMENT ON FUNCTION tbl_repl._upsert_parts(tbl_repl.target) IS
 
 -- What the remote side needs to find rows by key: type and operator of each of its key columns.
 CREATE OR REPLACE FUNCTION tbl_repl._dst_key_parts(target tbl_repl.target)
-RETURNS TABLE (n integer, name name, type text, equals text)
+RETURNS TABLE (n integer, name name, type text, equals text, is_array boolean)
 LANGUAGE sql STABLE
 SET search_path = pg_catalog, pg_temp
 AS $function$
-    SELECT k.n::integer, k.name, c ->> 'type', coalesce(c ->> 'equals', 'OPERATOR(pg_catalog.=)')
+    SELECT k.n::integer, k.name, c ->> 'type', coalesce(c ->> 'equals', 'OPERATOR(pg_catalog.=)'),
+           coalesce(c ->> 'category' = 'A', false)
     FROM unnest(target.dst_keys) WITH ORDINALITY AS k (name, n)
     LEFT JOIN LATERAL (SELECT c FROM jsonb_array_elements(target.remote -> 'columns') AS c
                        WHERE c ->> 'name' = k.name::text) AS c ON true
@@ -67,6 +68,7 @@ COMMENT ON FUNCTION tbl_repl._dst_key_parts(tbl_repl.target) IS
 
 -- An SQL expression (run here, over the array variable called by keys_name) that gives the condition
 -- for rows d of the target with one of these keys, and the clause it needs in FROM or USING.
+-- Keys that are arrays themselves travel as text: an array of them would be taken apart to its elements.
 CREATE OR REPLACE FUNCTION tbl_repl._by_keys(
     target    tbl_repl.target,
     keys_name text,
@@ -76,14 +78,17 @@ CREATE OR REPLACE FUNCTION tbl_repl._by_keys(
 LANGUAGE sql STABLE
 SET search_path = pg_catalog, pg_temp
 AS $function$
-    SELECT CASE WHEN count(*) = 1 THEN ''''''
+    SELECT CASE WHEN count(*) = 1 AND NOT bool_or(p.is_array) THEN ''''''
                 ELSE format('format(%L, %s)',
-                            format(' %%s unnest(%s) AS k (%s)', string_agg(format('%%L::%s[]', replace(p.type, '%', '%%')), ', ' ORDER BY p.n),
+                            format(' %%s unnest(%s) AS k (%s)',
+                                   string_agg(CASE WHEN p.is_array THEN '%L::text[]' ELSE format('%%L::%s[]', replace(p.type, '%', '%%')) END, ', ' ORDER BY p.n),
                                    string_agg(format('k%s', p.n), ', ' ORDER BY p.n)),
-                            '{clause}, ' || string_agg(format('(SELECT array_agg(x::json ->> %s ORDER BY o) FROM unnest(%s) WITH ORDINALITY AS x (x, o))', p.n - 1, keys_name), ', ' ORDER BY p.n)) END,
-           CASE WHEN count(*) = 1
+                            '{clause}, ' || CASE WHEN count(*) = 1 THEN keys_name
+                                ELSE string_agg(format('(SELECT array_agg(x::json ->> %s ORDER BY o) FROM unnest(%s) WITH ORDINALITY AS x (x, o))', p.n - 1, keys_name), ', ' ORDER BY p.n) END) END,
+           CASE WHEN count(*) = 1 AND NOT bool_or(p.is_array)
                 THEN format('format(%L, %s)', format('d.%s %s ANY (%%L)', replace(quote_ident(min(p.name::text)), '%', '%%'), replace(min(p.equals), '%', '%%')), keys_name)
-                ELSE quote_literal(string_agg(format('d.%I %s k.k%s', p.name, p.equals, p.n), ' AND ' ORDER BY p.n)) END
+                ELSE quote_literal(string_agg(format('d.%I %s k.k%s%s', p.name, p.equals, p.n,
+                                                     CASE WHEN p.is_array THEN '::' || p.type END), ' AND ' ORDER BY p.n)) END
     FROM tbl_repl._dst_key_parts(target) AS p
 $function$;
 COMMENT ON FUNCTION tbl_repl._by_keys(tbl_repl.target, text) IS
@@ -130,7 +135,8 @@ COMMENT ON FUNCTION tbl_repl._aside_assignments(tbl_repl.target) IS
 --           version that its snapshot still shows was deleted by somebody else.
 --   absent: whether a key without a row means a deletion (not for targets without the operation delete).
 --   form:   'prepared' (one row: EXECUTE), 'plain' (what a user may read), 'clear' (values that wander
---           between rows are given up first).
+--           between rows are given up first); for comparing: 'values' (upserts: the rows alone, deletes: the
+--           keys without a row, as JSON) or 'keys' (as 'values', without values).
 --   rows:   number of keys rendered; deletes and upserts are NULL where there is nothing to say.
 -- STABLE: every table of a batch is read in the snapshot of the statement that calls.
 -- A plan that was made while the table was small must not become a sequential scan per commit.
@@ -148,6 +154,7 @@ DECLARE
     aside    text;
     always   name[];
     mismatch text := '';
+    body     text;
 BEGIN
     SELECT * INTO STRICT target FROM tbl_repl.target AS t WHERE t.target_id = _render_sql.target_id;
     SELECT * INTO STRICT source FROM tbl_repl.source AS s WHERE s.source_id = target.source_id;
@@ -168,36 +175,20 @@ BEGIN
         mismatch := format($piece$
     IF rendered IS NOT NULL THEN
         SELECT concat_ws('; ', deletes, string_agg(format('DELETE FROM %%s AS d WHERE %%s AND (%%s)', %L,
-               (SELECT string_agg(format('d.%%I OPERATOR(pg_catalog.=) %%L', c, v), ' AND ') FROM unnest(%L::name[], key_values) AS x (c, v)),
+               (SELECT string_agg(format('d.%%I %%s %%L', c, e, v), ' AND ') FROM unnest(%L::name[], %L::text[], key_values) AS x (c, e, v)),
                (SELECT string_agg(format('d.%%I IS DISTINCT FROM %%L', c, v), ' OR ') FROM unnest(%L::name[], fixed_values) AS x (c, v))), '; '))
         INTO deletes
         FROM (SELECT ARRAY[%s] AS key_values, ARRAY[%s] AS fixed_values
               FROM unnest(tbl_repl_keys) AS u (tbl_repl_key), %s AS s WHERE %s) AS fixed;
-    END IF;$piece$, tbl_repl._dst_table(target), target.dst_keys, always,
+    END IF;$piece$, tbl_repl._dst_table(target), target.dst_keys,
+            (SELECT array_agg(k.equals ORDER BY k.n) FROM tbl_repl._dst_key_parts(target) AS k), always,
             (SELECT string_agg(format('s.%I::text', k), ', ' ORDER BY n) FROM unnest(source.key_columns) WITH ORDINALITY AS k (k, n)),
             (SELECT string_agg(format('(%s)::text', target.sent_exprs[array_position(target.sent_columns, a)]), ', ' ORDER BY n)
              FROM unnest(always) WITH ORDINALITY AS a (a, n)),
             source.source_table, tbl_repl._key_match(source.source_table, source.key_columns));
     END IF;
 
-    RETURN format($sql$CREATE OR REPLACE FUNCTION tbl_repl.%I(
-    tbl_repl_keys   text[],
-    tbl_repl_mine   boolean,
-    tbl_repl_absent boolean,
-    tbl_repl_form   text,
-    OUT deletes     text,
-    OUT upserts     text,
-    OUT rows        integer
-)
-LANGUAGE plpgsql STABLE
-SECURITY DEFINER
-SET search_path = pg_catalog, pg_temp%s
-SET enable_seqscan = off
-SET plan_cache_mode = force_generic_plan
-AS %L$sql$,
-        format('render_%s', target_id),
-        E'\n' || nullif(tbl_repl._text_settings(types), ''),
-        format($body$
+    body := format($body$
 #variable_conflict use_column
 DECLARE
     rendered text;
@@ -215,6 +206,11 @@ BEGIN
         WHERE %3$s
           AND (NOT tbl_repl_mine OR tbl_repl._is_mine(s.xmin))
     ) AS v ON true;
+    IF tbl_repl_form IN ('values', 'keys') THEN
+        deletes := array_to_json(gone)::text;
+        upserts := rendered;
+        RETURN;
+    END IF;
     IF gone IS NOT NULL THEN
         deletes := CASE WHEN tbl_repl_form = 'prepared' AND cardinality(gone) = 1
                         THEN %4$s
@@ -232,7 +228,7 @@ BEGIN
 END
 $body$,
             concat('CASE WHEN ' || target.filter_expr || ' THEN ',
-                   format('''('' || array_to_string(ARRAY[%s], '', '') || '')''',
+                   format('CASE WHEN tbl_repl_form = ''keys'' THEN '''' ELSE ''('' || array_to_string(ARRAY[%s], '', '') || '')'' END',
                           (SELECT string_agg(format('quote_nullable((%s)::text)', e), ', ' ORDER BY n)
                            FROM unnest(target.sent_exprs) WITH ORDINALITY AS e (e, n))),
                    CASE WHEN target.filter_expr IS NOT NULL THEN ' END' END),
@@ -256,7 +252,24 @@ $body$,
                                        replace(by_keys.from_expression, '{clause}', '''FROM'''), by_keys.where_expression) END
                  ELSE format('deletes := %L || %s || '' WHERE '' || %s;', format('DELETE FROM %s AS d', tbl_repl._dst_table(target)),
                              replace(by_keys.from_expression, '{clause}', '''USING'''), by_keys.where_expression) END,
-            mismatch));
+            mismatch);
+    RETURN format($sql$CREATE OR REPLACE FUNCTION tbl_repl.%I(
+    tbl_repl_keys   text[],
+    tbl_repl_mine   boolean,
+    tbl_repl_absent boolean,
+    tbl_repl_form   text,
+    OUT deletes     text,
+    OUT upserts     text,
+    OUT rows        integer
+)
+LANGUAGE plpgsql STABLE
+SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp%s%s
+SET enable_seqscan = off
+SET plan_cache_mode = force_generic_plan
+AS %L$sql$,
+        format('render_%s', target_id), E'\n' || nullif(tbl_repl._text_settings(types), ''),
+        tbl_repl._literal_setting(body), body);
 END
 $function$;
 COMMENT ON FUNCTION tbl_repl._render_sql(integer) IS
@@ -284,11 +297,13 @@ AS $function$
 RETURNS text[]
 LANGUAGE plpgsql STABLE
 SECURITY DEFINER
-SET search_path = pg_catalog, pg_temp%s
+SET search_path = pg_catalog, pg_temp%s%s
 AS %L$sql$,
         format('page_%s', t.target_id),
         E'\n' || nullif((SELECT tbl_repl._text_settings(array_agg(p.type_id)) FROM tbl_repl._key_parts(s.source_table, s.key_columns) AS p), ''),
-        format($body$
+        tbl_repl._literal_setting(b.body), b.body)
+    FROM tbl_repl.target AS t JOIN tbl_repl.source AS s USING (source_id)
+    CROSS JOIN LATERAL (SELECT format($body$
 #variable_conflict use_column
 BEGIN
     IF tbl_repl_after = '' THEN
@@ -296,14 +311,11 @@ BEGIN
             SELECT %1$s AS tbl_repl_key FROM %2$s AS s WHERE %3$s ORDER BY %4$s LIMIT tbl_repl_count) AS x);
     END IF;
     RETURN (SELECT array_agg(x.tbl_repl_key) FROM (
-        SELECT %1$s AS tbl_repl_key FROM %2$s AS s WHERE %3$s AND (%4$s) > (%5$s) ORDER BY %4$s LIMIT tbl_repl_count) AS x);
+        SELECT %1$s AS tbl_repl_key FROM %2$s AS s WHERE %3$s AND (%5$s) ORDER BY %4$s LIMIT tbl_repl_count) AS x);
 END
 $body$, tbl_repl._key_text(s.key_columns, 's'), s.source_table, coalesce('(' || t.filter_expr || ')', 'true'),
             (SELECT string_agg(format('s.%I', p.name), ', ' ORDER BY p.n) FROM tbl_repl._key_parts(s.source_table, s.key_columns) AS p),
-            (SELECT string_agg(format('(%s)::%s', CASE WHEN cardinality(s.key_columns) = 1 THEN 'tbl_repl_after'
-                                                       ELSE format('tbl_repl_after::json ->> %s', p.n - 1) END, p.type), ', ' ORDER BY p.n)
-             FROM tbl_repl._key_parts(s.source_table, s.key_columns) AS p)))
-    FROM tbl_repl.target AS t JOIN tbl_repl.source AS s USING (source_id)
+            tbl_repl._key_after(s.source_table, s.key_columns)) AS body) AS b
     WHERE t.target_id = _page_sql.target_id
 $function$;
 COMMENT ON FUNCTION tbl_repl._page_sql(integer) IS

@@ -20,6 +20,7 @@ COMMENT ON FUNCTION tbl_repl._chunk_rows(regclass) IS 'rows of a table that make
 -- _loads(target, ops, copies, keys_from): ops: the operations that have occurred ('T' meaning a TRUNCATE of
 -- the whole table); keys_from: what follows FROM to give rows c of the queue or the stash.
 -- After TRUNCATE the state is the whole table: an insert that has overtaken it must not be lost.
+-- A TRUNCATE with keys is one of a partition, or of rows that share the target's table with others.
 CREATE OR REPLACE FUNCTION tbl_repl._loads(
     target    tbl_repl.target,
     ops       "char"[],
@@ -32,14 +33,13 @@ SET search_path = pg_catalog, pg_temp
 AS $function$
 DECLARE
     source    tbl_repl.source%ROWTYPE;
-    by_key    boolean;
     truncated boolean;
     listing   text;
     wanted    "char"[];
 BEGIN
     SELECT * INTO STRICT source FROM tbl_repl.source AS s WHERE s.source_id = target.source_id;
-    by_key := tbl_repl._truncates_by_key(target.target_id);
-    truncated := coalesce('T' = ANY (ops), false) AND 'truncate' = ANY (target.operations) AND NOT by_key;
+    truncated := coalesce('T' = ANY (ops), false) AND 'truncate' = ANY (target.operations)
+                 AND NOT tbl_repl._truncates_by_key(target.target_id);
     IF truncated OR copies THEN
         RETURN QUERY SELECT target.target_id, source.fk_rank,
             format('WITH RECURSIVE p (keys) AS (SELECT tbl_repl.page_%1$s('''', %2$s) UNION ALL '
@@ -55,8 +55,7 @@ BEGIN
                'FROM (SELECT DISTINCT unnest(c.keys) AS k FROM %s AND c.op = ANY (%L)) AS d) AS e GROUP BY e.n ORDER BY e.n';
     IF target.operations @> '{insert,update,delete,truncate}' THEN
         RETURN QUERY SELECT target.target_id, source.fk_rank,
-            format(listing, tbl_repl._chunk_rows(source.source_table), keys_from,
-                   CASE WHEN by_key THEN '{I,U,K,D,T}' ELSE '{I,U,K,D}' END), true, false;
+            format(listing, tbl_repl._chunk_rows(source.source_table), keys_from, '{I,U,K,D,T}'), true, false;
         RETURN;
     END IF;
     wanted := array_remove(ARRAY[CASE WHEN 'insert' = ANY (target.operations) THEN 'I' END,
@@ -68,7 +67,7 @@ BEGIN
     END IF;
     wanted := array_remove(ARRAY[CASE WHEN 'update' = ANY (target.operations) THEN 'K' END,
                                  CASE WHEN 'delete' = ANY (target.operations) THEN 'D' END,
-                                 CASE WHEN 'truncate' = ANY (target.operations) AND by_key THEN 'T' END]::"char"[], NULL);
+                                 CASE WHEN 'truncate' = ANY (target.operations) THEN 'T' END]::"char"[], NULL);
     IF cardinality(wanted) > 0 THEN
         RETURN QUERY SELECT target.target_id, source.fk_rank,
             format(listing, tbl_repl._chunk_rows(source.source_table), keys_from, wanted), true, false;

@@ -53,6 +53,30 @@ END
 $function$;
 COMMENT ON FUNCTION tbl_repl._check_word(text, text, text[]) IS 'refuses a word that is not in the list (22023)';
 
+CREATE OR REPLACE FUNCTION tbl_repl._parse_dst_table(dst_table text)
+RETURNS name[]
+LANGUAGE plpgsql IMMUTABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    parts text[];
+BEGIN
+    BEGIN
+        parts := parse_ident(dst_table);
+    EXCEPTION WHEN invalid_parameter_value THEN
+        NULL;
+    END;
+    IF dst_table IS NOT NULL AND coalesce(cardinality(parts), 0) NOT IN (1, 2) THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'invalid_parameter_value',
+            MESSAGE = format('invalid dst_table: %s', quote_literal(dst_table)),
+            HINT    = 'Give ''schema.table'', or ''table'' for one in the source''s schema; quote names as in SQL.';
+    END IF;
+    RETURN parts::name[];
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._parse_dst_table(text) IS 'schema, where given, and name of a table on the target (22023)';
+
 CREATE OR REPLACE FUNCTION tbl_repl._check_words(
     mode           text,
     operations     text[],
@@ -104,6 +128,7 @@ CREATE OR REPLACE FUNCTION tbl_repl._resolve(
 )
 LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp
+SET standard_conforming_strings = on SET quote_all_identifiers = off
 AS $function$
 DECLARE
     view_name    text := format('tbl_repl.resolving_%s', pg_backend_pid());
@@ -135,8 +160,8 @@ BEGIN
     END;
     definition := pg_get_viewdef(view_name::regclass);
     SELECT a.atttypid INTO type_id FROM pg_attribute AS a WHERE a.attrelid = view_name::regclass AND a.attname = 'tbl_repl_x';
-    parts := regexp_match(definition, format('^\s*SELECT (.*) AS tbl_repl_x\s+FROM (?:ONLY )?%s s;$',
-                                             regexp_replace(source_table::text, '([^A-Za-z0-9_ ])', '\\\1', 'g')));
+    parts := regexp_match(definition, format(E'^\\s*SELECT (.*) AS tbl_repl_x\\s+FROM (?:ONLY )?%s s;$',
+                                             regexp_replace(source_table::text, '([^A-Za-z0-9_ ])', E'\\\\\\1', 'g')));
     EXECUTE format('DROP VIEW %s', view_name);
     IF parts IS NULL THEN
         RAISE EXCEPTION USING
@@ -203,7 +228,8 @@ BEGIN
             'keys', (SELECT jsonb_agg(k.columns) FROM pg_index AS i CROSS JOIN LATERAL (
                         SELECT jsonb_agg(a.attname ORDER BY n) AS columns FROM generate_series(0, i.indnkeyatts - 1) AS n
                         JOIN pg_attribute AS a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[n]) AS k
-                     WHERE i.indrelid = c.oid AND i.indisunique AND i.indisvalid AND i.indimmediate AND i.indpred IS NULL AND i.indexprs IS NULL),
+                     WHERE i.indrelid = c.oid AND i.indisunique AND NOT i.indisexclusion AND i.indisvalid AND i.indimmediate
+                       AND i.indpred IS NULL AND i.indexprs IS NULL),
             'unique', (SELECT jsonb_agg(k.columns) FROM pg_index AS i CROSS JOIN LATERAL (
                         SELECT jsonb_agg(a.attname ORDER BY n) AS columns FROM generate_series(0, i.indnkeyatts - 1) AS n
                         JOIN pg_attribute AS a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[n]) AS k
@@ -268,7 +294,7 @@ BEGIN
         FROM pg_attribute AS a
         WHERE a.attrelid = source.source_table AND a.attnum > 0 AND NOT a.attisdropped
           AND CASE WHEN target.columns IS NULL THEN a.attgenerated = '' ELSE a.attname = ANY (target.columns) END
-          AND NOT coalesce(target.column_map ? a.attname::text, false)
+          AND a.attname <> ALL (ARRAY(SELECT k::name FROM jsonb_object_keys(target.column_map) AS k))
         ORDER BY a.attnum
     LOOP
         target.sent_columns := array_append(target.sent_columns, item.name);
@@ -276,19 +302,20 @@ BEGIN
         types := array_append(types, item.type_id);
     END LOOP;
     FOR item IN SELECT m.key::name AS name, m.value AS expression FROM jsonb_each_text(target.column_map) AS m ORDER BY m.key COLLATE "C" LOOP
-        SELECT a.attname, a.atttypid INTO expr FROM pg_attribute AS a
-        WHERE a.attrelid = source.source_table AND a.attnum > 0 AND NOT a.attisdropped
-          AND (btrim(item.expression) = quote_ident(a.attname) OR btrim(item.expression) = a.attname::text
-               OR btrim(item.expression) = format('%I', a.attname));
-        target.sent_columns := array_append(target.sent_columns, item.name);
-        IF FOUND THEN
-            target.sent_exprs := array_append(target.sent_exprs, format('s.%I', expr.attname));
-            types := array_append(types, expr.atttypid);
-        ELSE
-            expr := tbl_repl._resolve(source.source_table, item.expression, path, format('column_map entry %s', quote_ident(item.name)));
-            target.sent_exprs := array_append(target.sent_exprs, expr.resolved);
-            types := array_append(types, expr.type_id);
+        IF item.name = ANY (target.sent_columns) THEN
+            RAISE EXCEPTION USING
+                ERRCODE = 'duplicate_column',
+                MESSAGE = format('column_map names column %I twice', item.name),
+                DETAIL  = 'Names are cut at 63 bytes, as everywhere in SQL.';
         END IF;
+        expr := tbl_repl._resolve(source.source_table, item.expression, path, format('column_map entry %s', quote_ident(item.name)));
+        -- an entry that is nothing but a column is a rename
+        SELECT a.attname INTO plain FROM pg_attribute AS a
+        WHERE a.attrelid = source.source_table AND a.attnum > 0 AND NOT a.attisdropped
+          AND expr.resolved IN (quote_ident(a.attname), format('s.%I', a.attname));
+        target.sent_columns := array_append(target.sent_columns, item.name);
+        target.sent_exprs := array_append(target.sent_exprs, coalesce(format('s.%I', plain), expr.resolved));
+        types := array_append(types, expr.type_id);
     END LOOP;
     target.filter_expr := NULL;
     IF target.row_filter IS NOT NULL THEN
@@ -440,13 +467,7 @@ BEGIN
             DETAIL  = 'An older snapshot does not show rows that were committed before the triggers were there.',
             HINT    = 'Use initial_copy => ''background'', or another transaction.';
     END IF;
-    parts := parse_ident(coalesce(dst_table, format('%I.%I', rel.nspname, rel.relname)));
-    IF cardinality(parts) > 2 THEN
-        RAISE EXCEPTION USING
-            ERRCODE = 'invalid_parameter_value',
-            MESSAGE = format('invalid dst_table: %s', dst_table),
-            HINT    = 'Give ''schema.table'', or ''table'' for one in the source''s schema; quote names as in SQL.';
-    END IF;
+    parts := tbl_repl._parse_dst_table(coalesce(dst_table, format('%I.%I', rel.nspname, rel.relname)));
 
     -- Writers in flight have ended when this is granted; the next ones meet the triggers.
     EXECUTE format('LOCK TABLE %s IN SHARE ROW EXCLUSIVE MODE', source_table);
@@ -499,6 +520,7 @@ BEGIN
     FROM pg_control_system() AS c;
     PERFORM tbl_repl._rebuild_target(target.target_id);
     PERFORM tbl_repl._rebuild_capture(source.source_id);
+    PERFORM tbl_repl._rebuild_neighbours(target);
     PERFORM tbl_repl._rank_sources();
     IF initial_copy = 'now' THEN
         -- By the flush at our commit: were we to roll back, nothing may be there.
@@ -510,6 +532,31 @@ END
 $function$;
 COMMENT ON FUNCTION tbl_repl._add_target(regclass, name, text, text, name[], jsonb, text, name[], text[], text, text, name, text, interval, text) IS
     'add_target with the caller''s search_path';
+
+-- Several tables may be replicated into one: then each has to capture the keys that a TRUNCATE removes.
+CREATE OR REPLACE FUNCTION tbl_repl._rebuild_neighbours(target tbl_repl.target)
+RETURNS void
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    neighbour integer;
+BEGIN
+    FOR neighbour IN
+        SELECT DISTINCT o.source_id
+        FROM tbl_repl.target AS o
+        JOIN tbl_repl.source AS s USING (source_id)
+        JOIN pg_class AS c ON c.oid = s.source_table
+        WHERE o.server = target.server AND o.dst_schema = target.dst_schema AND o.dst_name = target.dst_name
+          AND o.source_id <> target.source_id
+        ORDER BY 1
+    LOOP
+        PERFORM tbl_repl._rebuild_capture(neighbour);
+    END LOOP;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._rebuild_neighbours(tbl_repl.target) IS
+    'rebuilds the triggers of the other tables that are replicated into the same one';
 
 -- Referenced tables get smaller ranks; cycles end at a bound, for their constraints have to be deferrable anyway.
 CREATE OR REPLACE FUNCTION tbl_repl._rank_sources()
@@ -624,7 +671,7 @@ BEGIN
     target.column_map := nullif(coalesce(column_map, target.column_map), '{}');
     target.row_filter := nullif(btrim(coalesce(row_filter, target.row_filter)), '');
     IF dst_table IS NOT NULL THEN
-        parts := parse_ident(dst_table);
+        parts := tbl_repl._parse_dst_table(dst_table);
         IF cardinality(parts) = 2 THEN
             target.dst_schema := parts[1];
         END IF;
@@ -645,6 +692,7 @@ BEGIN
     END IF;
     PERFORM tbl_repl._rebuild_target(target_id);
     PERFORM tbl_repl._rebuild_capture(source.source_id);
+    PERFORM tbl_repl._rebuild_neighbours(target);
     PERFORM tbl_repl._rank_sources();
 END
 $function$;
@@ -721,7 +769,7 @@ SET search_path = pg_catalog, pg_temp
 AS $function$
 DECLARE
     found_ids integer[];
-    parts     text[] := parse_ident(dst_table);
+    parts     text[] := tbl_repl._parse_dst_table(dst_table);
 BEGIN
     SELECT array_agg(t.target_id) INTO found_ids
     FROM tbl_repl.target AS t JOIN tbl_repl.source AS s USING (source_id)
