@@ -57,14 +57,21 @@ BEGIN
             MESSAGE = format('server %I does not exist', _replay.server);
     END IF;
     PERFORM tbl_repl._check_positions();
-    -- Those that failed last come last: one bad target must not keep the others waiting.
+    -- Those that failed last come last: one bad target must not keep the others waiting.  A failed one has
+    -- a turn of its own, or its backlog would fill the batches of its neighbours.  Where nothing is queued,
+    -- there is only a status to settle or a quarantine to try: last, for their locks are held to the end.
     FOR lane IN
-        SELECT t.server, t.owner, t.timeout, array_agg(t.target_id ORDER BY t.target_id) AS targets
-        FROM tbl_repl.target AS t JOIN tbl_repl.target_state AS st USING (target_id)
-        WHERE (_replay.server IS NULL OR t.server = _replay.server) AND st.status <> 'paused'
-        GROUP BY t.server, t.owner, t.timeout
-        ORDER BY max(st.last_error_at) FILTER (WHERE st.last_error_at > coalesce(st.last_shipped_at, '-infinity')) NULLS FIRST,
-                 min(st.last_shipped_at) NULLS FIRST, t.server, t.owner
+        SELECT array_agg(w.target_id ORDER BY w.target_id) AS targets
+        FROM (SELECT t.target_id, t.server, t.owner, t.timeout, st.status, st.last_error_at, st.last_shipped_at,
+                     st.copy_after IS NOT NULL OR tbl_repl._has_pending(t.target_id) AS queued
+              FROM tbl_repl.target AS t JOIN tbl_repl.target_state AS st USING (target_id)
+              WHERE (_replay.server IS NULL OR t.server = _replay.server) AND st.status <> 'paused') AS w
+        WHERE w.queued OR w.status <> 'ok'
+           OR (retry AND EXISTS (SELECT FROM tbl_repl.quarantined AS q WHERE q.target_id = w.target_id))
+        GROUP BY w.server, w.owner, w.timeout, CASE WHEN w.status = 'failed' THEN w.target_id END
+        ORDER BY bool_or(w.queued) DESC,
+                 max(w.last_error_at) FILTER (WHERE w.last_error_at > coalesce(w.last_shipped_at, '-infinity')) NULLS FIRST,
+                 min(w.last_shipped_at) NULLS FIRST, min(w.target_id)
     LOOP
         handled := tbl_repl._replay_lane(lane.targets, max_rows, retry);
         IF handled > 0 THEN
@@ -141,16 +148,23 @@ COMMENT ON FUNCTION tbl_repl._has_pending(integer) IS 'whether anything is queue
 -- there is shipped from the start, which is right, for state may be shipped twice.
 CREATE OR REPLACE FUNCTION tbl_repl._check_positions()
 RETURNS void
-LANGUAGE sql VOLATILE
+LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp
 AS $function$
-    UPDATE tbl_repl.target_state AS st
-    SET position = '1:1:'::pg_snapshot, system_identifier = c.system_identifier
-    FROM pg_control_system() AS c
-    WHERE st.system_identifier <> c.system_identifier
+DECLARE
+    here bigint := (SELECT c.system_identifier FROM pg_control_system() AS c);
+BEGIN
+    IF NOT EXISTS (SELECT FROM tbl_repl.target_state AS st WHERE st.system_identifier <> here) THEN
+        RETURN;
+    END IF;
+    -- numbers that are ahead of this cluster's would never be passed
+    UPDATE tbl_repl.change SET txid = pg_current_xact_id();
+    UPDATE tbl_repl.target_state AS st SET position = '1:1:', system_identifier = here
+    WHERE st.system_identifier <> here;
+END
 $function$;
 COMMENT ON FUNCTION tbl_repl._check_positions() IS
-    'sets positions that come from another cluster back to the start';
+    'gives queue and positions that come from another cluster the numbers of this one';
 
 -- The position after everything up to cut: what is still running, and what is pending beyond the cut,
 -- stays outside.
@@ -179,6 +193,7 @@ COMMENT ON FUNCTION tbl_repl._position_after(pg_snapshot, pg_snapshot, xid8, xid
     'position of a target after a batch that ends at a transaction';
 
 -- _replay_lane(targets, max_rows, retry): one batch for the targets behind one connection.
+-- Connects before it locks: who writes is not turned away for a server that is out of reach.
 CREATE OR REPLACE FUNCTION tbl_repl._replay_lane(targets integer[], max_rows integer, retry boolean)
 RETURNS bigint
 LANGUAGE plpgsql VOLATILE
@@ -196,26 +211,37 @@ DECLARE
     failure   record;
     pages     jsonb := '{}';
     page      text[];
-    rest      xid8[];
-    now_ok    integer[] := '{}';
+    listing   text;
+    error_text   text;
+    error_detail text;
+    error_hint   text;
 BEGIN
-    -- Without any work no lock is taken; looked at also while the status is ok.
-    SELECT array_agg(st.target_id ORDER BY st.target_id) INTO targets
-    FROM tbl_repl.target_state AS st
-    WHERE st.target_id = ANY (targets)
-      AND (st.status <> 'ok' OR tbl_repl._has_pending(st.target_id)
-           OR (retry AND EXISTS (SELECT FROM tbl_repl.quarantined AS q WHERE q.target_id = st.target_id)));
-    IF targets IS NULL THEN
-        RETURN 0;
-    END IF;
     SELECT t.target_id, t.server, t.timeout, tbl_repl._connection_name(t.server, t.owner, t.timeout) AS conn
     INTO lane FROM tbl_repl.target AS t WHERE t.target_id = targets[1];
+    IF NOT FOUND THEN
+        RETURN 0;
+    END IF;
+    IF EXISTS (SELECT FROM tbl_repl.target_state AS st
+               WHERE st.target_id = ANY (targets)
+                 AND (st.copy_after IS NOT NULL OR tbl_repl._has_pending(st.target_id)
+                      OR (retry AND EXISTS (SELECT FROM tbl_repl.quarantined AS q WHERE q.target_id = st.target_id))))
+    THEN
+        BEGIN
+            -- twice the timeout: an older session of ours may have to be outlived first
+            PERFORM tbl_repl._connect(lane.target_id, lane.conn, clock_timestamp() + lane.timeout * 2);
+        EXCEPTION WHEN OTHERS THEN
+            GET STACKED DIAGNOSTICS error_text = MESSAGE_TEXT, error_detail = PG_EXCEPTION_DETAIL, error_hint = PG_EXCEPTION_HINT;
+            PERFORM tbl_repl._lane_is_down(lane.server, targets, SQLSTATE, error_text, error_detail, error_hint);
+            RETURN 0;
+        END;
+    END IF;
 
     -- Exclusive: waits for shippers in flight, turns new ones to the queue already while it waits.
     PERFORM set_config('lock_timeout', (ceil(extract(epoch FROM lane.timeout) * 2000))::text, true);
     BEGIN
         PERFORM pg_advisory_xact_lock(tbl_repl._lock_ship(), t) FROM unnest(targets) AS t;
-    EXCEPTION WHEN lock_not_available THEN
+    EXCEPTION WHEN lock_not_available OR deadlock_detected THEN
+        -- a deadlock: with another drainer that has come here the other way round
         PERFORM set_config('lock_timeout', old_limit, true);
         RAISE WARNING USING
             ERRCODE = 'lock_not_available',
@@ -223,10 +249,15 @@ BEGIN
         RETURN 0;
     END;
     PERFORM set_config('lock_timeout', old_limit, true);
+    -- paused or dropped while we waited
+    SELECT array_agg(st.target_id ORDER BY st.target_id) INTO targets
+    FROM tbl_repl.target_state AS st WHERE st.target_id = ANY (targets) AND st.status <> 'paused';
+    IF targets IS NULL THEN
+        RETURN 0;
+    END IF;
 
     -- What is there to do: one snapshot, whole transactions up to max_rows.
-    EXECUTE (
-        SELECT format($query$
+    SELECT format($query$
             WITH q AS MATERIALIZED (%s),
             per AS (SELECT q.txid, sum(q.row_count) AS n FROM q GROUP BY q.txid),
             run AS (SELECT per.txid, sum(per.n) OVER (ORDER BY per.txid) AS total, row_number() OVER (ORDER BY per.txid) AS i FROM per),
@@ -238,12 +269,13 @@ BEGIN
                         FROM q WHERE q.txid <= cut.txid GROUP BY q.target_id) AS o) AS ops,
                    (SELECT array_agg(run.txid) FROM run WHERE run.txid > cut.txid) AS remaining
             FROM cut RIGHT JOIN (SELECT) AS one ON true$query$,
-            string_agg(format('SELECT %s AS target_id, c.txid, c.op, c.keys IS NULL AS whole, c.row_count FROM %s',
-                              t.target_id, tbl_repl._pending_from(t, st.position)), ' UNION ALL '))
-        FROM tbl_repl.target AS t JOIN tbl_repl.target_state AS st USING (target_id)
-        WHERE t.target_id = ANY (targets) AND st.copy_after IS NULL
-        HAVING count(*) > 0)
-    INTO batch USING max_rows;
+            coalesce(string_agg(format('SELECT %s AS target_id, c.txid, c.op, c.keys IS NULL AS whole, c.row_count FROM %s',
+                                       t.target_id, tbl_repl._pending_from(t, st.position)), ' UNION ALL '),
+                     'SELECT 0 AS target_id, c.txid, c.op, true AS whole, c.row_count FROM tbl_repl.change AS c WHERE false'))
+    INTO listing
+    FROM tbl_repl.target AS t JOIN tbl_repl.target_state AS st USING (target_id)
+    WHERE t.target_id = ANY (targets) AND st.copy_after IS NULL;
+    EXECUTE listing INTO batch USING max_rows;
     handled := coalesce(batch.rows, 0);
     IF batch.cut IS NOT NULL THEN
         SELECT coalesce(array_agg(l), '{}') INTO loads
@@ -255,11 +287,14 @@ BEGIN
         WHERE t.target_id = ANY (targets) AND st.copy_after IS NULL AND batch.ops ? t.target_id::text;
     END IF;
 
-    -- The initial copy in the background: the next page, what is queued comes after it.
+    -- The initial copy in the background: the next page, what is queued comes after it.  Referenced tables first.
     FOR item IN
         SELECT t.target_id, st.copy_after, s.fk_rank, s.source_table
         FROM tbl_repl.target AS t JOIN tbl_repl.target_state AS st USING (target_id) JOIN tbl_repl.source AS s USING (source_id)
         WHERE t.target_id = ANY (targets) AND st.copy_after IS NOT NULL
+          AND s.fk_rank = (SELECT min(so.fk_rank) FROM tbl_repl.target AS o JOIN tbl_repl.target_state AS os USING (target_id)
+                           JOIN tbl_repl.source AS so USING (source_id)
+                           WHERE o.target_id = ANY (targets) AND os.copy_after IS NOT NULL)
     LOOP
         EXECUTE format('SELECT tbl_repl.page_%s($1, $2)', item.target_id) INTO page USING item.copy_after, max_rows;
         pages := jsonb_set(pages, ARRAY[item.target_id::text], to_jsonb(coalesce(page, '{}')));
@@ -282,16 +317,12 @@ BEGIN
         retrying := true;
     END IF;
 
+    SELECT '{}'::integer[] AS broken INTO failure;
     IF cardinality(loads) > 0 THEN
         failure := tbl_repl._apply(lane.target_id, lane.conn, lane.timeout, loads);
         IF failure.code IS NOT NULL THEN
-            PERFORM tbl_repl._log_error(l.target_id, NULL, failure.code, failure.message, failure.detail, failure.hint, NULL)
-            FROM (SELECT DISTINCT u.target_id FROM unnest(loads) AS u) AS l;
-            RAISE WARNING USING
-                ERRCODE = failure.code,
-                MESSAGE = format('server %I: %s', lane.server, failure.message),
-                DETAIL  = coalesce(nullif(failure.detail, ''), 'Its changes stay queued.'),
-                HINT    = coalesce(nullif(failure.hint, ''), 'They are shipped by the next replay that reaches it.');
+            PERFORM tbl_repl._lane_is_down(lane.server, ARRAY(SELECT DISTINCT u.target_id FROM unnest(loads) AS u),
+                                           failure.code, failure.message, failure.detail, failure.hint);
             RETURN 0;
         END IF;
         IF retrying THEN
@@ -301,7 +332,8 @@ BEGIN
                 ERRCODE = 'object_not_in_prerequisite_state',
                 MESSAGE = format('server %I: targets %s have failed, see tbl_repl.target_status', lane.server, array_to_string(failure.broken, ', ')),
                 DETAIL  = 'Their changes stay queued.';
-            RETURN 0;
+            -- they have filled the batch; the others still have theirs
+            RETURN tbl_repl._replay_lane(ARRAY(SELECT x FROM unnest(targets) AS x WHERE x <> ALL (failure.broken)), max_rows, retry);
         END IF;
         UPDATE tbl_repl.target_state AS st
         SET rows_shipped = st.rows_shipped + coalesce((failure.by_target ->> st.target_id::text)::bigint, 0),
@@ -309,6 +341,10 @@ BEGIN
         WHERE st.target_id IN (SELECT u.target_id FROM unnest(loads) AS u)
           AND (failure.by_target ->> st.target_id::text)::bigint > 0;
     END IF;
+
+    -- what had failed takes rows again
+    UPDATE tbl_repl.target_state AS st SET status = CASE WHEN st.copy_after IS NULL THEN 'queueing' ELSE 'copying' END
+    WHERE st.target_id IN (SELECT u.target_id FROM unnest(loads) AS u) AND st.target_id <> ALL (failure.broken) AND st.status = 'failed';
 
     -- Positions move with this transaction; were it lost now, the same would be sent again.
     IF batch.cut IS NOT NULL THEN
@@ -338,6 +374,30 @@ END
 $function$;
 COMMENT ON FUNCTION tbl_repl._replay_lane(integer[], integer, boolean) IS
     'ships one batch to the targets behind one connection';
+
+CREATE OR REPLACE FUNCTION tbl_repl._lane_is_down(
+    server  name,
+    targets integer[],
+    code    text,
+    message text,
+    detail  text,
+    hint    text
+)
+RETURNS void
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+BEGIN
+    PERFORM tbl_repl._log_error(t, NULL, code, message, detail, hint, NULL) FROM unnest(targets) AS t;
+    RAISE WARNING USING
+        ERRCODE = code,
+        MESSAGE = format('server %I: %s', server, message),
+        DETAIL  = coalesce(nullif(detail, ''), 'Its changes stay queued.'),
+        HINT    = coalesce(nullif(hint, ''), 'They are shipped by the next replay that reaches it.');
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._lane_is_down(name, integer[], text, text, text, text) IS
+    'notes and reports that nothing could be shipped to a server';
 
 -- Back to ok.  Holding ship, so that nobody ships: with queue held exclusively those that were queueing
 -- have committed, and who comes now looks at the status once more when he has the lock.
@@ -389,22 +449,24 @@ LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp
 AS $function$
 DECLARE
-    halves record;
+    halves     record;
+    committing boolean := false;
 BEGIN
     broken := '{}';
     by_target := '{}';
     shipped := 0;
     BEGIN
-        -- twice the timeout: an older session of ours may have to be outlived first
         PERFORM tbl_repl._connect(_apply.target_id, conn, clock_timestamp() + timeout * 2);
         BEGIN
             shipped := tbl_repl._stream_any_way(conn, _apply.target_id, loads, false, timeout);
+            committing := true;
             PERFORM tbl_repl._commit(conn, timeout);
             SELECT jsonb_object_agg(l.target_id, shipped / cardinality(loads)) INTO by_target FROM unnest(loads) AS l;
             PERFORM tbl_repl._release(loads, '{}');
             RETURN;
         EXCEPTION WHEN OTHERS THEN
-            IF tbl_repl._is_transient(SQLSTATE) THEN
+            -- 22012: the lease was over, or some expression divides by zero
+            IF tbl_repl._is_transient(SQLSTATE) AND (SQLSTATE <> '22012' OR committing) THEN
                 RAISE;
             END IF;
             IF conn = ANY (tbl_repl._dblink_connections()) THEN
@@ -416,7 +478,14 @@ BEGIN
         shipped := halves.shipped;
         by_target := halves.by_target;
         broken := halves.broken;
-    EXCEPTION WHEN OTHERS THEN
+    EXCEPTION
+    WHEN query_canceled THEN
+        -- this session goes on, and must not find a remote transaction open
+        IF conn = ANY (tbl_repl._dblink_connections()) THEN
+            PERFORM tbl_repl._dblink_disconnect(conn);
+        END IF;
+        RAISE;
+    WHEN OTHERS THEN
         GET STACKED DIAGNOSTICS code = RETURNED_SQLSTATE, message = MESSAGE_TEXT, detail = PG_EXCEPTION_DETAIL, hint = PG_EXCEPTION_HINT;
         IF conn = ANY (tbl_repl._dblink_connections()) THEN
             PERFORM tbl_repl._dblink_disconnect(conn);
@@ -466,7 +535,6 @@ DECLARE
     keys     text[];
     rejected    tbl_repl.poison[];
     poison   tbl_repl.poison[] := '{}';
-    one      tbl_repl.poison;
     left_bad tbl_repl.poison[];
     progress boolean;
     counted  bigint;
@@ -475,6 +543,24 @@ BEGIN
     by_target := '{}';
     broken := '{}';
     PERFORM tbl_repl._call(conn, 'BEGIN', clock_timestamp() + timeout);
+    FOR item IN
+        SELECT l.target_id, tbl_repl._dst_table(t) AS dst_table
+        FROM unnest(loads) AS l JOIN tbl_repl.target AS t ON t.target_id = l.target_id WHERE l.truncate
+    LOOP
+        BEGIN
+            PERFORM tbl_repl._call(conn, format('SAVEPOINT tbl_repl; DELETE FROM %s WHERE false; RELEASE tbl_repl', item.dst_table),
+                                   clock_timestamp() + timeout);
+            CONTINUE;
+        EXCEPTION WHEN OTHERS THEN
+            IF NOT tbl_repl._is_definition_error(SQLSTATE) THEN
+                RAISE;
+            END IF;
+            broken := array_append(broken, item.target_id);
+            PERFORM tbl_repl._target_failed(item.target_id, SQLSTATE, SQLERRM);
+        END;
+        PERFORM tbl_repl._call(conn, 'ROLLBACK TO tbl_repl; RELEASE tbl_repl', clock_timestamp() + timeout);
+    END LOOP;
+    loads := ARRAY(SELECT l FROM unnest(loads) AS l WHERE l.target_id <> ALL (broken));
     IF EXISTS (SELECT FROM unnest(loads) AS l WHERE l.truncate) THEN
         PERFORM tbl_repl._truncate(conn, loads, timeout);
     END IF;
@@ -488,9 +574,7 @@ BEGIN
             IF cardinality(rejected) > 0 AND rejected[1].key IS NULL THEN
                 -- the definition is at fault: a person is needed, the queue is kept
                 broken := array_append(broken, item.target_id);
-                PERFORM tbl_repl._log_error(item.target_id, NULL, rejected[1].code, rejected[1].message, NULL,
-                                            format('Mend it, call tbl_repl.alter_target(%s) if columns have changed, then replay.', item.target_id), NULL);
-                UPDATE tbl_repl.target_state AS st SET status = 'failed' WHERE st.target_id = item.target_id AND st.status <> 'paused';
+                PERFORM tbl_repl._target_failed(item.target_id, rejected[1].code, rejected[1].message);
                 EXIT;
             END IF;
             poison := poison || rejected;
@@ -504,17 +588,20 @@ BEGIN
     -- What failed because of another row (a parent not there yet, a value not yet given up) may do now.
     LOOP
         progress := false;
-        left_bad := '{}';
-        FOREACH one IN ARRAY poison LOOP
-            IF one.code IN ('23503', '23505') THEN
-                rejected := tbl_repl._apply_keys(conn, timeout, one.target_id, one.absent, ARRAY[one.key], false);
-                IF cardinality(rejected) = 0 THEN
-                    progress := true;
-                    shipped := shipped + 1;
-                    CONTINUE;
-                END IF;
-            END IF;
-            left_bad := array_append(left_bad, one);
+        left_bad := ARRAY(SELECT p FROM unnest(poison) AS p WHERE p.code NOT IN ('23503', '23505'));
+        FOR item IN
+            SELECT p.target_id, p.absent, array_agg(p.key) AS keys
+            FROM unnest(poison) AS p JOIN tbl_repl.target AS t ON t.target_id = p.target_id JOIN tbl_repl.source AS s USING (source_id)
+            WHERE p.code IN ('23503', '23505')
+            GROUP BY p.target_id, p.absent, s.fk_rank ORDER BY s.fk_rank, p.target_id
+        LOOP
+            rejected := tbl_repl._apply_keys(conn, timeout, item.target_id, item.absent, item.keys, false);
+            counted := cardinality(item.keys) - cardinality(rejected);
+            progress := progress OR counted > 0;
+            shipped := shipped + counted;
+            by_target := jsonb_set(by_target, ARRAY[item.target_id::text],
+                                   to_jsonb(counted + coalesce((by_target ->> item.target_id::text)::bigint, 0)));
+            left_bad := left_bad || rejected;
         END LOOP;
         poison := left_bad;
         EXIT WHEN NOT progress;
@@ -525,6 +612,25 @@ END
 $function$;
 COMMENT ON FUNCTION tbl_repl._apply_by_halves(text, interval, tbl_repl.load[]) IS
     'ships keys, halving where the target rejects some, until the rows that are to blame are found';
+
+CREATE OR REPLACE FUNCTION tbl_repl._target_failed(
+    target_id integer,
+    code      text,
+    message   text
+)
+RETURNS void
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+BEGIN
+    PERFORM tbl_repl._log_error(target_id, NULL, code, message, NULL,
+                                format('Mend it, call tbl_repl.alter_target(%s) if columns have changed, then replay.', target_id), NULL);
+    UPDATE tbl_repl.target_state AS st SET status = 'failed'
+    WHERE st.target_id = _target_failed.target_id AND st.status <> 'paused';
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._target_failed(integer, text, text) IS
+    'notes that the definition of a target does not fit its table any more';
 
 -- _apply_keys: the keys that the target rejects.  A single one without key: the definition is at fault.
 CREATE OR REPLACE FUNCTION tbl_repl._apply_keys(
@@ -635,26 +741,28 @@ DECLARE
     resting regclass;
     needed  boolean;
 BEGIN
-    SELECT h.segment INTO head FROM tbl_repl.queue_head AS h;
-    resting := format('tbl_repl.change_%s', 1 - head)::regclass;
-    IF pg_relation_size(resting) > 0 THEN
-        BEGIN
-            EXECUTE format('LOCK TABLE %s IN ACCESS EXCLUSIVE MODE NOWAIT', resting);
-            EXECUTE format('SELECT EXISTS (SELECT FROM %s AS c JOIN tbl_repl.target AS t ON t.source_id = c.source_id '
-                           'JOIN tbl_repl.target_state AS st ON st.target_id = t.target_id '
-                           'WHERE (c.target_id = t.target_id OR (c.target_id IS NULL AND t.mode = ''async'')) '
-                           'AND NOT pg_visible_in_snapshot(c.txid, st.position))', resting) INTO needed;
-            IF needed THEN
+    FOR turn IN 1 .. 2 LOOP
+        SELECT h.segment INTO head FROM tbl_repl.queue_head AS h;
+        resting := format('tbl_repl.change_%s', 1 - head)::regclass;
+        IF pg_relation_size(resting) > 0 THEN
+            BEGIN
+                EXECUTE format('LOCK TABLE %s IN ACCESS EXCLUSIVE MODE NOWAIT', resting);
+                EXECUTE format('SELECT EXISTS (SELECT FROM %s AS c JOIN tbl_repl.target AS t ON t.source_id = c.source_id '
+                               'JOIN tbl_repl.target_state AS st ON st.target_id = t.target_id '
+                               'WHERE (c.target_id = t.target_id OR (c.target_id IS NULL AND t.mode = ''async'')) '
+                               'AND NOT pg_visible_in_snapshot(c.txid, st.position))', resting) INTO needed;
+                IF needed THEN
+                    RETURN;
+                END IF;
+                EXECUTE format('TRUNCATE %s', resting);
+            EXCEPTION WHEN lock_not_available THEN
                 RETURN;
-            END IF;
-            EXECUTE format('TRUNCATE %s', resting);
-        EXCEPTION WHEN lock_not_available THEN
-            RETURN;
-        END;
-    END IF;
-    IF pg_relation_size(format('tbl_repl.change_%s', head)::regclass) > 1048576 THEN
+            END;
+        END IF;
+        -- long lists of keys are kept beside the rows
+        EXIT WHEN pg_table_size(format('tbl_repl.change_%s', head)::regclass) <= 1048576;
         UPDATE tbl_repl.queue_head AS h SET segment = 1 - head;
-    END IF;
+    END LOOP;
 END
 $function$;
 COMMENT ON FUNCTION tbl_repl._rotate() IS 'empties the segment of the queue that everybody has passed';

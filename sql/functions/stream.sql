@@ -4,13 +4,15 @@
 -- are read in the snapshot of one statement, which is fetched from message by message: memory does not
 -- grow with the number of rows.  While the target works on one message the next one is rendered.
 
--- How many rows of a target make a message of about two megabytes, a thousand at the most.
+-- How many rows of a target make a message of about two megabytes, a thousand at the most; twenty thousand
+-- where rows refer to others of the table, which is checked at the end of each statement.
 CREATE OR REPLACE FUNCTION tbl_repl._chunk_rows(source_table regclass)
 RETURNS integer
 LANGUAGE sql STABLE
 SET search_path = pg_catalog, pg_temp
 AS $function$
-    SELECT greatest(1, least(tbl_repl._rows_per_message(),
+    SELECT greatest(1, least(CASE WHEN EXISTS (SELECT FROM pg_constraint AS f WHERE f.contype = 'f' AND f.conrelid = source_table AND f.confrelid = source_table)
+                                  THEN 20 ELSE 1 END * tbl_repl._rows_per_message(),
                              2000000 / greatest(1, sum(pg_table_size(p.relid)) / greatest(1, sum(c.reltuples)))))::integer
     FROM (SELECT source_table AS relid UNION SELECT t.relid FROM pg_partition_tree(source_table) AS t) AS p
     JOIN pg_class AS c ON c.oid = p.relid

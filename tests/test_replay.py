@@ -1,0 +1,1028 @@
+"""Replay: batches, positions, quarantine, and the order in which a backlog reaches the target."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psycopg
+import pytest
+
+from support import Node, Pair, Proxy, wait_until
+
+
+def replay(pair: Pair, server: str | None = None, max_rows: int = 10000) -> int:
+    """One batch; rows handled."""
+    return int(pair.source.one("SELECT tbl_repl.replay(%s, %s)", [server, max_rows]))
+
+
+def async_table(pair: Pair, columns: str = "id integer PRIMARY KEY, v text", **options: Any) -> int:
+    """An empty table t on every node with an async target; the target_id."""
+    pair.both(f"CREATE TABLE t ({columns})")
+    return pair.add_target("t", mode="async", **options)
+
+
+def notices(conn: psycopg.Connection) -> list[str]:
+    """The list into which the messages of that session are written from now on."""
+    heard: list[str] = []
+    conn.add_notice_handler(lambda d: heard.append(f"{d.severity} {d.sqlstate}: {d.message_primary}"))
+    return heard
+
+
+@contextmanager
+def transaction(node: Node, isolation: str = "READ COMMITTED") -> Iterator[psycopg.Connection]:
+    """A session with an open transaction; committed at the end of the block."""
+    conn = node.connect()
+    conn.execute(f"BEGIN ISOLATION LEVEL {isolation}")
+    try:
+        yield conn
+        conn.execute("COMMIT")
+    finally:
+        conn.close()
+
+
+def quarantined(pair: Pair) -> list[tuple[Any, ...]]:
+    return pair.source.sql("SELECT key, sqlstate, attempts FROM tbl_repl.quarantine ORDER BY key::text")
+
+
+# --- the verbs
+
+
+def test_replay_ships_one_batch_and_says_how_many_rows(pair: Pair) -> None:
+    async_table(pair)
+    for i in range(5):
+        pair.source.sql("INSERT INTO t SELECT %s * 10 + g, 'x' FROM generate_series(0, 9) g", [i])
+    assert [replay(pair, max_rows=20) for _ in range(4)] == [20, 20, 10, 0]
+    pair.assert_same("t")
+
+
+def test_replay_never_splits_a_transaction(pair: Pair) -> None:
+    async_table(pair)
+    with transaction(pair.source) as conn:
+        conn.execute("INSERT INTO t SELECT g, 'x' FROM generate_series(1, 50) g")
+        conn.execute("UPDATE t SET v = 'y' WHERE id <= 25")
+    pair.source.sql("INSERT INTO t VALUES (99, 'later')")
+    assert replay(pair, max_rows=10) == 75
+    assert pair.target.one("SELECT count(*) FROM t") == 50
+    assert replay(pair, max_rows=10) == 1
+    pair.assert_same("t")
+
+
+def test_a_transaction_larger_than_any_message_arrives_at_once(pair: Pair) -> None:
+    async_table(pair)
+    pair.source.sql("INSERT INTO t SELECT g, 'x' || g FROM generate_series(1, 12345) g")
+    assert replay(pair, max_rows=100) == 12345
+    pair.assert_same("t")
+
+
+def test_drain_commits_after_each_batch(pair: Pair) -> None:
+    """On both sides: one transaction a batch."""
+    async_table(pair)
+    pair.target.sql(
+        "CREATE TABLE seen (id integer, xid xid8 DEFAULT pg_current_xact_id());"
+        "CREATE FUNCTION see() RETURNS trigger LANGUAGE plpgsql AS"
+        " $$BEGIN INSERT INTO seen VALUES (NEW.id); RETURN NEW; END$$;"
+        "CREATE TRIGGER see AFTER INSERT ON t FOR EACH ROW EXECUTE FUNCTION see()"
+    )
+    for i in range(6):
+        pair.source.sql("INSERT INTO t VALUES (%s, 'x')", [i])
+    before = pair.source.one("SELECT pg_snapshot_xmax(pg_current_snapshot())::text::bigint")
+    pair.source.sql("CALL tbl_repl.drain(batch_rows => 2)")
+    after = pair.source.one("SELECT pg_snapshot_xmax(pg_current_snapshot())::text::bigint")
+    assert after - before >= 3
+    assert [row[0] for row in pair.target.sql("SELECT count(*) FROM seen GROUP BY xid")] == [2, 2, 2]
+
+
+def test_drain_keeps_the_batches_it_has_finished_when_it_is_cancelled(pair: Pair) -> None:
+    target_id = async_table(pair, timeout="10 s")
+    for i in (1, 2, 3):
+        pair.source.sql("INSERT INTO t VALUES (%s, 'x')", [i])
+    blocker = pair.target.connect()
+    blocker.execute("BEGIN")
+    blocker.execute("INSERT INTO t VALUES (2, 'in the way')")
+    conn = pair.source.connect()
+    errors: list[psycopg.Error] = []
+
+    def drain() -> None:
+        try:
+            conn.execute("CALL tbl_repl.drain(batch_rows => 1)")
+        except psycopg.Error as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=drain)
+    thread.start()
+    wait_until(lambda: pair.pending(target_id) == 2)
+    conn.cancel()
+    blocker.execute("ROLLBACK")
+    thread.join(20)
+    assert [error.sqlstate for error in errors] == ["57014"]
+    assert pair.pending(target_id) >= 1
+    pair.drain()
+    pair.assert_same("t")
+
+
+def test_a_cancelled_replay_leaves_no_remote_transaction_behind(pair: Pair) -> None:
+    """The session goes on: what it ships next must commit, not drown in the open transaction."""
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY, v text)")
+    target_id = pair.add_target("t", timeout="10 s")
+    pair.call("pause_target", target_id=target_id)
+    pair.source.sql("INSERT INTO t SELECT g, 'x' FROM generate_series(1, 10) g")
+    pair.source.sql("UPDATE tbl_repl.target_state SET status = 'queueing'")
+    blocker = pair.target.connect()
+    blocker.execute("BEGIN")
+    blocker.execute("INSERT INTO t VALUES (2, 'in the way')")
+    conn = pair.source.connect()
+    errors: list[psycopg.Error] = []
+
+    def run() -> None:
+        try:
+            conn.execute("SELECT tbl_repl.replay()")
+        except psycopg.Error as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    wait_until(lambda: pair.target.admin("SELECT pid FROM pg_stat_activity WHERE application_name LIKE 'tbl_repl%' AND wait_event_type = 'Lock'"))
+    conn.cancel()
+    # the cancel is kept back until the fate of the message is known
+    wait_until(lambda: not thread.is_alive() or blocker.execute("ROLLBACK") is not None)
+    thread.join(20)
+    assert [error.sqlstate for error in errors] == ["57014"]
+    assert not pair.target.admin(
+        "SELECT pid FROM pg_stat_activity WHERE application_name LIKE 'tbl_repl%' AND state LIKE 'idle in transaction%'"
+    )
+    conn.execute("CALL tbl_repl.drain()")
+    conn.execute("INSERT INTO t VALUES (11, 'direct')")
+    assert pair.pending(target_id) == 0
+    pair.assert_same("t")
+
+
+@pytest.mark.parametrize("verb", ["SELECT tbl_repl.replay()", "CALL tbl_repl.drain()"])
+def test_a_transaction_that_has_written_may_not_replay(pair: Pair, verb: str) -> None:
+    async_table(pair)
+    with transaction(pair.source) as conn:
+        conn.execute("INSERT INTO t VALUES (1, 'x')")
+        with pytest.raises(psycopg.errors.ActiveSqlTransaction):
+            conn.execute(verb)
+        conn.execute("ROLLBACK; BEGIN")
+
+
+@pytest.mark.parametrize("isolation", ["REPEATABLE READ", "SERIALIZABLE"])
+def test_replay_wants_read_committed(pair: Pair, isolation: str) -> None:
+    async_table(pair)
+    with transaction(pair.source, isolation) as conn, pytest.raises(psycopg.errors.ActiveSqlTransaction):
+        conn.execute("SELECT tbl_repl.replay()")
+
+
+def test_an_unknown_server_and_a_batch_of_nothing_are_refused(pair: Pair) -> None:
+    with pytest.raises(psycopg.errors.UndefinedObject, match="nowhere"):
+        replay(pair, "nowhere")
+    with pytest.raises(psycopg.errors.UndefinedObject, match="nowhere"):
+        pair.source.sql("CALL tbl_repl.drain('nowhere')")
+    for rows in (0, -1):
+        with pytest.raises(psycopg.errors.InvalidParameterValue):
+            replay(pair, max_rows=rows)
+
+
+def test_a_paused_target_gets_nothing_until_it_is_resumed(pair: Pair) -> None:
+    target_id = async_table(pair)
+    pair.call("pause_target", target_id=target_id)
+    pair.source.sql("INSERT INTO t VALUES (1, 'x')")
+    assert replay(pair) == 0
+    assert (pair.status(target_id), pair.pending(target_id)) == ("paused", 1)
+    pair.call("resume_target", target_id=target_id)
+    pair.drain()
+    pair.assert_same("t")
+    assert pair.status(target_id) == "ok"
+
+
+def test_a_replay_that_waited_for_a_pause_ships_nothing(pair: Pair) -> None:
+    target_id = async_table(pair)
+    pair.source.sql("INSERT INTO t VALUES (1, 'x')")
+    answers: list[int] = []
+    conn = pair.source.connect()
+    with transaction(pair.source) as pausing:
+        pausing.execute("SELECT tbl_repl.pause_target(%s)", [target_id])
+        thread = threading.Thread(
+            target=lambda: answers.append(conn.execute("SELECT tbl_repl.replay()").fetchall()[0][0])
+        )
+        thread.start()
+        wait_until(lambda: pair.source.admin("SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"))
+    thread.join(10)
+    assert answers == [0]
+    assert pair.target.rows("t") == []
+    assert pair.status(target_id) == "paused"
+
+
+def test_drains_in_several_sessions_at_once_are_all_well(pair: Pair) -> None:
+    async_table(pair)
+    conns = [pair.source.connect() for _ in range(3)]
+    for i in range(200):
+        pair.source.sql("INSERT INTO t VALUES (%s, 'x')", [i])
+    errors: list[Exception] = []
+
+    def drain(conn: psycopg.Connection) -> None:
+        try:
+            conn.execute("CALL tbl_repl.drain(batch_rows => 20)")
+        except psycopg.Error as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=drain, args=[conn]) for conn in conns]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert errors == []
+    pair.assert_same("t")
+
+
+# --- several servers
+
+
+def test_a_dead_server_does_not_hold_up_the_others(trio: Pair) -> None:
+    trio.both("CREATE TABLE t (id integer PRIMARY KEY, v text)")
+    assert trio.third
+    dead = trio.add_target("t", mode="async", timeout="1 s")
+    well = trio.add_target("t", trio.third_server, mode="async")
+    trio.source.sql("INSERT INTO t VALUES (1, 'a'), (2, 'b')")
+    trio.proxy().set("refuse")
+    conn = trio.source.connect()
+    heard = notices(conn)
+    conn.execute("CALL tbl_repl.drain()")
+    trio.assert_same("t", there=trio.third)
+    assert (trio.pending(dead), trio.pending(well)) == (2, 0)
+    assert [h for h in heard if h.startswith("WARNING 08")], heard
+    last_error = trio.source.one("SELECT last_error FROM tbl_repl.target_status WHERE target_id = %s", [dead])
+    assert last_error.startswith("08")
+    assert trio.source.one("SELECT count(*) FROM tbl_repl.error_log WHERE target_id = %s", [well]) == 0
+
+
+def test_a_dead_server_does_not_turn_away_the_writers_of_others(trio: Pair) -> None:
+    """While a drainer waits for the server that hangs, nobody else's lock is held."""
+    trio.both("CREATE TABLE t (id integer PRIMARY KEY, v text)")
+    trio.both("CREATE TABLE u (id integer PRIMARY KEY, v text)")
+    well = trio.add_target("u", trio.third_server, mode="tolerant")
+    hung = trio.add_target("t", mode="async", timeout="2 s")
+    trio.source.sql("INSERT INTO t VALUES (1, 'a')")
+    # something to settle for the healthy one: a status without anything queued
+    trio.source.sql("UPDATE tbl_repl.target_state SET status = 'queueing' WHERE target_id = %s", [well])
+    trio.source.sql("INSERT INTO u VALUES (1, 'a')")
+    blocker = trio.target.connect()
+    blocker.execute("BEGIN")
+    blocker.execute("INSERT INTO t VALUES (1, 'in the way')")
+    conn = trio.source.connect()
+    thread = threading.Thread(target=lambda: conn.execute("CALL tbl_repl.drain()"))
+    thread.start()
+    wait_until(lambda: trio.target.admin("SELECT pid FROM pg_stat_activity WHERE application_name LIKE 'tbl_repl%' AND wait_event_type = 'Lock'"))
+    trio.source.sql("INSERT INTO u VALUES (2, 'b')")
+    assert trio.pending(well) == 0
+    blocker.execute("ROLLBACK")
+    thread.join(20)
+    assert trio.pending(hung) == 0
+
+
+def test_two_async_targets_go_on_at_their_own_pace(trio: Pair) -> None:
+    trio.both("CREATE TABLE t (id integer PRIMARY KEY, v text)")
+    assert trio.third
+    first = trio.add_target("t", mode="async")
+    second = trio.add_target("t", trio.third_server, mode="async")
+    for i in range(6):
+        trio.source.sql("INSERT INTO t VALUES (%s, 'x')", [i])
+    assert replay(trio, trio.server, 4) == 4
+    assert replay(trio, trio.third_server, 1) == 1
+    assert (trio.pending(first), trio.pending(second)) == (2, 5)
+    trio.source.sql("UPDATE t SET v = 'y' WHERE id < 3")
+    trio.source.sql("CALL tbl_repl.drain(%s)", [trio.server])
+    trio.assert_same("t")
+    assert trio.third.one("SELECT count(*) FROM t") == 1
+    trio.drain()
+    trio.assert_same("t", there=trio.third)
+    assert (trio.pending(first), trio.pending(second)) == (0, 0)
+
+
+# --- positions
+
+
+def test_what_commits_after_a_drain_with_a_lower_xid_is_not_lost(pair: Pair) -> None:
+    target_id = async_table(pair)
+    with transaction(pair.source) as early:
+        early.execute("INSERT INTO t VALUES (1, 'early')")
+        pair.source.sql("INSERT INTO t VALUES (2, 'late')")
+        pair.drain()
+        assert pair.target.rows("t") == ["(2,late)"]
+    assert pair.pending(target_id) == 1
+    pair.drain()
+    pair.assert_same("t")
+
+
+def test_partial_batches_pass_over_running_transactions(pair: Pair) -> None:
+    """Positions that end in the middle of the queue, with transactions still running on both sides of it."""
+    target_id = async_table(pair)
+    with transaction(pair.source) as first:
+        first.execute("INSERT INTO t VALUES (1, 'first')")
+        for i in (2, 3):
+            pair.source.sql("INSERT INTO t VALUES (%s, 'x')", [i])
+        with transaction(pair.source) as second:
+            second.execute("INSERT INTO t VALUES (4, 'second')")
+            for i in (5, 6, 7):
+                pair.source.sql("INSERT INTO t VALUES (%s, 'x')", [i])
+            assert [replay(pair, max_rows=1) for _ in range(3)] == [1, 1, 1]
+            assert [row[0] for row in pair.target.sql("SELECT id FROM t ORDER BY id")] == [2, 3, 5]
+        # lower xid than what has been shipped
+        assert replay(pair, max_rows=1) == 1
+        assert 4 in [row[0] for row in pair.target.sql("SELECT id FROM t")]
+    assert pair.pending(target_id) == 3
+    assert [replay(pair, max_rows=2) for _ in range(3)] == [2, 1, 0]
+    pair.assert_same("t")
+
+
+@pytest.mark.parametrize(
+    ("old", "snapshot", "cut", "remaining", "expected"),
+    [
+        ("10:10:", "20:20:", 12, [15], "13:13:"),
+        ("10:10:", "11:20:11,14", 12, [15], "11:13:11"),
+        ("10:10:", "11:20:11,14", 15, [17, 18], "11:16:11,14"),
+        # below the old end: a transaction that was running then
+        ("10:30:10,20", "40:40:", 10, [20, 35], "20:30:20"),
+        ("10:30:10,20,25", "25:40:25", 10, [20], "20:30:20,25"),
+    ],
+)
+def test_the_position_after_a_part_keeps_everything_else_outside(
+    node: Node, old: str, snapshot: str, cut: int, remaining: list[int], expected: str
+) -> None:
+    answer = node.one(
+        "SELECT tbl_repl._position_after(%s::pg_snapshot, %s::pg_snapshot, %s::text::xid8, %s::text[]::xid8[])::text",
+        [old, snapshot, str(cut), [str(x) for x in remaining]],
+    )
+    assert answer == expected
+
+
+def test_a_hot_row_ships_once(pair: Pair) -> None:
+    async_table(pair)
+    pair.source.sql("INSERT INTO t VALUES (1, '0')")
+    pair.drain()
+    pair.target.sql(
+        "CREATE TABLE written (v text);"
+        "CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS"
+        " $$BEGIN INSERT INTO written VALUES (NEW.v); RETURN NEW; END$$;"
+        "CREATE TRIGGER note BEFORE UPDATE ON t FOR EACH ROW EXECUTE FUNCTION note()"
+    )
+    with transaction(pair.source) as conn:
+        for i in range(500):
+            conn.execute("UPDATE t SET v = %s", [str(i)])
+    conn = pair.source.connect()
+    for i in range(500, 1000):
+        conn.execute("UPDATE t SET v = %s", [str(i)])
+    pair.drain()
+    assert pair.target.rows("written") == ["(999)"]
+    pair.assert_same("t")
+
+
+def test_a_target_that_leaves_async_takes_its_backlog_along(trio: Pair) -> None:
+    trio.both("CREATE TABLE t (id integer PRIMARY KEY, v text)")
+    assert trio.third
+    target_id = trio.add_target("t", mode="async")
+    other = trio.add_target("t", trio.third_server, mode="async")
+    trio.source.sql("INSERT INTO t VALUES (1, 'a'), (2, 'b')")
+    trio.call("alter_target", target_id=target_id, mode="tolerant")
+    assert (trio.status(target_id), trio.pending(target_id), trio.pending(other)) == ("queueing", 2, 2)
+    trio.source.sql("UPDATE t SET v = 'c' WHERE id = 1")
+    trio.source.sql("DELETE FROM t WHERE id = 2")
+    assert trio.target.rows("t") == []
+    trio.drain()
+    trio.assert_same("t")
+    trio.assert_same("t", there=trio.third)
+    assert trio.status(target_id) == "ok"
+    trio.source.sql("INSERT INTO t VALUES (3, 'direct')")
+    trio.assert_same("t")
+
+
+def test_a_target_that_becomes_async_keeps_what_was_queued(pair: Pair, proxy: Proxy) -> None:
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY, v text)")
+    target_id = pair.add_target("t", timeout="1 s")
+    proxy.set("refuse")
+    proxy.cut()
+    pair.source.sql("INSERT INTO t VALUES (1, 'a')")
+    pair.call("pause_target", target_id=target_id)
+    proxy.set("pass")
+    pair.call("alter_target", target_id=target_id, mode="async")
+    pair.source.sql("INSERT INTO t VALUES (2, 'b')")
+    assert pair.pending(target_id) == 2
+    pair.call("resume_target", target_id=target_id)
+    pair.drain()
+    pair.assert_same("t")
+    assert pair.status(target_id) == "ok"
+
+
+def test_a_position_from_another_cluster_is_not_believed(pair: Pair) -> None:
+    """As after a restore: transaction numbers of the queue and of the position come from elsewhere."""
+    target_id = async_table(pair)
+    pair.source.sql("INSERT INTO t VALUES (1, 'a')")
+    pair.source.sql("UPDATE tbl_repl.change SET txid = '9000000000000000'")
+    pair.source.sql(
+        "UPDATE tbl_repl.target_state SET system_identifier = 1, position = '9000000000000:9000000000000:'"
+    )
+    pair.source.sql("INSERT INTO t VALUES (2, 'b')")
+    answers = [replay(pair) for _ in range(4)]
+    pair.assert_same("t")
+    assert answers[-1] == 0
+    assert pair.pending(target_id) == 0
+
+
+# --- the queue's space
+
+
+def queue_size(pair: Pair) -> int:
+    return int(pair.source.one("SELECT pg_table_size('tbl_repl.change_0') + pg_table_size('tbl_repl.change_1')"))
+
+
+WIDE_ROWS = (
+    "INSERT INTO t SELECT md5(g::text) || md5('a' || g) || md5('b' || g) || md5('c' || g), 'x'"
+    " FROM generate_series(1, 2000) g"
+)
+
+
+def fill_queue(pair: Pair, where: str = "true") -> None:
+    """More than a segment takes: keys of rows that do not compress."""
+    for i in range(6):
+        pair.source.sql(f"UPDATE t SET v = %s WHERE {where}", [str(i)])
+
+
+@pytest.fixture
+def wide(pair: Pair) -> Pair:
+    """A table t whose every update queues a quarter of a megabyte of keys."""
+    async_table(pair, "id text PRIMARY KEY, v text")
+    pair.source.sql(WIDE_ROWS)
+    pair.drain()
+    return pair
+
+
+def test_what_everybody_has_passed_gives_its_space_back(wide: Pair) -> None:
+    """Also while another transaction keeps vacuum from removing anything."""
+    with transaction(wide.source, "REPEATABLE READ") as old:
+        old.execute("SELECT FROM pg_class LIMIT 1")
+        for _ in range(2):
+            fill_queue(wide)
+            assert queue_size(wide) > 1_000_000
+            wide.drain()
+            assert queue_size(wide) < 100_000
+    wide.assert_same("t")
+
+
+def test_a_segment_that_somebody_needs_is_kept(trio: Pair) -> None:
+    trio.both("CREATE TABLE t (id text PRIMARY KEY, v text)")
+    assert trio.third
+    trio.add_target("t", mode="async")
+    slow = trio.add_target("t", trio.third_server, mode="async")
+    trio.source.sql(WIDE_ROWS)
+    trio.drain()
+    trio.call("pause_target", target_id=slow)
+    fill_queue(trio)
+    trio.drain()
+    fill_queue(trio)
+    trio.source.sql("DELETE FROM t WHERE id < '8'")
+    trio.drain()
+    trio.assert_same("t")
+    trio.call("resume_target", target_id=slow)
+    trio.drain()
+    trio.assert_same("t", there=trio.third)
+    assert queue_size(trio) < 100_000
+
+
+def test_a_writer_in_flight_keeps_its_segment(wide: Pair) -> None:
+    wide.source.sql("INSERT INTO t VALUES ('one', 'x')")
+    with transaction(wide.source) as conn:
+        conn.execute("UPDATE t SET v = 'mine' WHERE id = 'one'")
+        for _ in range(3):
+            fill_queue(wide, "id <> 'one'")
+            wide.drain()
+    wide.drain()
+    wide.assert_same("t")
+
+
+# --- the initial copy
+
+
+def test_a_background_copy_goes_by_pieces_beside_writers(pair: Pair) -> None:
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY, v text)")
+    pair.source.sql("INSERT INTO t SELECT g, 'old' FROM generate_series(1, 1000) g")
+    target_id = pair.add_target("t", initial_copy="background")
+    assert pair.status(target_id) == "copying"
+    assert replay(pair, max_rows=300) == 300
+    assert pair.target.one("SELECT count(*) FROM t") == 300
+    pair.source.sql("UPDATE t SET v = 'new' WHERE id IN (1, 999)")  # behind and before the copy
+    pair.source.sql("DELETE FROM t WHERE id IN (2, 998)")
+    pair.source.sql("UPDATE t SET id = 5000 WHERE id = 3")
+    pair.source.sql("UPDATE t SET id = 3 WHERE id = 997")
+    pair.source.sql("INSERT INTO t VALUES (-1, 'new'), (6000, 'new')")
+    assert pair.status(target_id) == "copying"
+    assert pair.target.one("SELECT count(*) FROM t WHERE v = 'new'") == 0
+    pair.source.sql("CALL tbl_repl.drain(batch_rows => 300)")
+    pair.assert_same("t")
+    assert pair.status(target_id) == "ok"
+    pair.source.sql("INSERT INTO t VALUES (7000, 'direct')")
+    pair.assert_same("t")
+
+
+@pytest.mark.parametrize("mode", ["sync", "tolerant", "async"])
+@pytest.mark.parametrize("rows", [0, 100])
+def test_a_background_copy_ends_in_every_mode(pair: Pair, mode: str, rows: int) -> None:
+    """100 rows in pieces of 100, and none at all: the ends that are easy to miss."""
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY, v text)")
+    pair.source.sql("INSERT INTO t SELECT g, 'x' FROM generate_series(1, %s) g", [rows])
+    target_id = pair.add_target("t", mode=mode, initial_copy="background")
+    pair.source.sql("CALL tbl_repl.drain(batch_rows => 100)")
+    assert pair.status(target_id) == "ok"
+    assert pair.pending(target_id) == 0
+    pair.assert_same("t")
+
+
+def test_a_background_copy_survives_a_cut_line(pair: Pair, proxy: Proxy) -> None:
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY, v text)")
+    pair.source.sql("INSERT INTO t SELECT g, 'x' FROM generate_series(1, 1000) g")
+    target_id = pair.add_target("t", initial_copy="background", timeout="1 s")
+    assert replay(pair, max_rows=100) == 100
+    proxy.set("refuse")
+    proxy.cut()
+    assert replay(pair, max_rows=100) == 0
+    assert pair.status(target_id) == "copying"
+    proxy.set("pass")
+    pair.source.sql("CALL tbl_repl.drain(batch_rows => 100)")
+    pair.assert_same("t")
+    assert pair.status(target_id) == "ok"
+
+
+def test_background_copies_of_linked_tables_keep_the_parents_first(pair: Pair) -> None:
+    pair.both(
+        "CREATE TABLE parent (id integer PRIMARY KEY);"
+        "CREATE TABLE child (id integer PRIMARY KEY, parent_id integer NOT NULL REFERENCES parent)"
+    )
+    pair.source.sql("INSERT INTO parent SELECT generate_series(1, 500)")
+    pair.source.sql("INSERT INTO child SELECT g, 501 - g FROM generate_series(1, 500) g")
+    pair.add_target("child", initial_copy="background")
+    pair.add_target("parent", initial_copy="background")
+    pair.source.sql("CALL tbl_repl.drain(batch_rows => 100)")
+    pair.assert_same("parent")
+    pair.assert_same("child")
+    assert pair.source.one("SELECT count(*) FROM tbl_repl.error_log") == 0
+
+
+def test_without_a_copy_only_later_changes_go(pair: Pair) -> None:
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY, v text)")
+    pair.source.sql("INSERT INTO t VALUES (1, 'before'), (2, 'before')")
+    target_id = pair.add_target("t", initial_copy="none")
+    pair.source.sql("UPDATE t SET v = 'after' WHERE id = 2")
+    assert pair.target.rows("t") == ["(2,after)"]
+    assert pair.call("resync_target", target_id=target_id) == 2
+    pair.drain()
+    pair.assert_same("t")
+
+
+@pytest.mark.parametrize("mode", ["sync", "tolerant", "async"])
+def test_a_copy_that_is_rolled_back_leaves_nothing_on_the_target(pair: Pair, mode: str) -> None:
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY, v text)")
+    pair.source.sql("INSERT INTO t SELECT g, 'x' FROM generate_series(1, 2000) g")
+    conn = pair.source.connect()
+    conn.execute("BEGIN")
+    conn.execute("SELECT tbl_repl.add_target('t', %s, mode => %s)", [pair.server, mode])
+    conn.execute("INSERT INTO t VALUES (9999, 'x')")
+    conn.execute("ROLLBACK")
+    assert pair.target.rows("t") == []
+    assert pair.source.one("SELECT count(*) FROM tbl_repl.target_status") == 0
+
+
+@pytest.mark.parametrize("mode", ["sync", "tolerant", "async"])
+def test_a_copy_in_a_transaction_contains_what_it_wrote(pair: Pair, mode: str) -> None:
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY, v text)")
+    pair.source.sql("INSERT INTO t SELECT g, 'x' FROM generate_series(1, 2000) g")
+    with transaction(pair.source) as conn:
+        conn.execute("DELETE FROM t WHERE id = 1")
+        conn.execute("SELECT tbl_repl.add_target('t', %s, mode => %s)", [pair.server, mode])
+        conn.execute("INSERT INTO t VALUES (9999, 'x')")
+        conn.execute("UPDATE t SET v = 'y' WHERE id = 2")
+    pair.drain()
+    pair.assert_same("t")
+
+
+@pytest.mark.parametrize("copy", ["now", "background"])
+def test_rows_that_are_there_already_are_made_equal(pair: Pair, copy: str) -> None:
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY, v text)")
+    pair.source.sql("INSERT INTO t SELECT g, 'x' FROM generate_series(1, 50) g")
+    pair.target.sql("INSERT INTO t SELECT g, 'other' FROM generate_series(40, 50) g")
+    pair.add_target("t", initial_copy=copy)
+    pair.drain()
+    pair.assert_same("t")
+
+
+def test_resync_queues_every_row_behind_what_is_queued(pair: Pair) -> None:
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY, v text)")
+    target_id = pair.add_target("t")
+    pair.source.sql("INSERT INTO t SELECT g, 'x' FROM generate_series(1, 50) g")
+    pair.target.sql("UPDATE t SET v = 'spoilt' WHERE id < 10; DELETE FROM t WHERE id > 45")
+    assert pair.call("resync_target", target_id=target_id) == 50
+    assert pair.status(target_id) == "queueing"
+    pair.source.sql("UPDATE t SET v = 'y' WHERE id = 1")
+    assert pair.target.one("SELECT v FROM t WHERE id = 1") == "spoilt"
+    pair.drain()
+    pair.assert_same("t")
+    assert pair.status(target_id) == "ok"
+
+
+# --- rows that the target rejects
+
+
+def test_one_rejected_row_among_thousands_holds_up_no_other(pair: Pair) -> None:
+    target_id = async_table(pair)
+    pair.target.sql("ALTER TABLE t ADD CONSTRAINT no_poison CHECK (v <> 'poison')")
+    pair.source.sql("INSERT INTO t SELECT g, CASE g WHEN 3210 THEN 'poison' ELSE 'x' END FROM generate_series(1, 5000) g")
+    pair.drain()
+    pair.assert_same("t", where="id <> 3210")
+    assert quarantined(pair)[0][:2] == ({"id": 3210}, "23514")
+    message, hint = pair.source.sql(
+        "SELECT message, hint FROM tbl_repl.error_log WHERE target_id = %s AND key = %s::jsonb",
+        [target_id, '{"id": 3210}'],
+    )[0]
+    assert "no_poison" in message
+    assert hint
+    assert "no_poison" in pair.source.one("SELECT message FROM tbl_repl.quarantine")
+    assert (pair.status(target_id), pair.pending(target_id)) == ("ok", 0)
+
+
+def test_several_rejected_rows_are_all_found_and_counted(pair: Pair) -> None:
+    async_table(pair)
+    pair.target.sql("ALTER TABLE t ADD CHECK (id % 400 <> 0)")
+    pair.source.sql("INSERT INTO t SELECT g, 'x' FROM generate_series(1, 2000) g")
+    assert replay(pair) == 2000
+    pair.assert_same("t", where="id % 400 <> 0")
+    assert [row[0]["id"] for row in quarantined(pair)] == [1200, 1600, 2000, 400, 800]
+    first = quarantined(pair)[0][2]
+    assert replay(pair) == 0  # tried again, in vain
+    assert quarantined(pair)[0][2] == first + 1
+
+
+def test_a_rejected_row_heals_when_it_is_mended_at_the_source(pair: Pair) -> None:
+    async_table(pair)
+    pair.target.sql("ALTER TABLE t ADD CHECK (v <> 'poison')")
+    pair.source.sql("INSERT INTO t VALUES (1, 'x'), (2, 'poison')")
+    pair.drain()
+    assert len(quarantined(pair)) == 1
+    pair.source.sql("UPDATE t SET v = 'mended' WHERE id = 2")
+    pair.drain()
+    assert quarantined(pair) == []
+    pair.assert_same("t")
+
+
+def test_a_rejected_row_heals_when_it_is_deleted_at_the_source(pair: Pair) -> None:
+    async_table(pair)
+    pair.target.sql("ALTER TABLE t ADD CHECK (v <> 'poison')")
+    pair.source.sql("INSERT INTO t VALUES (1, 'x'), (2, 'poison')")
+    pair.drain()
+    pair.source.sql("DELETE FROM t WHERE id = 2")
+    pair.drain()
+    assert quarantined(pair) == []
+    pair.assert_same("t")
+
+
+def test_a_rejected_row_heals_by_replay_when_the_target_is_mended(pair: Pair) -> None:
+    async_table(pair)
+    pair.target.sql("ALTER TABLE t ADD CONSTRAINT c CHECK (v <> 'poison')")
+    pair.source.sql("INSERT INTO t VALUES (1, 'x'), (2, 'poison')")
+    pair.drain()
+    pair.target.sql("ALTER TABLE t DROP CONSTRAINT c")
+    assert replay(pair) == 1
+    assert quarantined(pair) == []
+    pair.assert_same("t")
+    assert replay(pair) == 0
+
+
+def test_a_tolerant_target_returns_to_ok_with_a_row_in_quarantine(pair: Pair) -> None:
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY, v text)")
+    target_id = pair.add_target("t")
+    pair.target.sql("ALTER TABLE t ADD CHECK (v <> 'poison')")
+    pair.source.sql("INSERT INTO t VALUES (1, 'x')")
+    pair.source.sql("INSERT INTO t VALUES (2, 'poison')")
+    assert pair.status(target_id) == "queueing"
+    pair.drain()
+    assert pair.status(target_id) == "ok"
+    assert quarantined(pair)[0][:2] == ({"id": 2}, "23514")
+    pair.source.sql("UPDATE t SET v = 'fine' WHERE id = 2")
+    pair.assert_same("t")
+    pair.drain()
+    assert quarantined(pair) == []
+
+
+@pytest.mark.parametrize("where", ["filter", "map"])
+def test_an_expression_that_fails_on_a_row_hurts_only_that_row(pair: Pair, where: str) -> None:
+    """Division by zero is also how a message says that its lease was over: not to be mixed up."""
+    options: dict[str, Any] = {"filter": {"row_filter": "10 / n > 0"}, "map": {"column_map": {"n": "10 / n"}}}[where]
+    async_table(pair, "id integer PRIMARY KEY, n integer", **options)
+    pair.source.sql("INSERT INTO t VALUES (1, 5), (2, 0), (3, 2)")
+    pair.drain()
+    assert [row[0] for row in pair.target.sql("SELECT id FROM t ORDER BY id")] == [1, 3]
+    assert quarantined(pair)[0][:2] == ({"id": 2}, "22012")
+    pair.source.sql("UPDATE t SET n = 1 WHERE id = 2") if where == "map" else pair.source.sql("DELETE FROM t WHERE id = 2")
+    pair.drain()
+    assert quarantined(pair) == []
+
+
+def test_a_background_copy_gets_past_a_row_on_which_the_filter_fails(pair: Pair) -> None:
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY, n integer)")
+    pair.source.sql("INSERT INTO t SELECT g, g - 150 FROM generate_series(1, 300) g")
+    target_id = pair.add_target("t", row_filter="10 / n < 100", initial_copy="background")
+    pair.source.sql("CALL tbl_repl.drain(batch_rows => 100)")
+    pair.assert_same("t", where="n <> 0")
+    assert quarantined(pair)[0][:2] == ({"id": 150}, "22012")
+    assert pair.status(target_id) == "ok"
+
+
+def test_a_table_that_is_gone_fails_its_target_until_it_is_back(pair: Pair) -> None:
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY, v text); CREATE TABLE u (id integer PRIMARY KEY, v text)")
+    gone = pair.add_target("t", mode="async")
+    well = pair.add_target("u", mode="async")
+    pair.target.sql("DROP TABLE t")
+    pair.source.sql("INSERT INTO t SELECT g, 'x' FROM generate_series(1, 50) g")
+    pair.source.sql("INSERT INTO u SELECT g, 'x' FROM generate_series(1, 50) g")
+    pair.drain()
+    pair.assert_same("u")
+    assert (pair.status(gone), pair.status(well)) == ("failed", "ok")
+    assert pair.pending(gone) == 50
+    assert pair.source.one("SELECT last_error FROM tbl_repl.target_status WHERE target_id = %s", [gone]).startswith("42P01")
+    assert quarantined(pair) == []
+    pair.target.sql("CREATE TABLE t (id integer PRIMARY KEY, v text)")
+    pair.drain()
+    pair.assert_same("t")
+    assert (pair.status(gone), pair.pending(gone)) == ("ok", 0)
+
+
+def test_the_backlog_of_a_failed_target_does_not_hold_up_its_neighbours(pair: Pair) -> None:
+    """Both tables go to one server; the failed one has more queued than a batch takes."""
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY, v text); CREATE TABLE u (id integer PRIMARY KEY, v text)")
+    gone = pair.add_target("t", mode="async")
+    pair.add_target("u", mode="async")
+    pair.target.sql("DROP TABLE t")
+    for i in range(30):
+        pair.source.sql("INSERT INTO t VALUES (%s, 'x')", [i])
+    pair.source.sql("INSERT INTO u VALUES (1, 'x')")
+    pair.source.sql("CALL tbl_repl.drain(batch_rows => 10)")
+    pair.assert_same("u")
+    assert (pair.status(gone), pair.pending(gone)) == ("failed", 30)
+
+
+def test_truncate_of_a_table_that_is_gone_fails_the_target(pair: Pair) -> None:
+    target_id = async_table(pair)
+    pair.target.sql("DROP TABLE t")
+    pair.source.sql("TRUNCATE t")
+    pair.drain()
+    assert pair.status(target_id) == "failed"
+    pair.target.sql("CREATE TABLE t (id integer PRIMARY KEY, v text)")
+    pair.drain()
+    assert pair.status(target_id) == "ok"
+
+
+def test_a_row_that_every_key_shares_the_fault_of_is_still_found(pair: Pair) -> None:
+    """A batch of one row with a fault that is the row's own does not fail the target."""
+    target_id = async_table(pair, "id integer PRIMARY KEY, v text")
+    pair.target.sql("ALTER TABLE t ALTER v TYPE integer USING v::integer")
+    pair.source.sql("INSERT INTO t VALUES (1, 'not a number')")
+    pair.drain()
+    assert quarantined(pair)[0][:2] == ({"id": 1}, "22P02")
+    assert pair.status(target_id) == "ok"
+
+
+def test_operations_that_leave_nothing_to_ship_are_passed(pair: Pair) -> None:
+    target_id = async_table(pair, operations=["insert", "update"])
+    pair.source.sql("INSERT INTO t VALUES (1, 'x')")
+    pair.drain()
+    pair.source.sql("DELETE FROM t")
+    pair.drain()
+    assert pair.pending(target_id) == 0
+    assert pair.target.rows("t") == ["(1,x)"]
+
+
+# --- linked tables, wandering values
+
+LINKED = (
+    "CREATE TABLE parent (id integer PRIMARY KEY, v text);"
+    "CREATE TABLE child (id integer PRIMARY KEY, parent_id integer NOT NULL REFERENCES parent, v text);"
+    "CREATE TABLE grandchild (id integer PRIMARY KEY, child_id integer NOT NULL REFERENCES child)"
+)
+
+
+@pytest.fixture
+def family(pair: Pair) -> Pair:
+    """Three linked tables, defined from the wrong end, replicated async, with a few rows."""
+    pair.both(LINKED)
+    for table in ("grandchild", "child", "parent"):
+        pair.add_target(table, mode="async")
+    pair.source.sql(
+        "INSERT INTO parent SELECT g, 'x' FROM generate_series(1, 10) g;"
+        "INSERT INTO child SELECT g, 1 + g % 10, 'x' FROM generate_series(1, 50) g;"
+        "INSERT INTO grandchild SELECT g, 1 + g % 50 FROM generate_series(1, 100) g"
+    )
+    pair.drain()
+    return pair
+
+
+def same_family(pair: Pair) -> None:
+    for table in ("parent", "child", "grandchild"):
+        pair.assert_same(table)
+    assert pair.source.sql("SELECT sqlstate, message FROM tbl_repl.error_log") == []
+
+
+def test_linked_tables_are_filled_parents_first(family: Pair) -> None:
+    same_family(family)
+
+
+def test_linked_rows_are_deleted_children_first(family: Pair) -> None:
+    family.source.sql("DELETE FROM grandchild; DELETE FROM child WHERE id > 5; DELETE FROM parent WHERE id > 7")
+    family.drain()
+    same_family(family)
+
+
+def test_children_move_to_a_new_parent_and_the_old_one_goes(family: Pair) -> None:
+    family.source.sql(
+        "INSERT INTO parent VALUES (100, 'new'); UPDATE child SET parent_id = 100 WHERE parent_id = 1;"
+        "DELETE FROM parent WHERE id = 1"
+    )
+    family.drain()
+    same_family(family)
+
+
+def test_children_of_a_poisoned_batch_still_find_their_parents(family: Pair) -> None:
+    """By halves, too: what failed for the sake of another row is tried again."""
+    family.target.sql("ALTER TABLE parent ADD CHECK (v <> 'poison')")
+    family.source.sql(
+        "INSERT INTO parent VALUES (50, 'poison'), (51, 'x'); INSERT INTO child VALUES (500, 50, 'x'), (501, 51, 'x');"
+        "INSERT INTO grandchild VALUES (5000, 500), (5001, 501);"
+        "DELETE FROM grandchild WHERE child_id = 3; DELETE FROM child WHERE id = 3"
+    )
+    family.drain()
+    family.assert_same("parent", where="id <> 50")
+    family.assert_same("child", where="id <> 500")
+    family.assert_same("grandchild", where="id <> 5000")
+    assert len(quarantined(family)) == 3
+    family.source.sql("UPDATE parent SET v = 'mended' WHERE id = 50")
+    family.drain()
+    for table in ("parent", "child", "grandchild"):
+        family.assert_same(table)
+    assert quarantined(family) == []
+
+
+@pytest.mark.parametrize("command", ["TRUNCATE parent, child, grandchild", "TRUNCATE parent CASCADE", "TRUNCATE grandchild"])
+def test_linked_tables_are_truncated_together(family: Pair, command: str) -> None:
+    family.source.sql(command)
+    family.source.sql("INSERT INTO parent VALUES (200, 'after'); INSERT INTO child VALUES (200, 200, 'after')")
+    family.drain()
+    same_family(family)
+
+
+def test_a_truncate_finds_references_that_only_the_target_has(pair: Pair) -> None:
+    """TRUNCATE is refused there, deleting is not."""
+    target_id = async_table(pair)
+    pair.source.sql("INSERT INTO t VALUES (1, 'x'), (2, 'y')")
+    pair.drain()
+    pair.target.sql("CREATE TABLE more (t_id integer REFERENCES t)")
+    pair.source.sql("TRUNCATE t")
+    pair.source.sql("INSERT INTO t VALUES (3, 'z')")
+    pair.drain()
+    pair.assert_same("t")
+    assert pair.status(target_id) == "ok"
+
+
+def test_an_insert_is_not_lost_to_a_truncate_that_was_queued_before(pair: Pair) -> None:
+    """TRUNCATE and insert in two batches, and in one."""
+    async_table(pair)
+    pair.source.sql("INSERT INTO t SELECT g, 'x' FROM generate_series(1, 1500) g")
+    pair.drain()
+    pair.source.sql("TRUNCATE t")
+    pair.source.sql("INSERT INTO t SELECT g, 'y' FROM generate_series(1000, 2500) g")
+    assert replay(pair, max_rows=1) == 1
+    pair.assert_same("t")
+    pair.drain()
+    pair.assert_same("t")
+
+
+def test_truncate_of_a_filtered_source_deletes_only_what_came_from_it(pair: Pair) -> None:
+    async_table(pair, row_filter="id < 100")
+    pair.target.sql("INSERT INTO t VALUES (500, 'theirs')")
+    pair.source.sql("INSERT INTO t VALUES (1, 'x'), (200, 'not sent')")
+    pair.drain()
+    pair.source.sql("TRUNCATE t")
+    pair.drain()
+    assert pair.target.rows("t") == ["(500,theirs)"]
+
+
+def test_truncate_of_one_of_two_sources_leaves_the_rows_of_the_other(pair: Pair) -> None:
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY, v text); CREATE TABLE u (id integer PRIMARY KEY, v text)")
+    pair.add_target("t", mode="async")
+    pair.source.sql("INSERT INTO t VALUES (1, 'of t')")
+    pair.drain()
+    pair.add_target("u", dst_table="t", mode="async")
+    pair.source.sql("INSERT INTO u VALUES (2, 'of u')")
+    pair.drain()
+    pair.source.sql("TRUNCATE t")
+    pair.drain()
+    assert pair.target.rows("t") == ["(2,\"of u\")"]
+    pair.source.sql("TRUNCATE u")
+    pair.drain()
+    assert pair.target.rows("t") == []
+
+
+def test_truncate_of_a_leaf_leaves_the_other_partitions(pair: Pair) -> None:
+    pair.both(
+        "CREATE TABLE t (id integer PRIMARY KEY, v text) PARTITION BY RANGE (id);"
+        "CREATE TABLE t1 PARTITION OF t FOR VALUES FROM (0) TO (100);"
+        "CREATE TABLE t2 PARTITION OF t FOR VALUES FROM (100) TO (200)"
+    )
+    pair.add_target("t", mode="async")
+    pair.source.sql("INSERT INTO t SELECT g, 'x' FROM generate_series(50, 150) g")
+    pair.drain()
+    pair.source.sql("TRUNCATE t1")
+    pair.drain()
+    pair.assert_same("t")
+    assert pair.target.one("SELECT count(*) FROM t") == 51
+    pair.source.sql("TRUNCATE t")
+    pair.source.sql("INSERT INTO t VALUES (1, 'after')")
+    pair.drain()
+    pair.assert_same("t")
+
+
+def test_a_tree_in_one_table_is_filled_and_cleared(pair: Pair) -> None:
+    """More rows than one message takes, parents with greater keys than their children."""
+    async_table(pair, "id integer PRIMARY KEY, up integer REFERENCES t")
+    pair.source.sql(
+        "INSERT INTO t SELECT g, CASE WHEN g < 1500 THEN g + 1 END FROM generate_series(1500, 1, -1) g"
+    )
+    pair.drain()
+    pair.assert_same("t")
+    pair.source.sql("DELETE FROM t WHERE id < 1200")
+    pair.source.sql("UPDATE t SET up = 1500 WHERE id < 1499; DELETE FROM t WHERE id = 1499")
+    pair.drain()
+    pair.assert_same("t")
+    assert quarantined(pair) == []
+
+
+def test_tables_that_refer_to_each_other_need_deferrable_constraints(pair: Pair) -> None:
+    pair.both(
+        "CREATE TABLE a (id integer PRIMARY KEY, b_id integer NOT NULL);"
+        "CREATE TABLE b (id integer PRIMARY KEY, a_id integer NOT NULL REFERENCES a DEFERRABLE INITIALLY DEFERRED);"
+        "ALTER TABLE a ADD FOREIGN KEY (b_id) REFERENCES b DEFERRABLE"
+    )
+    pair.add_target("a", mode="async")
+    pair.add_target("b", mode="async")
+    pair.source.sql(
+        "BEGIN; SET CONSTRAINTS ALL DEFERRED; INSERT INTO a SELECT g, g FROM generate_series(1, 20) g;"
+        "INSERT INTO b SELECT g, g FROM generate_series(1, 20) g; COMMIT"
+    )
+    pair.drain()
+    pair.source.sql("BEGIN; SET CONSTRAINTS ALL DEFERRED; DELETE FROM a WHERE id < 5; DELETE FROM b WHERE id < 5; COMMIT")
+    pair.drain()
+    pair.assert_same("a")
+    pair.assert_same("b")
+    assert pair.source.one("SELECT count(*) FROM tbl_repl.error_log") == 0
+
+
+@pytest.mark.parametrize("referenced", [False, True])
+def test_unique_values_swapped_between_rows_arrive(pair: Pair, referenced: bool) -> None:
+    async_table(pair, "id integer PRIMARY KEY, u text NOT NULL UNIQUE, v text")
+    if referenced:
+        pair.target.sql("CREATE TABLE more (t_id integer PRIMARY KEY REFERENCES t ON DELETE CASCADE)")
+    pair.source.sql("INSERT INTO t SELECT g, 'u' || g, 'x' FROM generate_series(1, 20) g")
+    pair.drain()
+    if referenced:
+        pair.target.sql("INSERT INTO more SELECT id FROM t")
+    with transaction(pair.source) as conn:
+        conn.execute("UPDATE t SET u = 'aside' WHERE id = 1")
+        conn.execute("UPDATE t SET u = 'u1' WHERE id = 2")
+        conn.execute("UPDATE t SET u = 'u2' WHERE id = 1")
+    pair.drain()
+    pair.assert_same("t")
+    assert quarantined(pair) == []
+    if referenced:
+        assert pair.target.one("SELECT count(*) FROM more") == 20
+
+
+def test_unique_values_that_wander_from_batch_to_batch_arrive(pair: Pair) -> None:
+    """Row 1 wants what row 2 gives up only in the next batch."""
+    async_table(pair, "id integer PRIMARY KEY, u integer UNIQUE, v text")
+    pair.source.sql("INSERT INTO t SELECT g, g, 'x' FROM generate_series(1, 10) g")
+    pair.drain()
+    pair.source.sql("UPDATE t SET v = 'y' WHERE id = 1")
+    pair.source.sql("UPDATE t SET u = 102 WHERE id = 2")
+    pair.source.sql("UPDATE t SET u = 2 WHERE id = 1")
+    pair.source.sql("UPDATE t SET u = 1 WHERE id = 2")
+    pair.source.sql("CALL tbl_repl.drain(batch_rows => 1)")
+    pair.assert_same("t")
+    assert quarantined(pair) == []
+
+
+def test_keys_that_change_places_arrive(pair: Pair) -> None:
+    async_table(pair)
+    pair.source.sql("INSERT INTO t VALUES (1, 'a'), (2, 'b')")
+    pair.drain()
+    pair.source.sql("UPDATE t SET id = -1 WHERE id = 1; UPDATE t SET id = 1 WHERE id = 2; UPDATE t SET id = 2 WHERE id = -1")
+    pair.drain()
+    pair.assert_same("t")
+    assert pair.target.rows("t") == ["(1,b)", "(2,a)"]
