@@ -390,3 +390,4 @@ def _guard(stage: Stage, source: Side, target: Side) -> None:
     target.refuse("UPDATE digoal.rmt_test SET info = 'by hand'", "25006")
     source.run("UPDATE digoal.loc_test SET info = 'by tbl_repl' WHERE id = 1")
     stage.equal(source, target, "digoal.loc_test", "digoal.rmt_test")
+    source.run("CALL tbl_repl.drain()")

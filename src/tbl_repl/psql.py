@@ -22,7 +22,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], width: int = 10
     if sum(widths) + 3 * len(widths) > width and rows:
         return _expanded(columns, cells)
     lines = [
-        " " + " | ".join(name.center(w) for name, w in zip(columns, widths, strict=True)).rstrip(),
+        " " + " | ".join(_centered(name, w) for name, w in zip(columns, widths, strict=True)).rstrip(),
         "-" + "-+-".join("-" * w for w in widths) + "-",
     ]
     for row in cells:
@@ -64,6 +64,10 @@ def notice(diag: psycopg.errors.Diagnostic) -> str:
     if diag.message_hint:
         lines.append(f"HINT:  {diag.message_hint}")
     return "\n".join(lines)
+
+
+def _centered(name: str, width: int) -> str:
+    return (" " * ((width - len(name)) // 2) + name).ljust(width)
 
 
 def _text(value: Any) -> str:
