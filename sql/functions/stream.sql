@@ -4,18 +4,20 @@
 -- are read in the snapshot of one statement, which is fetched from message by message: memory does not
 -- grow with the number of rows.  While the target works on one message the next one is rendered.
 
--- How many rows of a target make a message of about two megabytes, a thousand at the most; twenty thousand
--- where rows refer to others of the table, which is checked at the end of each statement.
+-- How many rows of a table make a message of about two megabytes, a thousand at the most.  Pages and rows
+-- as last counted together: the present size over an old count would tell nothing.
 CREATE OR REPLACE FUNCTION tbl_repl._chunk_rows(source_table regclass)
 RETURNS integer
 LANGUAGE sql STABLE
 SET search_path = pg_catalog, pg_temp
 AS $function$
-    SELECT greatest(1, least(CASE WHEN EXISTS (SELECT FROM pg_constraint AS f WHERE f.contype = 'f' AND f.conrelid = source_table AND f.confrelid = source_table)
-                                  THEN 20 ELSE 1 END * tbl_repl._rows_per_message(),
-                             2000000 / greatest(1, sum(pg_table_size(p.relid)) / greatest(1, sum(c.reltuples)))))::integer
+    SELECT coalesce(greatest(1, least(tbl_repl._rows_per_message(),
+               2000000 / (sum((c.relpages + coalesce(t.relpages, 0))::numeric * current_setting('block_size')::int) / sum(c.reltuples)::numeric)))::integer,
+           tbl_repl._rows_per_message())
     FROM (SELECT source_table AS relid UNION SELECT t.relid FROM pg_partition_tree(source_table) AS t) AS p
     JOIN pg_class AS c ON c.oid = p.relid
+    LEFT JOIN pg_class AS t ON t.oid = c.reltoastrelid
+    WHERE c.reltuples > 0 AND c.relpages > 0
 $function$;
 COMMENT ON FUNCTION tbl_repl._chunk_rows(regclass) IS 'rows of a table that make a message of bounded size';
 
