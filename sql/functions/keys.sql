@@ -138,8 +138,9 @@ LANGUAGE sql STABLE
 SET search_path = pg_catalog, pg_temp
 AS $function$
     SELECT jsonb_object_agg(p.name,
+               -- the inner CASE keeps a planner that knows the value from casting it before it knows the type
                CASE WHEN p.type_id IN ('int2'::regtype, 'int4'::regtype, 'int8'::regtype)
-                    THEN to_jsonb(v.value::numeric) ELSE to_jsonb(v.value) END)
+                    THEN to_jsonb((CASE WHEN p.type_id IS NOT NULL THEN v.value END)::numeric) ELSE to_jsonb(v.value) END)
     FROM tbl_repl._key_parts(source_table, key_columns) AS p
     CROSS JOIN LATERAL (
         SELECT CASE WHEN cardinality(key_columns) = 1 THEN key

@@ -314,7 +314,7 @@ BEGIN
         WHERE a.attrelid = source.source_table AND a.attnum > 0 AND NOT a.attisdropped
           AND expr.resolved IN (quote_ident(a.attname), format('s.%I', a.attname));
         target.sent_columns := array_append(target.sent_columns, item.name);
-        target.sent_exprs := array_append(target.sent_exprs, coalesce(format('s.%I', plain), expr.resolved));
+        target.sent_exprs := array_append(target.sent_exprs, CASE WHEN plain IS NULL THEN expr.resolved ELSE format('s.%I', plain) END);
         types := array_append(types, expr.type_id);
     END LOOP;
     target.filter_expr := NULL;
