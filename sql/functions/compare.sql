@@ -1,1 +1,471 @@
--- compare
+-- Compare: what a target holds against what it should hold, and repair.
+--
+-- Promises to find every difference that the target's filter, columns, map and operations do not explain,
+-- and that is not queued; in bounded memory, each message to the target within its timeout.  Repairing is
+-- left to shipping: what is found is queued.
+--
+-- Two passes.  The first goes through the source's keys, chunk by chunk: a hash over the rows' text on both
+-- sides, and where it differs the source's values are sent, for the target to say which of its rows differ:
+-- it alone knows what a value becomes in its column.  The second goes through the target's keys, in the
+-- target's own order, and asks the source which it does not know.  So neither depends on both sides
+-- sorting alike.
+--
+-- Writers go on meanwhile.  The sides are read one after the other, so what seems to differ is looked at once
+-- more before it is reported.
+
+-- compare_target(target_id): runs as its caller, who must be a member of the target's owner; values are
+-- read as the owner.
+-- Errors: 42704, 42501; 55000 while the initial copy is under way; 08* and what the target answers.
+CREATE OR REPLACE FUNCTION tbl_repl.compare_target(target_id integer)
+RETURNS TABLE (difference text, key jsonb)
+LANGUAGE sql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT c.difference, c.key FROM tbl_repl._compare(target_id) AS c
+$function$;
+COMMENT ON FUNCTION tbl_repl.compare_target(integer) IS
+    'rows in which a target is not what it should be: missing_on_target, extra_on_target, different; what is queued is not reported';
+
+-- repair_target(target_id, delete_extra): queues what compare_target finds; replay, drain or the worker
+-- ships it.  Returns how many rows.
+CREATE OR REPLACE FUNCTION tbl_repl.repair_target(target_id integer, delete_extra boolean DEFAULT false)
+RETURNS bigint
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    target     tbl_repl.target%ROWTYPE := tbl_repl._own_target(target_id);
+    item       record;
+    keys       text[] := '{}';
+    queued     bigint := 0;
+    unreachable bigint := 0;
+BEGIN
+    FOR item IN
+        SELECT c.key_text FROM tbl_repl._compare(target_id) AS c
+        WHERE c.difference <> 'extra_on_target' OR delete_extra
+    LOOP
+        IF item.key_text IS NULL THEN
+            unreachable := unreachable + 1;
+            CONTINUE;
+        END IF;
+        keys := array_append(keys, item.key_text);
+        IF cardinality(keys) = tbl_repl._rows_per_message() THEN
+            PERFORM tbl_repl._queue_keys(target, keys);
+            queued := queued + cardinality(keys);
+            keys := '{}';
+        END IF;
+    END LOOP;
+    IF cardinality(keys) > 0 THEN
+        PERFORM tbl_repl._queue_keys(target, keys);
+        queued := queued + cardinality(keys);
+    END IF;
+    IF unreachable > 0 THEN
+        RAISE WARNING USING
+            MESSAGE = format('%s rows of table %s on the target have keys that no row of the source can have', unreachable, tbl_repl._dst_table(target)),
+            HINT    = 'Delete them there; compare_target lists them.';
+    END IF;
+    RETURN queued;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl.repair_target(integer, boolean) IS
+    'queues the rows that compare_target finds, those that only the target has if delete_extra; returns how many';
+
+-- _compare(target_id): key_text: the key as it is queued; NULL for a row of the target whose key none of
+-- the source can have.
+CREATE OR REPLACE FUNCTION tbl_repl._compare(target_id integer)
+RETURNS TABLE (difference text, key_text text, key jsonb)
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    target   tbl_repl.target%ROWTYPE := tbl_repl._own_target(target_id);
+    source   tbl_repl.source%ROWTYPE;
+    conn     text;
+    shape    jsonb;
+    chunk    integer;
+    after    text := '';
+    page     text[];
+    hashing  boolean := true;
+    unequal  jsonb;
+    listed   jsonb;
+    last_key jsonb;
+    expected text[];
+BEGIN
+    SELECT * INTO STRICT source FROM tbl_repl.source AS s WHERE s.source_id = target.source_id;
+    IF EXISTS (SELECT FROM tbl_repl.target_state AS st WHERE st.target_id = target.target_id AND st.copy_after IS NOT NULL) THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'object_not_in_prerequisite_state',
+            MESSAGE = format('target %s is still being copied', target.target_id),
+            HINT    = 'Compare when the copy has ended: CALL tbl_repl.drain();';
+    END IF;
+    -- what an operation that is not replicated leaves behind is no difference
+    expected := array_remove(ARRAY[CASE WHEN 'insert' = ANY (target.operations) THEN 'missing_on_target' END,
+                                   CASE WHEN 'update' = ANY (target.operations) THEN 'different' END], NULL);
+    conn := tbl_repl._target_connection(target);
+    shape := tbl_repl._target_shape(target, conn);
+    chunk := tbl_repl._chunk_rows(source.source_table);
+
+    LOOP
+        EXECUTE format('SELECT tbl_repl.page_%s($1, $2)', target.target_id) INTO page USING after, chunk;
+        EXIT WHEN page IS NULL;
+        after := page[cardinality(page)];
+        CONTINUE WHEN hashing AND tbl_repl._is_same(target, conn, page);
+        unequal := tbl_repl._differences(target, conn, shape, page);
+        -- where types differ so does the text of equal rows, and a hash tells nothing
+        hashing := hashing AND unequal <> '{}';
+        page := tbl_repl._not_pending(target, ARRAY(SELECT p FROM unnest(page) WITH ORDINALITY AS x (p, n)
+                                                    WHERE unequal ->> p = ANY (expected) ORDER BY n));
+        CONTINUE WHEN page = '{}';
+        PERFORM pg_sleep(0.002);
+        unequal := tbl_repl._differences(target, conn, shape, page);
+        page := tbl_repl._not_pending(target, page);
+        RETURN QUERY SELECT unequal ->> p, p, tbl_repl._key_json(source.source_table, source.key_columns, p)
+                     FROM unnest(page) WITH ORDINALITY AS x (p, n) WHERE unequal ->> p = ANY (expected) ORDER BY n;
+    END LOOP;
+
+    IF NOT 'delete' = ANY (target.operations) THEN
+        RETURN;
+    END IF;
+    LOOP
+        listed := tbl_repl._call(conn, tbl_repl._target_page_sql(target, last_key, chunk), clock_timestamp() + target.timeout);
+        EXIT WHEN listed IS NULL;
+        last_key := listed -> -1;
+        listed := tbl_repl._unknown_to_all(target, conn, shape, listed);
+        CONTINUE WHEN listed = '[]';
+        PERFORM pg_sleep(0.002);
+        listed := tbl_repl._call(conn, format('SELECT pg_catalog.json_agg(e.k ORDER BY e.n) FROM %s',
+                                              tbl_repl._by_key_list(target, jsonb_path_query_array(listed, '$[*].k'))), clock_timestamp() + target.timeout);
+        listed := tbl_repl._unknown_to_all(target, conn, shape, coalesce(listed, '[]'));
+        RETURN QUERY
+            SELECT 'extra_on_target', e ->> 's',
+                   coalesce(tbl_repl._key_json(source.source_table, source.key_columns, e ->> 's'),
+                            (SELECT jsonb_object_agg(c, e -> 'k' -> (n - 1)::integer) FROM unnest(source.key_columns) WITH ORDINALITY AS x (c, n)))
+            FROM jsonb_array_elements(listed) AS e;
+    END LOOP;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._compare(integer) IS 'compare_target, with the keys as they are queued';
+
+-- Types of the sent columns as the target has them now, in order: [{name, type, base, length}].
+-- Errors: 42P01, 42703 where table or column are gone.
+CREATE OR REPLACE FUNCTION tbl_repl._target_shape(target tbl_repl.target, conn text)
+RETURNS jsonb
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    facts jsonb;
+    shape jsonb;
+    gone  name;
+BEGIN
+    facts := tbl_repl._call(conn, format($remote$
+        SELECT pg_catalog.set_config('search_path', 'pg_catalog', true);
+        SELECT coalesce(json_object_agg(a.attname, json_build_object(
+                   'name', a.attname, 'type', format_type(a.atttypid, a.atttypmod), 'base', b.typname,
+                   'length', CASE WHEN b.typname IN ('varchar', 'bpchar') THEN nullif(greatest(a.atttypmod, t.typtypmod), -1) - 4 END)), '{}')
+        FROM pg_class AS c
+        JOIN pg_namespace AS n ON n.oid = c.relnamespace
+        JOIN pg_attribute AS a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+        JOIN pg_type AS t ON t.oid = a.atttypid
+        JOIN pg_type AS b ON b.oid = CASE t.typtype WHEN 'd' THEN t.typbasetype ELSE t.oid END
+        WHERE n.nspname = %L AND c.relname = %L$remote$, target.dst_schema, target.dst_name), clock_timestamp() + target.timeout);
+    SELECT jsonb_agg(facts -> c.name::text ORDER BY c.n), min(c.name::text) FILTER (WHERE NOT facts ? c.name::text)
+    INTO shape, gone
+    FROM unnest(target.sent_columns) WITH ORDINALITY AS c (name, n);
+    IF gone IS NOT NULL THEN
+        RAISE EXCEPTION USING
+            ERRCODE = CASE WHEN facts = '{}' THEN 'undefined_table' ELSE 'undefined_column' END,
+            MESSAGE = CASE WHEN facts = '{}' THEN format('table %s does not exist on the target', tbl_repl._dst_table(target))
+                           ELSE format('column %I of table %s does not exist on the target', gone, tbl_repl._dst_table(target)) END,
+            HINT    = format('See tbl_repl.check() and tbl_repl.alter_target(%s).', target.target_id);
+    END IF;
+    RETURN shape;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._target_shape(tbl_repl.target, text) IS 'types of the sent columns on the target';
+
+-- SQL expression, for the target: the text of what the column holds after value, a text, was assigned to
+-- it.  Not quite a cast, which cuts off what is too long: that would be refused.
+CREATE OR REPLACE FUNCTION tbl_repl._assigned(shape_column jsonb, value text)
+RETURNS text
+LANGUAGE sql IMMUTABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT CASE
+        WHEN base IN ('text', 'json', 'bit', 'varbit') OR base = 'varchar' AND length IS NULL THEN value
+        WHEN base = 'varchar'
+        THEN format('CASE WHEN pg_catalog.btrim(pg_catalog.substr(%1$s, %2$s + 1)) = '''' THEN pg_catalog.left(%1$s, %2$s) ELSE %1$s END', value, length)
+        WHEN base = 'bpchar' THEN format('pg_catalog.rtrim(%s)', value)
+        ELSE format('(%s)::%s::text', value, shape_column ->> 'type') END
+    FROM (SELECT shape_column ->> 'base' AS base, shape_column ->> 'length' AS length) AS c
+$function$;
+COMMENT ON FUNCTION tbl_repl._assigned(jsonb, text) IS 'SQL expression: the text form of a value in a column of the target';
+
+CREATE OR REPLACE FUNCTION tbl_repl._key_list(columns integer, keys text[])
+RETURNS jsonb
+LANGUAGE sql IMMUTABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT coalesce(jsonb_agg(CASE WHEN columns = 1 THEN jsonb_build_array(k) ELSE k::jsonb END ORDER BY n), '[]')
+    FROM unnest(keys) WITH ORDINALITY AS u (k, n)
+$function$;
+COMMENT ON FUNCTION tbl_repl._key_list(integer, text[]) IS 'keys as an array of arrays of text forms';
+
+-- What follows FROM, on the target: its rows d with these keys, e.k being the key and e.n its place.
+CREATE OR REPLACE FUNCTION tbl_repl._by_key_list(target tbl_repl.target, keys jsonb)
+RETURNS text
+LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT format('pg_catalog.json_array_elements(%L) WITH ORDINALITY AS e (k, n) JOIN %s AS d ON %s', keys, tbl_repl._dst_table(target),
+                  string_agg(format('d.%I %s (e.k ->> %s)::%s', p.name, p.equals, p.n - 1, p.type), ' AND ' ORDER BY p.n))
+    FROM tbl_repl._dst_key_parts(target) AS p
+$function$;
+COMMENT ON FUNCTION tbl_repl._by_key_list(tbl_repl.target, jsonb) IS 'FROM clause: rows of the target with these keys';
+
+-- Whether both sides have the same text for the rows with these keys: then nothing more has to be sent.
+-- That they have not may have harmless reasons.
+CREATE OR REPLACE FUNCTION tbl_repl._is_same(
+    target tbl_repl.target,
+    conn   text,
+    keys   text[]
+)
+RETURNS boolean
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    here text;
+BEGIN
+    EXECUTE format('SELECT md5(r.upserts) FROM tbl_repl.render_%s($1, false, true, ''values'') AS r', target.target_id) INTO here USING keys;
+    RETURN here IS NOT DISTINCT FROM tbl_repl._call(conn, format(
+        'SELECT pg_catalog.md5(pg_catalog.string_agg(pg_catalog.concat(''('', pg_catalog.array_to_string(ARRAY[%s], '', ''), '')''), '', '' ORDER BY e.n)) FROM %s',
+        (SELECT string_agg(format('pg_catalog.quote_nullable(d.%I::text)', c), ', ' ORDER BY n) FROM unnest(target.sent_columns) WITH ORDINALITY AS u (c, n)),
+        tbl_repl._by_key_list(target, tbl_repl._key_list(cardinality(target.dst_keys), keys))), clock_timestamp() + target.timeout);
+EXCEPTION WHEN data_exception OR integrity_constraint_violation THEN
+    RETURN false;  -- a key that the target's column cannot hold
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._is_same(tbl_repl.target, text, text[]) IS
+    'whether a hash over the rows with these keys is the same on both sides';
+
+-- _differences(target, conn, shape, keys): {key: 'missing_on_target' | 'different'}.  Keys without a row here
+-- are left out.  A value that the target's column cannot hold is a difference too: halving finds it.
+CREATE OR REPLACE FUNCTION tbl_repl._differences(
+    target tbl_repl.target,
+    conn   text,
+    shape  jsonb,
+    keys   text[]
+)
+RETURNS jsonb
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    row_values text;
+    positions  integer[];
+    answer     jsonb;
+    half       integer := cardinality(keys) / 2;
+    present    boolean := false;
+BEGIN
+    EXECUTE format('SELECT r.upserts FROM tbl_repl.render_%s($1, false, true, ''values'') AS r', target.target_id) INTO row_values USING keys;
+    IF row_values IS NULL THEN
+        RETURN '{}';
+    END IF;
+    SELECT array_agg(array_position(target.sent_columns, k.name) ORDER BY k.n) INTO positions
+    FROM unnest(target.dst_keys) WITH ORDINALITY AS k (name, n);
+    BEGIN
+        answer := tbl_repl._call(conn, (
+            SELECT format('WITH v (%s) AS (VALUES %s) SELECT pg_catalog.json_agg(pg_catalog.json_build_array(d.%I IS NULL, pg_catalog.json_build_array(%s))) '
+                          'FROM v LEFT JOIN %s AS d ON %s WHERE d.%I IS NULL OR %s',
+                          (SELECT string_agg(format('c%s', n), ', ' ORDER BY n) FROM generate_subscripts(target.sent_columns, 1) AS n),
+                          row_values, target.dst_keys[1],
+                          (SELECT string_agg(format('v.c%s', p), ', ' ORDER BY n) FROM unnest(positions) WITH ORDINALITY AS u (p, n)),
+                          tbl_repl._dst_table(target),
+                          (SELECT string_agg(format('d.%I %s (v.c%s)::%s', p.name, p.equals, positions[p.n], p.type), ' AND ' ORDER BY p.n)
+                           FROM tbl_repl._dst_key_parts(target) AS p),
+                          target.dst_keys[1],
+                          string_agg(format('(%s) COLLATE "C" IS DISTINCT FROM d.%I::text COLLATE "C"',
+                                            tbl_repl._assigned(c, format('v.c%s', n)), c ->> 'name'), ' OR ' ORDER BY n))
+            FROM jsonb_array_elements(shape) WITH ORDINALITY AS s (c, n)), clock_timestamp() + target.timeout);
+    EXCEPTION WHEN data_exception OR integrity_constraint_violation THEN
+        IF half > 0 THEN
+            RETURN tbl_repl._differences(target, conn, shape, keys[:half]) || tbl_repl._differences(target, conn, shape, keys[half + 1:]);
+        END IF;
+        BEGIN
+            present := tbl_repl._call(conn, format('SELECT pg_catalog.count(*) FROM %s', tbl_repl._by_key_list(
+                target, tbl_repl._key_list(cardinality(target.dst_keys), keys))), clock_timestamp() + target.timeout) <> '0';
+        EXCEPTION WHEN data_exception OR integrity_constraint_violation THEN
+            present := false;
+        END;
+        RETURN jsonb_build_object(keys[1], CASE WHEN present THEN 'different' ELSE 'missing_on_target' END);
+    END;
+    RETURN coalesce((
+        SELECT jsonb_object_agg(CASE WHEN cardinality(positions) = 1 THEN a -> 1 ->> 0 ELSE (a -> 1)::text END,
+                                CASE WHEN (a -> 0)::boolean THEN 'missing_on_target' ELSE 'different' END)
+        FROM jsonb_array_elements(answer) AS a), '{}');
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._differences(tbl_repl.target, text, jsonb, text[]) IS
+    'which rows of the source the target has not, or not so';
+
+CREATE OR REPLACE FUNCTION tbl_repl._not_pending(target tbl_repl.target, keys text[])
+RETURNS text[]
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    remaining text[];
+BEGIN
+    IF cardinality(keys) = 0 THEN
+        RETURN keys;
+    END IF;
+    -- a TRUNCATE of the whole table that is queued stands for every key
+    EXECUTE (SELECT format('WITH pending AS MATERIALIZED (SELECT c.keys FROM %s) '
+                           'SELECT coalesce(array_agg(u.k ORDER BY u.n), ''{}'') FROM unnest($1) WITH ORDINALITY AS u (k, n) '
+                           'WHERE NOT EXISTS (SELECT FROM pending AS p WHERE p.keys IS NULL) '
+                           'AND u.k NOT IN (SELECT q FROM pending AS p, unnest(p.keys) AS q)', tbl_repl._pending_from(target, st.position))
+             FROM tbl_repl.target_state AS st WHERE st.target_id = target.target_id)
+    INTO remaining USING keys;
+    RETURN remaining;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._not_pending(tbl_repl.target, text[]) IS 'the keys for which nothing is queued';
+
+-- The target's keys after one, in the order of its own index, as an array of arrays of text forms.
+CREATE OR REPLACE FUNCTION tbl_repl._target_page_sql(
+    target   tbl_repl.target,
+    after    jsonb,
+    max_rows integer
+)
+RETURNS text
+LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT format('SELECT pg_catalog.json_agg(x.k) FROM (SELECT pg_catalog.json_build_array(%s) AS k FROM %s AS d WHERE %s ORDER BY %s LIMIT %s) AS x',
+                  string_agg(format('d.%I::text', p.name), ', ' ORDER BY p.n), tbl_repl._dst_table(target),
+                  CASE WHEN after IS NULL THEN string_agg(format('d.%I IS NOT NULL', p.name), ' AND ' ORDER BY p.n)
+                       ELSE format('(%s) > (%s)', string_agg(format('d.%I', p.name), ', ' ORDER BY p.n),
+                                   string_agg(format('%L::%s', after ->> (p.n - 1), p.type), ', ' ORDER BY p.n)) END,
+                  string_agg(format('d.%I', p.name), ', ' ORDER BY p.n), max_rows)
+    FROM tbl_repl._dst_key_parts(target) AS p
+$function$;
+COMMENT ON FUNCTION tbl_repl._target_page_sql(tbl_repl.target, jsonb, integer) IS 'query that lists keys of the target';
+
+-- Rows that no target of this node brings there, for a table may be fed by several: [{k: the key there,
+-- s: the key here, or null}].
+CREATE OR REPLACE FUNCTION tbl_repl._unknown_to_all(
+    target tbl_repl.target,
+    conn   text,
+    shape  jsonb,
+    keys   jsonb
+)
+RETURNS jsonb
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    other   tbl_repl.target%ROWTYPE;
+    unknown jsonb := tbl_repl._unknown(target, target.dst_keys, conn, shape, keys);
+    theirs  jsonb;
+BEGIN
+    FOR other IN
+        SELECT t.* FROM tbl_repl.target AS t
+        WHERE t.server = target.server AND t.dst_schema = target.dst_schema AND t.dst_name = target.dst_name AND t.target_id <> target.target_id
+    LOOP
+        EXIT WHEN unknown = '[]';
+        theirs := tbl_repl._unknown(other, target.dst_keys, conn, shape, jsonb_path_query_array(unknown, '$[*].k'));
+        SELECT coalesce(jsonb_agg(u), '[]') INTO unknown
+        FROM jsonb_array_elements(unknown) AS u
+        WHERE u -> 'k' IN (SELECT t -> 'k' FROM jsonb_array_elements(theirs) AS t);
+    END LOOP;
+    RETURN unknown;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._unknown_to_all(tbl_repl.target, text, jsonb, jsonb) IS
+    'which keys of the target no target of this node accounts for';
+
+-- _unknown(target, names, conn, shape, keys): keys (of the columns names) that this target does not account for.
+-- A key there becomes a key here by the reverse of what assigning does: through numeric between number types,
+-- else by its text.  Where types differ it has to lead back to where it came from, or it is another key:
+-- the text '007' is not what the number 7 becomes.
+-- Where this cannot be found out (other key columns, another owner) the target accounts for all of them.
+CREATE OR REPLACE FUNCTION tbl_repl._unknown(
+    target tbl_repl.target,
+    names  name[],
+    conn   text,
+    shape  jsonb,
+    keys   jsonb
+)
+RETURNS jsonb
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+SET datestyle = 'ISO, MDY' SET intervalstyle = 'postgres' SET timezone = 'UTC'
+SET extra_float_digits = 1 SET bytea_output = 'hex' SET lc_monetary = 'C'
+AS $function$
+DECLARE
+    source    tbl_repl.source%ROWTYPE;
+    positions integer[];
+    reverse   text;
+    forward   text;
+    same_type boolean;
+    forms     text[];
+    form      text;
+    returned  jsonb;
+    gone      text[];
+    item      record;
+BEGIN
+    IF keys = '[]' OR NOT (target.dst_keys @> names AND target.dst_keys <@ names)
+       OR NOT has_function_privilege((tbl_repl._target_functions(target.target_id))[1], 'EXECUTE') THEN
+        RETURN '[]';
+    END IF;
+    SELECT * INTO STRICT source FROM tbl_repl.source AS s WHERE s.source_id = target.source_id;
+    SELECT array_agg(array_position(names, k.name) - 1 ORDER BY k.n) INTO positions
+    FROM unnest(target.dst_keys) WITH ORDINALITY AS k (name, n);
+    SELECT string_agg(format(CASE WHEN h.type <> t.type AND y.typcategory = 'N' AND c ->> 'category' = 'N'
+                                  THEN '(k ->> %s)::numeric::%s::text' ELSE '(k ->> %s)::%s::text' END, positions[h.n], h.type), ', ' ORDER BY h.n),
+           bool_and(h.type = t.type),
+           string_agg(tbl_repl._assigned(f, format('(e.k ->> %s)', h.n - 1)), ', ' ORDER BY h.n)
+    INTO reverse, same_type, forward
+    FROM tbl_repl._key_parts(source.source_table, source.key_columns) AS h
+    JOIN tbl_repl._dst_key_parts(target) AS t ON t.n = h.n
+    JOIN pg_type AS y ON y.oid = h.type_id
+    LEFT JOIN jsonb_array_elements(target.remote -> 'columns') AS c ON c ->> 'name' = t.name::text
+    LEFT JOIN jsonb_array_elements(shape) AS f ON f ->> 'name' = t.name::text;
+    IF cardinality(positions) > 1 THEN
+        reverse := format('json_build_array(%s)::text', reverse);
+    END IF;
+    BEGIN
+        EXECUTE format('SELECT array_agg(%s ORDER BY n) FROM jsonb_array_elements($1) WITH ORDINALITY AS e (k, n)', reverse) INTO forms USING keys;
+    EXCEPTION WHEN data_exception OR integrity_constraint_violation THEN
+        forms := '{}';
+        FOR item IN SELECT k FROM jsonb_array_elements(keys) WITH ORDINALITY AS e (k, n) ORDER BY n LOOP
+            BEGIN
+                EXECUTE format('SELECT %s FROM (SELECT $1 AS k) AS e', reverse) INTO form USING item.k;
+            EXCEPTION WHEN data_exception OR integrity_constraint_violation THEN
+                form := NULL;
+            END;
+            forms := array_append(forms, form);
+        END LOOP;
+    END;
+    IF NOT same_type AND array_remove(forms, NULL) <> '{}' THEN
+        returned := tbl_repl._call(conn, format(
+            'SELECT pg_catalog.json_agg(pg_catalog.json_build_array(%s) ORDER BY e.n) FROM pg_catalog.json_array_elements(%L) WITH ORDINALITY AS e (k, n)',
+            forward, tbl_repl._key_list(cardinality(positions), array_remove(forms, NULL))), clock_timestamp() + target.timeout);
+        -- the answers come in the order of the forms that are not null
+        SELECT array_agg(CASE WHEN returned -> (f.m - 1)::integer = f.k THEN f.form END ORDER BY f.n) INTO forms
+        FROM (SELECT u.form, u.n, count(u.form) OVER (ORDER BY u.n) AS m,
+                     (SELECT jsonb_agg(keys -> (u.n - 1)::integer -> p ORDER BY o) FROM unnest(positions) WITH ORDINALITY AS q (p, o)) AS k
+              FROM unnest(forms) WITH ORDINALITY AS u (form, n)) AS f;
+    END IF;
+    EXECUTE format('SELECT ARRAY(SELECT json_array_elements_text(r.deletes::json)) FROM tbl_repl.render_%s($1, false, true, ''keys'') AS r', target.target_id)
+    INTO gone USING array_remove(forms, NULL);
+    gone := tbl_repl._not_pending(target, coalesce(gone, '{}'));
+    RETURN coalesce((
+        SELECT jsonb_agg(jsonb_build_object('k', keys -> (f.n - 1)::integer, 's', f.form) ORDER BY f.n)
+        FROM unnest(forms) WITH ORDINALITY AS f (form, n)
+        WHERE f.form IS NULL OR f.form = ANY (gone)), '[]');
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._unknown(tbl_repl.target, name[], text, jsonb, jsonb) IS
+    'which keys of the target a target of this node does not account for';

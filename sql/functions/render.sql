@@ -306,12 +306,22 @@ AS %L$sql$,
     CROSS JOIN LATERAL (SELECT format($body$
 #variable_conflict use_column
 BEGIN
-    IF tbl_repl_after = '' THEN
+    BEGIN
+        IF tbl_repl_after = '' THEN
+            RETURN (SELECT array_agg(x.tbl_repl_key) FROM (
+                SELECT %1$s AS tbl_repl_key FROM %2$s AS s WHERE %3$s ORDER BY %4$s LIMIT tbl_repl_count) AS x);
+        END IF;
         RETURN (SELECT array_agg(x.tbl_repl_key) FROM (
-            SELECT %1$s AS tbl_repl_key FROM %2$s AS s WHERE %3$s ORDER BY %4$s LIMIT tbl_repl_count) AS x);
-    END IF;
-    RETURN (SELECT array_agg(x.tbl_repl_key) FROM (
-        SELECT %1$s AS tbl_repl_key FROM %2$s AS s WHERE %3$s AND (%5$s) ORDER BY %4$s LIMIT tbl_repl_count) AS x);
+            SELECT %1$s AS tbl_repl_key FROM %2$s AS s WHERE %3$s AND (%5$s) ORDER BY %4$s LIMIT tbl_repl_count) AS x);
+    EXCEPTION WHEN OTHERS THEN
+        -- The filter fails on a row; on which is found out where the keys are shipped.
+        IF tbl_repl_after = '' THEN
+            RETURN (SELECT array_agg(x.tbl_repl_key) FROM (
+                SELECT %1$s AS tbl_repl_key FROM %2$s AS s ORDER BY %4$s LIMIT tbl_repl_count) AS x);
+        END IF;
+        RETURN (SELECT array_agg(x.tbl_repl_key) FROM (
+            SELECT %1$s AS tbl_repl_key FROM %2$s AS s WHERE %5$s ORDER BY %4$s LIMIT tbl_repl_count) AS x);
+    END;
 END
 $body$, tbl_repl._key_text(s.key_columns, 's'), s.source_table, coalesce('(' || t.filter_expr || ')', 'true'),
             (SELECT string_agg(format('s.%I', p.name), ', ' ORDER BY p.n) FROM tbl_repl._key_parts(s.source_table, s.key_columns) AS p),

@@ -1,0 +1,475 @@
+"""compare_target finds every difference and no other; repair_target queues what it finds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from psycopg import errors
+
+from support import Pair
+
+
+def differences(pair: Pair, target: int) -> list[tuple[str, Any]]:
+    """(difference, key) of every row; a key of one column is shown as its value."""
+    rows = pair.source.sql("SELECT difference, key FROM tbl_repl.compare_target(%s)", [target])
+    return sorted(((word, next(iter(key.values())) if len(key) == 1 else key) for word, key in rows), key=str)
+
+
+def repaired(pair: Pair, target: int, **options: bool) -> int:
+    """repair_target, and what was queued shipped; how many it queued."""
+    queued = pair.call("repair_target", target_id=target, **options)
+    pair.drain()
+    return int(queued)
+
+
+@pytest.fixture
+def simple(pair: Pair) -> Pair:
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY, v text, n numeric(10,2))")
+    pair.source.sql("INSERT INTO t SELECT i, 'v' || i, i FROM generate_series(1, 20) i")
+    return pair
+
+
+def spoil(pair: Pair) -> None:
+    """One row missing, one extra, one different in each way."""
+    pair.target.sql("""
+        DELETE FROM t WHERE id = 3;
+        INSERT INTO t VALUES (99, 'extra', 0);
+        UPDATE t SET v = NULL WHERE id = 5;
+        UPDATE t SET n = 7.01 WHERE id = 7
+        """)
+
+
+SPOILED = [
+    ("different", 5),
+    ("different", 7),
+    ("extra_on_target", 99),
+    ("missing_on_target", 3),
+]
+
+
+@pytest.mark.parametrize("mode", ["sync", "tolerant", "async"])
+def test_every_difference_is_found_and_no_other(simple: Pair, mode: str) -> None:
+    target = simple.add_target("t", mode=mode)
+    assert differences(simple, target) == []
+    spoil(simple)
+    assert differences(simple, target) == SPOILED
+
+
+@pytest.mark.parametrize("mode", ["sync", "tolerant", "async"])
+def test_repair_heals_and_deletes_only_when_told(simple: Pair, mode: str) -> None:
+    target = simple.add_target("t", mode=mode)
+    spoil(simple)
+    assert repaired(simple, target) == 3
+    assert differences(simple, target) == [("extra_on_target", 99)]
+    assert repaired(simple, target, delete_extra=True) == 1
+    assert differences(simple, target) == []
+    assert repaired(simple, target, delete_extra=True) == 0
+    simple.assert_same("t")
+    assert simple.status(target) == "ok"
+
+
+def test_repair_only_queues(simple: Pair) -> None:
+    target = simple.add_target("t")
+    spoil(simple)
+    assert simple.call("repair_target", target_id=target) == 3
+    assert simple.pending(target) == 3
+    assert simple.status(target) == "queueing"
+    assert "(99,extra,0.00)" in simple.target.rows("t")
+
+
+@pytest.mark.plain_target
+def test_the_target_needs_nothing_installed(simple: Pair) -> None:
+    target = simple.add_target("t")
+    spoil(simple)
+    assert differences(simple, target) == SPOILED
+
+
+def test_what_is_queued_is_no_difference(simple: Pair) -> None:
+    target = simple.add_target("t", mode="async")
+    spoil(simple)
+    simple.source.sql("UPDATE t SET v = 'new' WHERE id IN (3, 8)")
+    simple.source.sql("DELETE FROM t WHERE id = 9")
+    simple.source.sql("INSERT INTO t VALUES (99, 'not extra', 1), (21, 'new', 1)")
+    assert differences(simple, target) == [("different", 5), ("different", 7)]
+    simple.drain()
+    assert differences(simple, target) == [("different", 5), ("different", 7)]
+
+
+def test_a_queued_truncate_explains_everything(simple: Pair) -> None:
+    target = simple.add_target("t", mode="async")
+    spoil(simple)
+    simple.source.sql("TRUNCATE t")
+    simple.source.sql("INSERT INTO t VALUES (1, 'again', 1)")
+    assert differences(simple, target) == []
+    simple.drain()
+    simple.assert_same("t")
+
+
+def test_what_is_queued_for_another_target_is_a_difference(simple: Pair) -> None:
+    simple.both("CREATE TABLE u (LIKE t INCLUDING ALL)")
+    target = simple.add_target("t")
+    other = simple.add_target("t", dst_table="u")
+    simple.call("pause_target", target_id=other)
+    simple.source.sql("UPDATE t SET v = 'new'")
+    simple.target.sql("DELETE FROM t WHERE id = 4")
+    assert differences(simple, target) == [("missing_on_target", 4)]
+    assert differences(simple, other) == []
+
+
+def test_rows_in_quarantine_are_differences(simple: Pair) -> None:
+    target = simple.add_target("t", mode="async")
+    simple.target.sql("ALTER TABLE t ADD CHECK (v <> 'bad')")
+    simple.source.sql("INSERT INTO t VALUES (30, 'bad', 1)")
+    simple.source.sql("UPDATE t SET v = 'bad' WHERE id = 2")
+    simple.drain()
+    assert differences(simple, target) == [("different", 2), ("missing_on_target", 30)]
+
+
+def test_many_rows_in_several_chunks(simple: Pair) -> None:
+    simple.source.sql("INSERT INTO t SELECT i, repeat('x', 50), i FROM generate_series(21, 5000) i")
+    target = simple.add_target("t")
+    simple.target.sql(
+        "DELETE FROM t WHERE id % 1000 = 0; INSERT INTO t SELECT -i FROM generate_series(1, 2500) i"
+    )
+    simple.target.sql("UPDATE t SET v = 'x' WHERE id = 4999")
+    found = differences(simple, target)
+    assert [key for word, key in found if word == "missing_on_target"] == [1000, 2000, 3000, 4000, 5000]
+    assert [key for word, key in found if word == "different"] == [4999]
+    assert sum(word == "extra_on_target" for word, _ in found) == 2500
+    assert repaired(simple, target, delete_extra=True) == 2506
+    simple.assert_same("t")
+
+
+def test_only_chunks_that_differ_are_sent(simple: Pair) -> None:
+    """Rows that are equal travel as a hash: the target's log never sees their values."""
+    simple.source.sql("INSERT INTO t SELECT i, 'value-' || i, i FROM generate_series(21, 3000) i")
+    target = simple.add_target("t")
+    simple.target.sql("UPDATE t SET v = 'x' WHERE id = 3000")
+    simple.target.admin(f"ALTER DATABASE {simple.target.dbname} SET log_statement = 'all'")
+    simple.source.forget()
+    assert differences(simple, target) == [("different", 3000)]
+    log = simple.target.log()
+    assert "value-3000" in log
+    assert "value-500'" not in log
+
+
+def test_filter_columns_and_map_are_known(pair: Pair) -> None:
+    pair.source.sql("CREATE TABLE t (id integer PRIMARY KEY, tenant text, email text, secret text)")
+    pair.target.sql(
+        "CREATE TABLE t (no integer PRIMARY KEY, mail text, tenant text, more text DEFAULT 'own')"
+    )
+    pair.source.sql("INSERT INTO t SELECT i, 'a', i || '@x', 's' FROM generate_series(1, 5) i")
+    pair.source.sql("INSERT INTO t SELECT i, 'b', i || '@x', 's' FROM generate_series(6, 9) i")
+    target = pair.add_target(
+        "t",
+        columns=["tenant"],
+        column_map={"no": "id", "mail": "md5(email)"},
+        row_filter="tenant = 'a'",
+    )
+    assert differences(pair, target) == []
+    pair.target.sql("UPDATE t SET more = 'not ours'")
+    assert differences(pair, target) == []
+    pair.target.sql("UPDATE t SET mail = '1@x' WHERE no = 1")
+    pair.target.sql("DELETE FROM t WHERE no = 2")
+    # one that the filter keeps away, one that the source does not have at all
+    pair.target.sql("INSERT INTO t VALUES (6, 'm', 'b'), (77, 'm', 'a')")
+    assert differences(pair, target) == [
+        ("different", 1),
+        ("extra_on_target", 6),
+        ("extra_on_target", 77),
+        ("missing_on_target", 2),
+    ]
+    assert repaired(pair, target, delete_extra=True) == 4
+    assert differences(pair, target) == []
+    assert pair.target.sql("SELECT no FROM t ORDER BY no") == [(i,) for i in range(1, 6)]
+
+
+def test_rows_of_other_targets_in_a_shared_table_are_not_extra(pair: Pair) -> None:
+    pair.both("CREATE TABLE t (a integer, b text, v text, PRIMARY KEY (a, b))")
+    pair.source.sql("CREATE TABLE u (y text, x integer, v text, PRIMARY KEY (y, x))")
+    pair.source.sql("INSERT INTO t SELECT i, 't', 'v' FROM generate_series(1, 6) i")
+    pair.source.sql("INSERT INTO u SELECT 'u', i, 'v' FROM generate_series(1, 3) i")
+    low = pair.add_target("t", row_filter="a < 3")
+    other = pair.add_target("u", dst_table="t", columns=["v"], column_map={"a": "x", "b": "y"}, mode="async")
+    for target in (low, other):
+        assert differences(pair, target) == []
+    pair.target.sql("INSERT INTO t VALUES (5, 't', 'filtered'), (9, 'u', 'nobody''s')")
+    extra = [("extra_on_target", 5), ("extra_on_target", 9)]
+    assert [(word, key["a"]) for word, key in differences(pair, low)] == extra
+    assert [(word, key["x"]) for word, key in differences(pair, other)] == extra
+    # what the other one is about to delete is not ours to report
+    pair.source.sql("DELETE FROM u WHERE x = 3")
+    assert [key["a"] for _, key in differences(pair, low)] == [5, 9]
+    assert repaired(pair, low, delete_extra=True) == 2
+    assert differences(pair, low) == differences(pair, other) == []
+
+
+TYPES = {
+    "integer in numeric": ("integer", "numeric(12,2)", "7", "8.00", "7.01"),
+    "numeric rounded": ("numeric", "numeric(12,2)", "1.005", "1.01", "1.02"),
+    "float in numeric": ("double precision", "numeric", "0.1", "0.1", "0.2"),
+    "text in varchar": ("text", "varchar(5)", "'abc'", "'abc'", "'ab'"),
+    "trailing blanks": ("text", "varchar(3)", "'abc  '", "'abc'", "'ab'"),
+    "char": ("text", "char(8)", "'ab'", "'ab'", "'ac'"),
+    "char and more": ("char(4)", "char(8)", "'ab'", "'ab'", "'ac'"),
+    "timestamp rounded": (
+        "timestamp",
+        "timestamp(0)",
+        "'2026-01-01 1:00:00.7'",
+        "'2026-01-01 1:00:01'",
+        "'2026-01-01 1:00:00'",
+    ),
+    "text in json": ("text", "jsonb", '\'{"b": 1,   "a": 2}\'', '\'{"a":2,"b":1}\'', "'{}'"),
+    "case of text": ("text", "text", "'A'", "'A'", "'a'"),
+    "scale": ("numeric", "numeric", "1.0", "1.0", "1.00"),
+    "array": ("integer[]", "bigint[]", "'{1,NULL}'", "'{1,NULL}'", "'{1}'"),
+    "bytes": ("bytea", "bytea", r"'\x00ff'", r"'\x00ff'", r"'\x00fe'"),
+    "null": ("text", "text", "NULL", "NULL", "''"),
+    "bit": ("bit(3)", "bit(3)", "'101'", "'101'", "'100'"),
+    "odd text": ("text", "text", "'it''s \\ %s $1 %L\t\n\"é'", "'it''s \\ %s $1 %L\t\n\"é'", "'x'"),
+}
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_values_are_compared_in_the_form_of_the_target(pair: Pair, name: str) -> None:
+    here, there, value, _equal, other = TYPES[name]
+    pair.source.sql(f"CREATE TABLE t (id integer PRIMARY KEY, v {here})")
+    pair.target.sql(f"CREATE TABLE t (id bigint PRIMARY KEY, v {there})")
+    pair.source.sql(f"INSERT INTO t VALUES (1, {value}), (2, {value})")
+    target = pair.add_target("t", initial_copy="none")
+    assert differences(pair, target) == [("missing_on_target", 1), ("missing_on_target", 2)]
+    pair.call("resync_target", target_id=target)
+    pair.drain()
+    assert differences(pair, target) == []
+    pair.target.sql(f"UPDATE t SET v = {other} WHERE id = 2")
+    assert differences(pair, target) == [("different", 2)]
+    assert repaired(pair, target) == 1
+    assert differences(pair, target) == []
+
+
+def test_what_the_target_cannot_hold_is_a_difference(pair: Pair) -> None:
+    pair.source.sql("CREATE TABLE t (id bigint PRIMARY KEY, v text, n integer)")
+    pair.target.sql("""
+        CREATE DOMAIN small AS integer CHECK (value < 100);
+        CREATE TABLE t (id integer PRIMARY KEY, v varchar(3), n small);
+        INSERT INTO t SELECT i, 'abc', 1 FROM generate_series(1, 4) i
+        """)
+    pair.source.sql("""
+        INSERT INTO t VALUES (1, 'abc', 1), (2, 'abcdef', 1), (3, 'abc', 1000), (4, 'abc', 1),
+                             (5, 'abcdef', 1), (5000000000, 'abc', 1)
+        """)
+    target = pair.add_target("t", initial_copy="none", mode="async")
+    assert differences(pair, target) == [
+        ("different", 2),
+        ("different", 3),
+        ("missing_on_target", 5),
+        ("missing_on_target", 5000000000),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "value", "extra"),
+    [
+        ("integer", "numeric(12,2)", "7", "7.50"),
+        ("integer", "text", "7", "'007'"),
+        ("integer", "text", "7", "'seven'"),
+        ("bigint", "integer", "7", "8"),
+        ("text", "char(8)", "'ab'", "'ac'"),
+        ("varchar(8)", "text", "'ab'", "'ab '"),
+        ("numeric", "double precision", "0.1", "0.25"),
+        ("uuid", "text", "'5bfcf2d8-e394-6745-5033-2640d72db509'", "'x'"),
+        ("date", "timestamp", "'2026-01-02'", "'2026-01-02 12:00'"),
+        ("timestamptz", "timestamptz", "'2026-01-02 12:00+3'", "'2026-01-02 12:00+2'"),
+        ("float8", "float8", "0.1", "0.30000000000000004"),
+    ],
+)
+def test_extra_rows_are_found_where_key_types_differ(
+    pair: Pair, here: str, there: str, value: str, extra: str
+) -> None:
+    pair.source.sql(f"CREATE TABLE t (id {here} PRIMARY KEY, v text)")
+    pair.target.sql(f"CREATE TABLE t (id {there} PRIMARY KEY, v text)")
+    pair.source.sql("SET datestyle = 'German'; SET extra_float_digits = -3; SET timezone = 'Asia/Tokyo'")
+    pair.source.sql(f"INSERT INTO t VALUES ({value}, 'v')")
+    target = pair.add_target("t")
+    assert differences(pair, target) == []
+    pair.target.sql(f"INSERT INTO t VALUES ({extra}, 'v')")
+    assert [word for word, _ in differences(pair, target)] == ["extra_on_target"]
+
+
+def test_extra_rows_that_no_key_of_the_source_can_address_are_told(pair: Pair) -> None:
+    pair.source.sql("CREATE TABLE t (id integer PRIMARY KEY)")
+    pair.target.sql("CREATE TABLE t (id text PRIMARY KEY)")
+    pair.source.sql("INSERT INTO t VALUES (7)")
+    target = pair.add_target("t")
+    pair.target.sql("INSERT INTO t VALUES ('seven'), ('007'), ('8')")
+    assert [key for _, key in differences(pair, target)] == ["007", "seven", 8]
+    conn = pair.source.connect()
+    notices: list[str] = []
+    conn.add_notice_handler(lambda notice: notices.append(str(notice.message_primary)))
+    assert conn.execute("SELECT tbl_repl.repair_target(%s, true)", [target]).fetchone() == (1,)
+    assert any(notice.startswith("2 rows of table public.t") for notice in notices)
+    pair.drain()
+    assert pair.target.rows("t") == ["(007)", "(7)", "(seven)"]
+
+
+def test_text_keys_that_sort_differently_on_the_two_sides(pair: Pair) -> None:
+    pair.source.sql('CREATE TABLE t (id text COLLATE "C" PRIMARY KEY, v text)')
+    collation = pair.target.one(
+        "SELECT quote_ident(collname) FROM pg_collation WHERE collprovider = 'i' AND collname = 'en-x-icu'"
+    )
+    if collation is None:
+        pytest.skip("this server has no ICU")
+    pair.target.sql(f"CREATE TABLE t (id text COLLATE {collation} PRIMARY KEY, v text)")
+    pair.source.sql(
+        "INSERT INTO t SELECT chr(c) || i, 'v' FROM unnest('{65,97,66,98,233,36}'::int[]) c, generate_series(1, 400) i"
+    )
+    target = pair.add_target("t")
+    assert differences(pair, target) == []
+    pair.target.sql("DELETE FROM t WHERE id IN ('A1', 'é400'); INSERT INTO t VALUES ('a0'), ('Z9'), ('ä')")
+    assert differences(pair, target) == [
+        ("extra_on_target", "Z9"),
+        ("extra_on_target", "a0"),
+        ("extra_on_target", "ä"),
+        ("missing_on_target", "A1"),
+        ("missing_on_target", "é400"),
+    ]
+
+
+def test_composite_keys_with_odd_values(pair: Pair) -> None:
+    pair.both('CREATE TABLE t ("A key" text, d date, v text, PRIMARY KEY (d, "A key"))')
+    pair.source.sql("SET datestyle = 'German'")
+    for odd in ("it's", 'say "so"', "back\\slash", "new\nline\ttab", "%s $1", "é☃", "", "\x01"):
+        pair.source.sql("INSERT INTO t VALUES (%s, '2026-02-01', 'v')", [odd])
+    target = pair.add_target("t")
+    assert differences(pair, target) == []
+    pair.target.sql("UPDATE t SET v = 'x'")
+    assert len(differences(pair, target)) == 8
+    assert repaired(pair, target) == 8
+    assert differences(pair, target) == []
+    pair.source.sql("DELETE FROM t")
+    pair.target.sql("INSERT INTO t VALUES ('it''s \"\\', '2026-03-04', 'v')")
+    assert differences(pair, target) == [("extra_on_target", {"A key": "it's \"\\", "d": "2026-03-04"})]
+    assert repaired(pair, target, delete_extra=True) == 1
+    assert pair.target.rows("t") == []
+
+
+def test_partitioned_tables(pair: Pair) -> None:
+    pair.both("""
+        CREATE TABLE t (id integer PRIMARY KEY, v text) PARTITION BY RANGE (id);
+        CREATE TABLE t_low PARTITION OF t FOR VALUES FROM (0) TO (10);
+        CREATE TABLE t_high PARTITION OF t FOR VALUES FROM (10) TO (100)
+        """)
+    pair.source.sql("INSERT INTO t SELECT i, 'v' FROM generate_series(1, 20) i")
+    target = pair.add_target("t")
+    pair.target.sql(
+        "DELETE FROM t WHERE id = 12; UPDATE t_low SET v = 'x' WHERE id = 2; INSERT INTO t VALUES (50)"
+    )
+    assert differences(pair, target) == [("different", 2), ("extra_on_target", 50), ("missing_on_target", 12)]
+    assert repaired(pair, target, delete_extra=True) == 3
+    pair.assert_same("t")
+
+
+def test_operations_that_are_not_replicated_make_no_differences(simple: Pair) -> None:
+    target = simple.add_target("t", operations=["insert"])
+    spoil(simple)
+    assert differences(simple, target) == [("missing_on_target", 3)]
+    simple.source.sql("SELECT tbl_repl.alter_target(%s, operations => '{insert,update}')", [target])
+    assert differences(simple, target) == [("different", 5), ("different", 7), ("missing_on_target", 3)]
+    assert repaired(simple, target, delete_extra=True) == 3
+    assert "(99,extra,0.00)" in simple.target.rows("t")
+
+
+def test_a_guarded_target_can_be_compared_and_repaired(simple: Pair) -> None:
+    target = simple.add_target("t")
+    spoil(simple)
+    simple.target.sql("SELECT tbl_repl.protect('t')")
+    assert differences(simple, target) == SPOILED
+    assert repaired(simple, target, delete_extra=True) == 4
+    simple.assert_same("t")
+
+
+def test_comparing_writes_nothing_on_either_side(simple: Pair) -> None:
+    target = simple.add_target("t")
+    spoil(simple)
+    before = [(node.rows("t", "xmin::text, xmax::text, *")) for node in simple.nodes]
+    queue = simple.source.admin("SELECT * FROM tbl_repl.change")
+    differences(simple, target)
+    assert [(node.rows("t", "xmin::text, xmax::text, *")) for node in simple.nodes] == before
+    assert simple.source.admin("SELECT * FROM tbl_repl.change") == queue
+
+
+def test_a_row_that_is_being_written_is_not_reported(simple: Pair) -> None:
+    """Neither the one that is queued in a transaction in flight, nor the one just shipped."""
+    target = simple.add_target("t", mode="sync")
+    writer = simple.source.connect()
+    with writer.transaction():
+        writer.execute("UPDATE t SET v = 'new' WHERE id < 5")
+        writer.execute("DELETE FROM t WHERE id = 9")
+        assert differences(simple, target) == []
+    assert differences(simple, target) == []
+
+
+def test_a_target_being_copied_is_refused(simple: Pair) -> None:
+    target = simple.add_target("t", initial_copy="background")
+    with pytest.raises(errors.ObjectNotInPrerequisiteState) as caught:
+        differences(simple, target)
+    assert caught.value.diag.message_hint
+    simple.drain()
+    assert differences(simple, target) == []
+
+
+def test_what_is_missing_on_the_target_is_an_error_with_a_hint(simple: Pair) -> None:
+    target = simple.add_target("t")
+    simple.target.sql("ALTER TABLE t RENAME v TO w")
+    with pytest.raises(errors.UndefinedColumn) as caught:
+        differences(simple, target)
+    assert "tbl_repl.check()" in str(caught.value.diag.message_hint)
+    simple.target.sql("DROP TABLE t")
+    with pytest.raises(errors.UndefinedTable):
+        differences(simple, target)
+
+
+def test_comparing_is_for_the_owner_of_the_target(simple: Pair) -> None:
+    target = simple.add_target("t")
+    role = simple.source.role("stranger")
+    simple.source.sql(f"SELECT tbl_repl.grant_access('{role}', 'operator')")
+    for call in (f"compare_target({target})", f"repair_target({target})"):
+        with pytest.raises(errors.InsufficientPrivilege):
+            simple.source.sql(f"SELECT tbl_repl.{call}", user=role)
+    with pytest.raises(errors.UndefinedObject):
+        differences(simple, 4711)
+
+
+def test_the_filter_does_not_run_as_who_compares(simple: Pair) -> None:
+    """A superuser who compares must not lend his rights to the expressions of a target."""
+    simple.source.sql("""
+        CREATE TABLE seen (who name);
+        CREATE FUNCTION spy(i integer) RETURNS boolean LANGUAGE plpgsql IMMUTABLE AS $$
+        BEGIN
+            IF current_user <> 'owner' THEN
+                RAISE EXCEPTION 'run as %', current_user;
+            END IF;
+            RETURN i > 0;
+        END $$
+        """)
+    target = simple.add_target("t", row_filter="spy(id) AND spy(7)", column_map={"v": "v || spy(8)"})
+    simple.target.sql("DELETE FROM t WHERE id = 1; INSERT INTO t VALUES (99)")
+    found = simple.source.admin("SELECT difference FROM tbl_repl.compare_target(%s)", [target])
+    assert sorted(found) == [("extra_on_target",), ("missing_on_target",)]
+
+
+def test_a_target_that_is_down_is_an_error_in_time(simple: Pair) -> None:
+    target = simple.add_target("t", timeout="1 s")
+    proxy = simple.proxy()
+    proxy.set("refuse")
+    with pytest.raises(errors.OperationalError) as caught:
+        simple.source.fresh(f"SELECT * FROM tbl_repl.compare_target({target})")
+    assert str(caught.value.diag.sqlstate).startswith("08")
+
+
+def test_a_target_that_hangs_is_an_error_in_time(simple: Pair) -> None:
+    target = simple.add_target("t", timeout="500 ms")
+    assert differences(simple, target) == []
+    with simple.target.frozen(), pytest.raises(errors.OperationalError):
+        differences(simple, target)
