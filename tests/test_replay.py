@@ -144,7 +144,11 @@ def test_a_cancelled_replay_leaves_no_remote_transaction_behind(pair: Pair) -> N
 
     thread = threading.Thread(target=run)
     thread.start()
-    wait_until(lambda: pair.target.admin("SELECT pid FROM pg_stat_activity WHERE application_name LIKE 'tbl_repl%' AND wait_event_type = 'Lock'"))
+    wait_until(
+        lambda: pair.target.admin(
+            "SELECT pid FROM pg_stat_activity WHERE application_name LIKE 'tbl_repl%' AND wait_event_type = 'Lock'"
+        )
+    )
     conn.cancel()
     # the cancel is kept back until the fate of the message is known
     wait_until(lambda: not thread.is_alive() or blocker.execute("ROLLBACK") is not None)
@@ -209,7 +213,9 @@ def test_a_replay_that_waited_for_a_pause_ships_nothing(pair: Pair) -> None:
             target=lambda: answers.append(conn.execute("SELECT tbl_repl.replay()").fetchall()[0][0])
         )
         thread.start()
-        wait_until(lambda: pair.source.admin("SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"))
+        wait_until(
+            lambda: pair.source.admin("SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND NOT granted")
+        )
     thread.join(10)
     assert answers == [0]
     assert pair.target.rows("t") == []
@@ -275,7 +281,11 @@ def test_a_dead_server_does_not_turn_away_the_writers_of_others(trio: Pair) -> N
     conn = trio.source.connect()
     thread = threading.Thread(target=lambda: conn.execute("CALL tbl_repl.drain()"))
     thread.start()
-    wait_until(lambda: trio.target.admin("SELECT pid FROM pg_stat_activity WHERE application_name LIKE 'tbl_repl%' AND wait_event_type = 'Lock'"))
+    wait_until(
+        lambda: trio.target.admin(
+            "SELECT pid FROM pg_stat_activity WHERE application_name LIKE 'tbl_repl%' AND wait_event_type = 'Lock'"
+        )
+    )
     trio.source.sql("INSERT INTO u VALUES (2, 'b')")
     assert trio.pending(well) == 0
     blocker.execute("ROLLBACK")
@@ -435,7 +445,9 @@ def test_a_position_from_another_cluster_is_not_believed(pair: Pair) -> None:
 
 
 def queue_size(pair: Pair) -> int:
-    return int(pair.source.one("SELECT pg_table_size('tbl_repl.change_0') + pg_table_size('tbl_repl.change_1')"))
+    return int(
+        pair.source.one("SELECT pg_table_size('tbl_repl.change_0') + pg_table_size('tbl_repl.change_1')")
+    )
 
 
 WIDE_ROWS = (
@@ -636,7 +648,9 @@ def test_resync_queues_every_row_behind_what_is_queued(pair: Pair) -> None:
 def test_one_rejected_row_among_thousands_holds_up_no_other(pair: Pair) -> None:
     target_id = async_table(pair)
     pair.target.sql("ALTER TABLE t ADD CONSTRAINT no_poison CHECK (v <> 'poison')")
-    pair.source.sql("INSERT INTO t SELECT g, CASE g WHEN 3210 THEN 'poison' ELSE 'x' END FROM generate_series(1, 5000) g")
+    pair.source.sql(
+        "INSERT INTO t SELECT g, CASE g WHEN 3210 THEN 'poison' ELSE 'x' END FROM generate_series(1, 5000) g"
+    )
     pair.drain()
     pair.assert_same("t", where="id <> 3210")
     assert quarantined(pair)[0][:2] == ({"id": 3210}, "23514")
@@ -716,13 +730,18 @@ def test_a_tolerant_target_returns_to_ok_with_a_row_in_quarantine(pair: Pair) ->
 @pytest.mark.parametrize("where", ["filter", "map"])
 def test_an_expression_that_fails_on_a_row_hurts_only_that_row(pair: Pair, where: str) -> None:
     """Division by zero is also how a message says that its lease was over: not to be mixed up."""
-    options: dict[str, Any] = {"filter": {"row_filter": "10 / n > 0"}, "map": {"column_map": {"n": "10 / n"}}}[where]
+    options: dict[str, Any] = {
+        "filter": {"row_filter": "10 / n > 0"},
+        "map": {"column_map": {"n": "10 / n"}},
+    }[where]
     async_table(pair, "id integer PRIMARY KEY, n integer", **options)
     pair.source.sql("INSERT INTO t VALUES (1, 5), (2, 0), (3, 2)")
     pair.drain()
     assert [row[0] for row in pair.target.sql("SELECT id FROM t ORDER BY id")] == [1, 3]
     assert quarantined(pair)[0][:2] == ({"id": 2}, "22012")
-    pair.source.sql("UPDATE t SET n = 1 WHERE id = 2") if where == "map" else pair.source.sql("DELETE FROM t WHERE id = 2")
+    pair.source.sql("UPDATE t SET n = 1 WHERE id = 2") if where == "map" else pair.source.sql(
+        "DELETE FROM t WHERE id = 2"
+    )
     pair.drain()
     assert quarantined(pair) == []
 
@@ -738,7 +757,9 @@ def test_a_background_copy_gets_past_a_row_on_which_the_filter_fails(pair: Pair)
 
 
 def test_a_table_that_is_gone_fails_its_target_until_it_is_back(pair: Pair) -> None:
-    pair.both("CREATE TABLE t (id integer PRIMARY KEY, v text); CREATE TABLE u (id integer PRIMARY KEY, v text)")
+    pair.both(
+        "CREATE TABLE t (id integer PRIMARY KEY, v text); CREATE TABLE u (id integer PRIMARY KEY, v text)"
+    )
     gone = pair.add_target("t", mode="async")
     well = pair.add_target("u", mode="async")
     pair.target.sql("DROP TABLE t")
@@ -748,7 +769,9 @@ def test_a_table_that_is_gone_fails_its_target_until_it_is_back(pair: Pair) -> N
     pair.assert_same("u")
     assert (pair.status(gone), pair.status(well)) == ("failed", "ok")
     assert pair.pending(gone) == 50
-    assert pair.source.one("SELECT last_error FROM tbl_repl.target_status WHERE target_id = %s", [gone]).startswith("42P01")
+    assert pair.source.one(
+        "SELECT last_error FROM tbl_repl.target_status WHERE target_id = %s", [gone]
+    ).startswith("42P01")
     assert quarantined(pair) == []
     pair.target.sql("CREATE TABLE t (id integer PRIMARY KEY, v text)")
     pair.drain()
@@ -758,7 +781,9 @@ def test_a_table_that_is_gone_fails_its_target_until_it_is_back(pair: Pair) -> N
 
 def test_the_backlog_of_a_failed_target_does_not_hold_up_its_neighbours(pair: Pair) -> None:
     """Both tables go to one server; the failed one has more queued than a batch takes."""
-    pair.both("CREATE TABLE t (id integer PRIMARY KEY, v text); CREATE TABLE u (id integer PRIMARY KEY, v text)")
+    pair.both(
+        "CREATE TABLE t (id integer PRIMARY KEY, v text); CREATE TABLE u (id integer PRIMARY KEY, v text)"
+    )
     gone = pair.add_target("t", mode="async")
     pair.add_target("u", mode="async")
     pair.target.sql("DROP TABLE t")
@@ -836,7 +861,9 @@ def test_linked_tables_are_filled_parents_first(family: Pair) -> None:
 
 
 def test_linked_rows_are_deleted_children_first(family: Pair) -> None:
-    family.source.sql("DELETE FROM grandchild; DELETE FROM child WHERE id > 5; DELETE FROM parent WHERE id > 7")
+    family.source.sql(
+        "DELETE FROM grandchild; DELETE FROM child WHERE id > 5; DELETE FROM parent WHERE id > 7"
+    )
     family.drain()
     same_family(family)
 
@@ -870,10 +897,14 @@ def test_children_of_a_poisoned_batch_still_find_their_parents(family: Pair) -> 
     assert quarantined(family) == []
 
 
-@pytest.mark.parametrize("command", ["TRUNCATE parent, child, grandchild", "TRUNCATE parent CASCADE", "TRUNCATE grandchild"])
+@pytest.mark.parametrize(
+    "command", ["TRUNCATE parent, child, grandchild", "TRUNCATE parent CASCADE", "TRUNCATE grandchild"]
+)
 def test_linked_tables_are_truncated_together(family: Pair, command: str) -> None:
     family.source.sql(command)
-    family.source.sql("INSERT INTO parent VALUES (200, 'after'); INSERT INTO child VALUES (200, 200, 'after')")
+    family.source.sql(
+        "INSERT INTO parent VALUES (200, 'after'); INSERT INTO child VALUES (200, 200, 'after')"
+    )
     family.drain()
     same_family(family)
 
@@ -915,7 +946,9 @@ def test_truncate_of_a_filtered_source_deletes_only_what_came_from_it(pair: Pair
 
 
 def test_truncate_of_one_of_two_sources_leaves_the_rows_of_the_other(pair: Pair) -> None:
-    pair.both("CREATE TABLE t (id integer PRIMARY KEY, v text); CREATE TABLE u (id integer PRIMARY KEY, v text)")
+    pair.both(
+        "CREATE TABLE t (id integer PRIMARY KEY, v text); CREATE TABLE u (id integer PRIMARY KEY, v text)"
+    )
     pair.add_target("t", mode="async")
     pair.source.sql("INSERT INTO t VALUES (1, 'of t')")
     pair.drain()
@@ -924,7 +957,7 @@ def test_truncate_of_one_of_two_sources_leaves_the_rows_of_the_other(pair: Pair)
     pair.drain()
     pair.source.sql("TRUNCATE t")
     pair.drain()
-    assert pair.target.rows("t") == ["(2,\"of u\")"]
+    assert pair.target.rows("t") == ['(2,"of u")']
     pair.source.sql("TRUNCATE u")
     pair.drain()
     assert pair.target.rows("t") == []
@@ -977,7 +1010,9 @@ def test_tables_that_refer_to_each_other_need_deferrable_constraints(pair: Pair)
         "INSERT INTO b SELECT g, g FROM generate_series(1, 20) g; COMMIT"
     )
     pair.drain()
-    pair.source.sql("BEGIN; SET CONSTRAINTS ALL DEFERRED; DELETE FROM a WHERE id < 5; DELETE FROM b WHERE id < 5; COMMIT")
+    pair.source.sql(
+        "BEGIN; SET CONSTRAINTS ALL DEFERRED; DELETE FROM a WHERE id < 5; DELETE FROM b WHERE id < 5; COMMIT"
+    )
     pair.drain()
     pair.assert_same("a")
     pair.assert_same("b")
@@ -986,13 +1021,14 @@ def test_tables_that_refer_to_each_other_need_deferrable_constraints(pair: Pair)
 
 @pytest.mark.parametrize("referenced", [False, True])
 def test_unique_values_swapped_between_rows_arrive(pair: Pair, referenced: bool) -> None:
-    async_table(pair, "id integer PRIMARY KEY, u text NOT NULL UNIQUE, v text")
+    target_id = async_table(pair, "id integer PRIMARY KEY, u text NOT NULL UNIQUE, v text")
     if referenced:
         pair.target.sql("CREATE TABLE more (t_id integer PRIMARY KEY REFERENCES t ON DELETE CASCADE)")
     pair.source.sql("INSERT INTO t SELECT g, 'u' || g, 'x' FROM generate_series(1, 20) g")
     pair.drain()
     if referenced:
         pair.target.sql("INSERT INTO more SELECT id FROM t")
+        pair.call("alter_target", target_id=target_id)
     with transaction(pair.source) as conn:
         conn.execute("UPDATE t SET u = 'aside' WHERE id = 1")
         conn.execute("UPDATE t SET u = 'u1' WHERE id = 2")
@@ -1002,6 +1038,28 @@ def test_unique_values_swapped_between_rows_arrive(pair: Pair, referenced: bool)
     assert quarantined(pair) == []
     if referenced:
         assert pair.target.one("SELECT count(*) FROM more") == 20
+
+
+def test_a_swap_never_takes_along_children_that_the_definition_does_not_know(pair: Pair) -> None:
+    """The foreign key came after the target: the rows wait in quarantine until alter_target has seen it."""
+    target_id = async_table(pair, "id integer PRIMARY KEY, u integer NOT NULL UNIQUE, v text")
+    pair.source.sql("INSERT INTO t SELECT g, g, 'x' FROM generate_series(1, 20) g")
+    pair.drain()
+    pair.target.sql(
+        "CREATE TABLE more (t_id integer PRIMARY KEY REFERENCES t ON DELETE CASCADE);"
+        "INSERT INTO more SELECT id FROM t WHERE id < 20"
+    )
+    pair.source.sql(
+        "UPDATE t SET u = 0 WHERE id = 1; UPDATE t SET u = 1 WHERE id = 2; UPDATE t SET u = 2 WHERE id = 1;"
+        "DELETE FROM t WHERE id = 20"
+    )
+    pair.drain()
+    assert pair.target.one("SELECT count(*) FROM more") == 19
+    assert [row[:2] for row in quarantined(pair)] == [({"id": 1}, "23505"), ({"id": 2}, "23505")]
+    pair.call("alter_target", target_id=target_id)
+    pair.drain()
+    pair.assert_same("t")
+    assert pair.target.one("SELECT count(*) FROM more") == 19
 
 
 def test_unique_values_that_wander_from_batch_to_batch_arrive(pair: Pair) -> None:
@@ -1022,7 +1080,9 @@ def test_keys_that_change_places_arrive(pair: Pair) -> None:
     async_table(pair)
     pair.source.sql("INSERT INTO t VALUES (1, 'a'), (2, 'b')")
     pair.drain()
-    pair.source.sql("UPDATE t SET id = -1 WHERE id = 1; UPDATE t SET id = 1 WHERE id = 2; UPDATE t SET id = 2 WHERE id = -1")
+    pair.source.sql(
+        "UPDATE t SET id = -1 WHERE id = 1; UPDATE t SET id = 1 WHERE id = 2; UPDATE t SET id = 2 WHERE id = -1"
+    )
     pair.drain()
     pair.assert_same("t")
     assert pair.target.rows("t") == ["(1,b)", "(2,a)"]

@@ -250,8 +250,11 @@ $body$,
                            ELSE format('deletes := concat_ws(''; '', deletes, %L || %s || '' WHERE '' || %s);',
                                        format('UPDATE %s AS d SET %s', tbl_repl._dst_table(target), aside),
                                        replace(by_keys.from_expression, '{clause}', '''FROM'''), by_keys.where_expression) END
-                 ELSE format('deletes := %L || %s || '' WHERE '' || %s;', format('DELETE FROM %s AS d', tbl_repl._dst_table(target)),
-                             replace(by_keys.from_expression, '{clause}', '''USING'''), by_keys.where_expression) END,
+                 -- were it referenced by now, deleting would take children along
+                 ELSE format('deletes := concat_ws(''; '', deletes, %L || %s || '' WHERE '' || %s || %L);', format('DELETE FROM %s AS d', tbl_repl._dst_table(target)),
+                             replace(by_keys.from_expression, '{clause}', '''USING'''), by_keys.where_expression,
+                             format(' AND NOT EXISTS (SELECT FROM pg_catalog.pg_constraint AS f WHERE f.contype = ''f'' AND f.confrelid = %L::pg_catalog.regclass '
+                                    'AND (f.conrelid <> f.confrelid OR f.confdeltype <> ''a''))', tbl_repl._dst_table(target))) END,
             mismatch);
     RETURN format($sql$CREATE OR REPLACE FUNCTION tbl_repl.%I(
     tbl_repl_keys   text[],

@@ -310,7 +310,8 @@ BEGIN
     IF retry AND cardinality(loads) = 0 AND batch.cut IS NULL THEN
         SELECT coalesce(array_agg(ROW(q.target_id, s.fk_rank, format(
                    'SELECT array_agg(q.key) AS keys FROM (SELECT key FROM tbl_repl.quarantined WHERE target_id = %s ORDER BY last_failed_at LIMIT %s) AS q HAVING count(*) > 0',
-                   q.target_id, max_rows), true, false)::tbl_repl.load), '{}')
+                   -- together: they may be in each other's way
+                   q.target_id, greatest(max_rows, tbl_repl._rows_per_message())), true, false)::tbl_repl.load), '{}')
         INTO loads
         FROM (SELECT DISTINCT x.target_id FROM tbl_repl.quarantined AS x WHERE x.target_id = ANY (targets)) AS q
         JOIN tbl_repl.target AS t USING (target_id) JOIN tbl_repl.source AS s USING (source_id);
