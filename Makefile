@@ -40,7 +40,7 @@ $(SCRIPT): $(SQL) sql/order tbl_repl.control
 	@cat $(SQL) | sed 's/^CREATE OR REPLACE /CREATE /' > $@.tmp && mv $@.tmp $@
 	@echo "built $@"
 
-.PHONY: script demo test test-long lint bench docs dist help
+.PHONY: script demo test test-long lint format bench docs dist help
 
 script: $(SCRIPT)
 
@@ -52,6 +52,7 @@ help:
 	@echo "make test                  every test on every server found (PG_CONFIGS=a:b, PYTEST_ARGS=...)"
 	@echo "make test-long             the same, the property-based tests with many more examples"
 	@echo "make lint                  ruff, mypy --strict"
+	@echo "make format                let ruff put the style right"
 	@echo "make bench                 compare with postgres_fdw and dblink triggers"
 	@echo "make docs                  run every example of the documentation"
 	@echo "make dist                  the PGXN archive $(EXTENSION)-$(EXTVERSION).zip"
@@ -91,8 +92,11 @@ test-long: $(VENV)/.test
 
 lint: $(VENV)/.lint
 	@$(VENV)/bin/ruff check .
-	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/ruff format --check --quiet . || { echo "make format puts it right" >&2; exit 1; }
 	@$(VENV)/bin/mypy
+
+format: $(VENV)/.lint
+	@$(VENV)/bin/ruff check --fix --quiet . ; $(VENV)/bin/ruff format .
 
 bench: $(VENV)/.test
 	@$(VENV)/bin/python bench/run.py
