@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import psycopg
 
+from tbl_repl import verbs as database_verbs
 from tbl_repl.errors import TblReplError, from_psycopg
 from tbl_repl.script import version
 
@@ -47,6 +48,8 @@ def parser() -> argparse.ArgumentParser:
     install.add_argument("--pg-config", required=True, metavar="P", help="path of that server's pg_config")
     install.add_argument("--json", action="store_true", help="print JSON")
     install.set_defaults(run=_install)
+
+    database_verbs.register(verbs)
     return top
 
 
