@@ -38,7 +38,9 @@ def connect(dsn: str, what: str = "cli") -> Connection:
         "keepalives_interval": "5",
         "keepalives_count": "3",
     }
-    conninfo = make_conninfo(**{**bounds, **conninfo_to_dict(dsn), "application_name": f"tbl-repl {what}"})
+    given = conninfo_to_dict(dsn)
+    missing = {name: value for name, value in bounds.items() if name not in given}
+    conninfo = make_conninfo(dsn, application_name=f"tbl-repl {what}", **missing)
     try:
         return psycopg.connect(conninfo, autocommit=True, row_factory=dict_row)
     except psycopg.OperationalError as error:

@@ -21,8 +21,8 @@ from tbl_repl.errors import TblReplError, UsageError
 from tbl_repl.report import as_json, console, human_seconds, lag, print_json, table
 
 STATUS_COLUMNS = (
-    "target_id", "source_table", "server", "dst_table", "mode", "status", "pending_rows", "lag", "rows_shipped",
-    "last_shipped_at", "next_try_at", "last_error",
+    "target_id", "source_table", "server", "dst_table", "mode", "status", "pending_rows", "lag",
+    "rows_shipped", "last_shipped_at", "next_try_at", "last_error",
 )  # fmt: skip
 
 
