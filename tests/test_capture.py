@@ -180,7 +180,9 @@ def test_foreign_key_actions_arrive(pair: Pair, action: str) -> None:
             REFERENCES parent ON DELETE {action} ON UPDATE {action});
         """
     )
-    pair.source.sql("INSERT INTO parent SELECT generate_series(0, 5); INSERT INTO child SELECT i, i FROM generate_series(1, 5) i")
+    pair.source.sql(
+        "INSERT INTO parent SELECT generate_series(0, 5); INSERT INTO child SELECT i, i FROM generate_series(1, 5) i"
+    )
     targets = [pair.add_target(table, mode=mode) for mode in ("tolerant",) for table in ("parent", "child")]
     pair.source.sql("DELETE FROM parent WHERE id IN (1, 2); UPDATE parent SET id = 40 WHERE id = 4")
     for table in ("parent", "child"):
@@ -277,9 +279,9 @@ def test_single_partition_as_source(pair: Pair) -> None:
     both = Replicated(pair, pair.add_target("t_low"), pair.add_target("t_low", dst_table="u", mode="async"))
 
     def check() -> None:
-        pair.assert_same("t_low", "(SELECT * FROM t_low WHERE id <> 700)")
+        pair.assert_same("t_low", "(SELECT * FROM t_low WHERE id <> 700) AS x")
         pair.drain()
-        pair.assert_same("t_low", "(SELECT * FROM u WHERE id <> 700)")
+        pair.assert_same("t_low", "(SELECT * FROM u WHERE id <> 700) AS x")
         assert pair.status(both.direct) == "ok"
 
     check()
@@ -468,7 +470,10 @@ def test_only_the_operations_named_are_replicated(pair: Pair, mode: str) -> None
     assert after("INSERT INTO t VALUES (4, 'new')") == [*before, (4, "new")]
     pair.call("alter_target", target_id=target, operations=["delete"])
     assert after("DELETE FROM t WHERE id = 4") == before
-    assert after("INSERT INTO t VALUES (2, 'not sent'), (3, 'not sent'); DELETE FROM t WHERE id = 2") == [(1, "a"), (3, "c")]
+    assert after("INSERT INTO t VALUES (2, 'not sent'), (3, 'not sent'); DELETE FROM t WHERE id = 2") == [
+        (1, "a"),
+        (3, "c"),
+    ]
     pair.call("alter_target", target_id=target, operations=["truncate"])
     assert after("DELETE FROM t") == [(1, "a"), (3, "c")]
     pair.source.sql("TRUNCATE t")
@@ -496,7 +501,9 @@ def test_generated_columns_in_a_filter(pair: Pair) -> None:
     """A virtual generated column has no value in a trigger."""
     for kind in ["STORED"] + (["VIRTUAL"] if pair.major >= 18 else []):
         table = f"t_{kind.lower()}"
-        pair.source.sql(f"CREATE TABLE {table} (id integer PRIMARY KEY, n integer, twice integer GENERATED ALWAYS AS (n * 2) {kind})")
+        pair.source.sql(
+            f"CREATE TABLE {table} (id integer PRIMARY KEY, n integer, twice integer GENERATED ALWAYS AS (n * 2) {kind})"
+        )
         pair.target.sql(f"CREATE TABLE {table} (id integer PRIMARY KEY, n integer)")
         pair.add_target(table, row_filter="twice > 10")
         pair.source.sql(f"INSERT INTO {table} VALUES (1, 5), (2, 6), (3, 7)")

@@ -174,7 +174,7 @@ BEGIN
             SET application_name = %L; SET statement_timeout = %s; SET lock_timeout = %s;
             SET datestyle = 'ISO, MDY'; SET intervalstyle = 'postgres'; SET timezone = 'UTC';
             SET extra_float_digits = 1; SET bytea_output = 'hex'; SET lc_monetary = 'C';
-            SET standard_conforming_strings = on; SET xmloption = 'content';
+            SET standard_conforming_strings = on; SET xmloption = 'content'; SET array_nulls = on;
             SET default_transaction_isolation = 'read committed'; SET tbl_repl.origin = %L;
             SELECT pg_catalog.json_build_object(
                 'now', extract(epoch FROM pg_catalog.clock_timestamp()),
@@ -350,12 +350,15 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._receive(text, timestamptz, boolean) IS
     'waits for the answer to the message sent last, until the deadline';
 
--- After an error the rest of the answer has to be read, or the connection stays busy.
+-- After an error the rest of the answer has to be read, or the connection stays busy; and something has
+-- to succeed, or libpq goes on to show the error, which is how a dead connection is told.
 CREATE OR REPLACE FUNCTION tbl_repl._read_on(conn text, deadline timestamptz)
 RETURNS void
 LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp
 AS $function$
+DECLARE
+    cleared boolean := false;
 BEGIN
     LOOP
         WHILE tbl_repl._dblink_is_busy(conn) = 1 AND clock_timestamp() < deadline LOOP
@@ -367,7 +370,11 @@ BEGIN
         END IF;
         BEGIN
             PERFORM FROM tbl_repl._dblink_result(conn) AS r;
-            EXIT WHEN NOT FOUND;
+            IF NOT FOUND THEN
+                EXIT WHEN cleared;
+                PERFORM tbl_repl._send(conn, 'SELECT');
+                cleared := true;
+            END IF;
         EXCEPTION WHEN OTHERS THEN
             PERFORM tbl_repl._dblink_disconnect(conn);
             RETURN;

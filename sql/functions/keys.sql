@@ -150,6 +150,22 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._key_json(regclass, name[], text) IS
     'a key as users read it: {"column": value}';
 
+-- 1.0 and 1.00 are one key with two texts: a row may be listed twice then, but must be sent once.
+CREATE OR REPLACE FUNCTION tbl_repl._has_exact_key(source_table regclass, key_columns name[])
+RETURNS boolean
+LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT bool_and(
+        (a.atttypid = ANY ('{int2,int4,int8,oid,text,varchar,name,bool,uuid,date,timestamp,timestamptz,bytea}'::regtype[]::oid[])
+         OR EXISTS (SELECT FROM pg_type AS y WHERE y.oid = a.atttypid AND y.typtype = 'e'))
+        AND NOT EXISTS (SELECT FROM pg_collation AS l WHERE l.oid = a.attcollation AND NOT l.collisdeterministic))
+    FROM pg_attribute AS a
+    WHERE a.attrelid = source_table AND a.attname = ANY (key_columns)
+$function$;
+COMMENT ON FUNCTION tbl_repl._has_exact_key(regclass, name[]) IS
+    'whether equal keys always have the same text';
+
 -- The reverse of _key_json, for what a user types; text forms go through the column's type, so that
 -- {"id": "007"} finds the row 7.
 CREATE OR REPLACE FUNCTION tbl_repl._key_from_json(source_table regclass, key_columns name[], key jsonb)
@@ -201,7 +217,7 @@ AS $function$
             WHEN t = 'bytea'::regtype THEN 'b'
             WHEN t = 'money'::regtype THEN 'm'
             WHEN EXISTS (SELECT FROM pg_type AS y WHERE y.oid = t AND y.typtype = 'e') THEN ''
-            ELSE 'fdzibm' END AS letters
+            ELSE 'fdzibma' END AS letters
         FROM unnest(types) AS t
     ), letters AS (SELECT string_agg(letters, '') AS l FROM need)
     SELECT concat_ws(E'\n',
@@ -210,7 +226,8 @@ AS $function$
         CASE WHEN l ~ 'i' THEN 'SET intervalstyle = ''postgres''' END,
         CASE WHEN l ~ 'f' THEN 'SET extra_float_digits = 1' END,
         CASE WHEN l ~ 'b' THEN 'SET bytea_output = ''hex''' END,
-        CASE WHEN l ~ 'm' THEN 'SET lc_monetary = ''C''' END)
+        CASE WHEN l ~ 'm' THEN 'SET lc_monetary = ''C''' END,
+        CASE WHEN l ~ 'a' THEN 'SET array_nulls = on' END)
     FROM letters
 $function$;
 COMMENT ON FUNCTION tbl_repl._text_settings(oid[]) IS

@@ -52,12 +52,12 @@ COMMENT ON FUNCTION tbl_repl._upsert_parts(tbl_repl.target) IS
 
 -- What the remote side needs to find rows by key: type and operator of each of its key columns.
 CREATE OR REPLACE FUNCTION tbl_repl._dst_key_parts(target tbl_repl.target)
-RETURNS TABLE (n integer, name name, type text, equals text, is_array boolean)
+RETURNS TABLE (n integer, name name, type text, equals text, by_text boolean)
 LANGUAGE sql STABLE
 SET search_path = pg_catalog, pg_temp
 AS $function$
     SELECT k.n::integer, k.name, c ->> 'type', coalesce(c ->> 'equals', 'OPERATOR(pg_catalog.=)'),
-           coalesce(c ->> 'category' = 'A', false)
+           coalesce(c ->> 'category' IN ('A', 'C'), false)
     FROM unnest(target.dst_keys) WITH ORDINALITY AS k (name, n)
     LEFT JOIN LATERAL (SELECT c FROM jsonb_array_elements(target.remote -> 'columns') AS c
                        WHERE c ->> 'name' = k.name::text) AS c ON true
@@ -68,7 +68,7 @@ COMMENT ON FUNCTION tbl_repl._dst_key_parts(tbl_repl.target) IS
 
 -- An SQL expression (run here, over the array variable called by keys_name) that gives the condition
 -- for rows d of the target with one of these keys, and the clause it needs in FROM or USING.
--- Keys that are arrays themselves travel as text: an array of them would be taken apart to its elements.
+-- Keys that are arrays or composites travel as text: unnest would take them apart.
 CREATE OR REPLACE FUNCTION tbl_repl._by_keys(
     target    tbl_repl.target,
     keys_name text,
@@ -78,17 +78,17 @@ CREATE OR REPLACE FUNCTION tbl_repl._by_keys(
 LANGUAGE sql STABLE
 SET search_path = pg_catalog, pg_temp
 AS $function$
-    SELECT CASE WHEN count(*) = 1 AND NOT bool_or(p.is_array) THEN ''''''
+    SELECT CASE WHEN count(*) = 1 AND NOT bool_or(p.by_text) THEN ''''''
                 ELSE format('format(%L, %s)',
                             format(' %%s unnest(%s) AS k (%s)',
-                                   string_agg(CASE WHEN p.is_array THEN '%L::text[]' ELSE format('%%L::%s[]', replace(p.type, '%', '%%')) END, ', ' ORDER BY p.n),
+                                   string_agg(CASE WHEN p.by_text THEN '%L::text[]' ELSE format('%%L::%s[]', replace(p.type, '%', '%%')) END, ', ' ORDER BY p.n),
                                    string_agg(format('k%s', p.n), ', ' ORDER BY p.n)),
                             '{clause}, ' || CASE WHEN count(*) = 1 THEN keys_name
                                 ELSE string_agg(format('(SELECT array_agg(x::json ->> %s ORDER BY o) FROM unnest(%s) WITH ORDINALITY AS x (x, o))', p.n - 1, keys_name), ', ' ORDER BY p.n) END) END,
-           CASE WHEN count(*) = 1 AND NOT bool_or(p.is_array)
+           CASE WHEN count(*) = 1 AND NOT bool_or(p.by_text)
                 THEN format('format(%L, %s)', format('d.%s %s ANY (%%L)', replace(quote_ident(min(p.name::text)), '%', '%%'), replace(min(p.equals), '%', '%%')), keys_name)
                 ELSE quote_literal(string_agg(format('d.%I %s k.k%s%s', p.name, p.equals, p.n,
-                                                     CASE WHEN p.is_array THEN '::' || p.type END), ' AND ' ORDER BY p.n)) END
+                                                     CASE WHEN p.by_text THEN '::' || p.type END), ' AND ' ORDER BY p.n)) END
     FROM tbl_repl._dst_key_parts(target) AS p
 $function$;
 COMMENT ON FUNCTION tbl_repl._by_keys(tbl_repl.target, text) IS
@@ -195,7 +195,7 @@ DECLARE
     present  integer;
     gone     text[];
 BEGIN
-    SELECT string_agg(v.row_text, ', '), count(v.row_text)::integer,
+    SELECT string_agg(%13$sv.row_text, ', '), count(%13$sv.row_text)::integer,
            array_agg(u.tbl_repl_key) FILTER (WHERE v.row_text IS NULL AND (tbl_repl_absent OR v.found)),
            cardinality(tbl_repl_keys)
     INTO rendered, present, gone, rows
@@ -255,7 +255,8 @@ $body$,
                              replace(by_keys.from_expression, '{clause}', '''USING'''), by_keys.where_expression,
                              format(' AND NOT EXISTS (SELECT FROM pg_catalog.pg_constraint AS f WHERE f.contype = ''f'' AND f.confrelid = %L::pg_catalog.regclass '
                                     'AND (f.conrelid <> f.confrelid OR f.confdeltype <> ''a''))', tbl_repl._dst_table(target))) END,
-            mismatch);
+            mismatch,
+            CASE WHEN NOT tbl_repl._has_exact_key(source.source_table, source.key_columns) THEN 'DISTINCT ' END);
     RETURN format($sql$CREATE OR REPLACE FUNCTION tbl_repl.%I(
     tbl_repl_keys   text[],
     tbl_repl_mine   boolean,
@@ -365,7 +366,7 @@ AS $function$
                   target.target_id, target.generation, p.head,
                   (SELECT string_agg('$' || n, ', ' ORDER BY n) FROM generate_series(1, cardinality(target.sent_columns)) AS n),
                   p.tail, tbl_repl._dst_table(target),
-                  (SELECT string_agg(format('d.%I %s $%s', k.name, k.equals, k.n), ' AND ' ORDER BY k.n)
+                  (SELECT string_agg(format('d.%I %s $%s%s', k.name, k.equals, k.n, CASE WHEN k.by_text THEN '::' || k.type END), ' AND ' ORDER BY k.n)
                    FROM tbl_repl._dst_key_parts(target) AS k))
     FROM tbl_repl._upsert_parts(target) AS p
 $function$;
