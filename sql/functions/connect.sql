@@ -372,7 +372,7 @@ BEGIN
             PERFORM FROM tbl_repl._dblink_result(conn) AS r;
             IF NOT FOUND THEN
                 EXIT WHEN cleared;
-                PERFORM tbl_repl._send(conn, 'SELECT');
+                PERFORM tbl_repl._send(conn, 'SELECT 1');
                 cleared := true;
             END IF;
         EXCEPTION WHEN OTHERS THEN

@@ -457,7 +457,7 @@ BEGIN
     by_target := '{}';
     shipped := 0;
     BEGIN
-        PERFORM tbl_repl._connect(_apply.target_id, conn, clock_timestamp() + timeout * 2);
+        PERFORM tbl_repl._connect_alive(_apply.target_id, conn, clock_timestamp() + timeout * 2);
         BEGIN
             shipped := tbl_repl._stream_any_way(conn, _apply.target_id, loads, false, timeout);
             committing := true;

@@ -186,6 +186,31 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._connect(integer, text, timestamptz, timestamptz) IS
     'makes sure that a connection to a target is open';
 
+-- A connection that died while it was idle is often found out only when it is used.  What is sent in several
+-- messages cannot simply be sent again, so it asks first.
+CREATE OR REPLACE FUNCTION tbl_repl._connect_alive(target_id integer, conn text, deadline timestamptz)
+RETURNS void
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+BEGIN
+    PERFORM tbl_repl._connect(target_id, conn, deadline);
+    BEGIN
+        PERFORM tbl_repl._call(conn, 'SELECT 1', deadline);
+    EXCEPTION WHEN OTHERS THEN
+        IF SQLSTATE !~ '^(08|57P)' OR clock_timestamp() > deadline THEN
+            RAISE;
+        END IF;
+        IF conn = ANY (tbl_repl._dblink_connections()) THEN
+            PERFORM tbl_repl._dblink_disconnect(conn);
+        END IF;
+        PERFORM tbl_repl._connect(target_id, conn, deadline);
+    END;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._connect_alive(integer, text, timestamptz) IS
+    'makes sure that a connection to a target is open and answers';
+
 -- _ship_transaction(own): routes, ships, queues what could not be shipped.  SQLSTATE of a failed sync
 -- target is the remote one.  Takes ship (shared) of each target it ships to, then queue (shared) of each
 -- it queues for, all to the end of the transaction.
@@ -604,6 +629,11 @@ BEGIN
     sending := true;
     IF tbl_repl._dblink_send(lane.conn, tbl_repl._lane_text(lane, two_phase)) <> 1 THEN
         sending := false;
+        IF clock_timestamp() > lane.deadline THEN
+            RAISE EXCEPTION USING
+                ERRCODE = 'connection_failure',
+                MESSAGE = 'the target did not take the message in time';
+        END IF;
         PERFORM tbl_repl._dblink_disconnect(lane.conn);
         PERFORM tbl_repl._connect(lane.target_id, lane.conn, lane.deadline);
         sending := true;
@@ -884,7 +914,7 @@ BEGIN
             done := '{}';
         END IF;
         BEGIN
-            PERFORM tbl_repl._connect(lane.target_id, lane.conn, clock_timestamp() + lane.timeout);
+            PERFORM tbl_repl._connect_alive(lane.target_id, lane.conn, clock_timestamp() + lane.timeout);
             SELECT array_agg(l) INTO loads
             FROM unnest(lane.parcels) AS p CROSS JOIN LATERAL tbl_repl._loads_of_transaction(p.target_id, own) AS l;
             IF loads IS NULL THEN

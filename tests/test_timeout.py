@@ -1,0 +1,356 @@
+"""Nobody waits longer than promised: targets that are down, locked, hung, out of reach."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import psycopg
+import pytest
+from psycopg import errors
+
+from support import Pair, Proxy, wait_until
+from support.background import in_background, start, within
+
+SLACK = 1.0  # what the contract allows beyond timeout
+
+
+def replicate(pair: Pair, name: str = "t", **options: object) -> int:
+    pair.both(f"CREATE TABLE {name} (id integer PRIMARY KEY, v text)")
+    options.setdefault("timeout", "700 ms")
+    return pair.add_target(name, **options)
+
+
+def warm(pair: Pair) -> psycopg.Connection:
+    """A session whose connections to the targets are open and prepared."""
+    conn = pair.source.connect()
+    conn.execute("INSERT INTO t VALUES (0, 'warm'); DELETE FROM t WHERE id = 0")
+    conn.execute("INSERT INTO t VALUES (0, 'warm')")
+    return conn
+
+
+def assert_queues_at_once(pair: Pair, target: int) -> None:
+    """Everybody: a session that was there before, and a new one."""
+    assert pair.status(target) == "queueing"
+    before = pair.pending(target)
+    with within(0.5):
+        pair.source.sql("INSERT INTO t VALUES (5000, 'at once')")
+    with within(0.5):
+        pair.source.fresh("INSERT INTO t VALUES (5001, 'at once')")
+    assert pair.pending(target) == before + 2
+
+
+def assert_heals(pair: Pair, target: int) -> None:
+    pair.drain()
+    pair.assert_same("t")
+    assert (pair.status(target), pair.pending(target)) == ("ok", 0)
+
+
+def sqlstates(pair: Pair) -> list[str]:
+    return [row[0] for row in pair.source.sql("SELECT sqlstate FROM tbl_repl.error_log ORDER BY at")]
+
+
+# --- one target ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [1, 1500])
+def test_a_target_that_is_down_delays_a_tolerant_writer_once(pair: Pair, rows: int) -> None:
+    target = replicate(pair, mode="tolerant")
+    conn = warm(pair)
+    pair.target.stop()
+    with within(0.7 + SLACK):
+        conn.execute(f"INSERT INTO t SELECT g, 'x' FROM generate_series(1, {rows}) g")
+    assert sqlstates(pair)[0].startswith(("08", "57P"))
+    assert_queues_at_once(pair, target)
+    pair.target.start()
+    assert_heals(pair, target)
+
+
+def test_a_sync_writer_fails_when_the_target_is_down_and_goes_on_when_it_is_back(pair: Pair) -> None:
+    replicate(pair, mode="sync")
+    conn = warm(pair)
+    pair.target.stop()
+    with within(0.7 + SLACK), pytest.raises(psycopg.Error) as caught:
+        conn.execute("INSERT INTO t VALUES (1, 'x')")
+    assert str(caught.value.sqlstate).startswith("08")
+    pair.target.start()
+    conn.execute("INSERT INTO t VALUES (1, 'x')")
+    pair.assert_same("t")
+
+
+@pytest.mark.parametrize("rows", [1, 1500])
+def test_a_row_lock_on_the_target_is_not_waited_for_longer_than_timeout(pair: Pair, rows: int) -> None:
+    target = replicate(pair, mode="tolerant")
+    conn = warm(pair)
+    holder = pair.target.connect()
+    holder.execute("BEGIN; UPDATE t SET v = 'held'")
+    with within(0.7 + SLACK):
+        conn.execute(f"UPDATE t SET v = 'x'; INSERT INTO t SELECT g, 'x' FROM generate_series(1, {rows}) g")
+    assert sqlstates(pair) == ["55P03"]
+    assert_queues_at_once(pair, target)
+    holder.execute("ROLLBACK")
+    assert_heals(pair, target)
+
+
+def test_a_sync_writer_gets_55p03_for_a_row_lock_on_the_target(pair: Pair) -> None:
+    replicate(pair, mode="sync")
+    conn = warm(pair)
+    holder = pair.target.connect()
+    holder.execute("BEGIN; UPDATE t SET v = 'held'")
+    with within(0.7 + SLACK), pytest.raises(errors.LockNotAvailable):
+        conn.execute("UPDATE t SET v = 'x'")
+    holder.execute("ROLLBACK")
+    pair.assert_same("t")
+
+
+@pytest.mark.parametrize("statement", ["UPDATE t SET v = 'x'", "INSERT INTO t SELECT g, 'x' FROM generate_series(1, 1500) g"])
+def test_a_statement_that_takes_too_long_on_the_target_is_ended_there(pair: Pair, statement: str) -> None:
+    replicate(pair, mode="tolerant")
+    pair.target.sql(
+        """
+        CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(20); RETURN NEW; END $$;
+        CREATE TRIGGER slow BEFORE INSERT OR UPDATE ON t FOR EACH ROW WHEN (NEW.v = 'x') EXECUTE FUNCTION slow()
+        """
+    )
+    conn = warm(pair)
+    with within(0.7 + SLACK):
+        conn.execute(statement)
+    assert sqlstates(pair) == ["57014"]
+    assert pair.target.admin("SELECT 1 FROM pg_stat_activity WHERE wait_event = 'PgSleep'") == []
+
+
+@pytest.mark.parametrize("rows", [1, 1500])
+def test_a_stopped_backend_delays_a_tolerant_writer_once(pair: Pair, rows: int) -> None:
+    target = replicate(pair, mode="tolerant")
+    conn = warm(pair)
+    with pair.target.frozen():
+        with within(0.7 + SLACK):
+            conn.execute(f"INSERT INTO t SELECT g, 'x' FROM generate_series(1, {rows}) g")
+        assert_queues_at_once(pair, target)
+    assert_heals(pair, target)
+
+
+def test_a_black_hole_behind_an_open_connection_delays_a_tolerant_writer_once(pair: Pair, proxy: Proxy) -> None:
+    target = replicate(pair, mode="tolerant")
+    conn = warm(pair)
+    proxy.set("blackhole")
+    with within(0.7 + SLACK):
+        conn.execute("INSERT INTO t VALUES (1, 'x')")
+    assert sqlstates(pair) == ["08006"]
+    assert_queues_at_once(pair, target)
+    proxy.set("pass")
+    assert_heals(pair, target)
+
+
+def test_a_sync_writer_fails_within_timeout_behind_a_black_hole(pair: Pair, proxy: Proxy) -> None:
+    replicate(pair, mode="sync")
+    conn = warm(pair)
+    proxy.set("blackhole")
+    with within(0.7 + SLACK), pytest.raises(errors.ConnectionFailure) as caught:
+        conn.execute("INSERT INTO t VALUES (1, 'x')")
+    assert caught.value.diag.message_hint
+    proxy.set("pass")
+    conn.execute("INSERT INTO t VALUES (1, 'x')")
+    pair.assert_same("t")
+
+
+def test_a_large_message_into_a_black_hole_is_bounded_too(pair: Pair, proxy: Proxy) -> None:
+    """Larger than what the sockets between take: sending blocks, until the kernel's next probe after timeout."""
+    target = replicate(pair, mode="tolerant", timeout="1 s")
+    conn = warm(pair)
+    proxy.set("blackhole")
+    with within(2 * 1 + 2 * SLACK):
+        conn.execute("INSERT INTO t VALUES (1, repeat('large', 6000000))")
+    assert pair.status(target) == "queueing"
+    proxy.set("pass")
+    assert_heals(pair, target)
+
+
+def test_while_one_session_hangs_in_connecting_others_queue_within_timeout(pair: Pair, proxy: Proxy) -> None:
+    """From PostgreSQL 16 on dblink does not bound connecting: only the first session pays, and not for ever."""
+    target = replicate(pair, mode="tolerant", timeout="1 s")
+    pair.source.forget()
+    first, second = pair.source.connect(), pair.source.connect()
+    proxy.set("blackhole")
+    hanging = start(first, "INSERT INTO t VALUES (1, 'first')")
+    wait_until(lambda: pair.source.admin("SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND classid = 1952607283 AND granted"))
+    with within(1 + SLACK):
+        second.execute("INSERT INTO t VALUES (2, 'second')")
+    assert_queues_at_once(pair, target)
+    # who waited has ended the one that hung
+    assert hanging.result(3) == []
+    proxy.set("pass")
+    assert_heals(pair, target)
+
+
+@pytest.mark.parametrize("how", ["refuse", "reset"])
+def test_a_connection_that_is_refused_costs_no_waiting(pair: Pair, proxy: Proxy, how: str) -> None:
+    target = replicate(pair, mode="tolerant", timeout="5 s")
+    proxy.set(how)  # type: ignore[arg-type]
+    with within(2):
+        pair.source.fresh("INSERT INTO t VALUES (1, 'x')")
+    assert_queues_at_once(pair, target)
+    proxy.set("pass")
+    assert_heals(pair, target)
+
+
+# --- a hung target beside a healthy one ------------------------------------------------------------
+
+
+def hang(pair: Pair, conn: psycopg.Connection) -> list[int]:
+    """SIGSTOP to that session's backends on the first target."""
+    pids = pair.target.backends(f"tbl_repl % {conn.info.backend_pid}.%")
+    assert pids
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    return pids
+
+
+@pytest.mark.parametrize("rows", [1, 1500])
+@pytest.mark.parametrize("healthy", ["sync", "tolerant"])
+def test_a_healthy_target_is_served_beside_a_hung_one_within_timeout(trio: Pair, healthy: str, rows: int) -> None:
+    assert trio.third
+    hung = replicate(trio, mode="tolerant")
+    other = trio.add_target("t", trio.third_server, mode=healthy, timeout="700 ms")
+    conn = warm(trio)
+    pids = hang(trio, conn)
+    try:
+        with within(0.7 + SLACK):
+            conn.execute(f"INSERT INTO t SELECT g, 'x' FROM generate_series(1, {rows}) g")
+        trio.assert_same("t", there=trio.third)
+        assert (trio.status(hung), trio.status(other)) == ("queueing", "ok")
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+    assert_heals(trio, hung)
+
+
+def test_a_healthy_target_sees_the_change_while_the_hung_one_is_still_waited_for(trio: Pair) -> None:
+    assert trio.third
+    replicate(trio, mode="tolerant", timeout="5 s")
+    trio.add_target("t", trio.third_server, mode="tolerant", timeout="5 s")
+    conn = warm(trio)
+    pids = hang(trio, conn)
+    try:
+        writing = start(conn, "INSERT INTO t VALUES (1, 'x')")
+        wait_until(lambda: "(1,x)" in trio.third.rows("t"), timeout=3)  # type: ignore[union-attr]
+        assert not writing.done()
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+    writing.result(8)
+
+
+def test_a_healthy_target_that_has_to_try_another_way_is_not_held_up_by_a_hung_one(trio: Pair) -> None:
+    """The healthy one first answers with 23505, for two values are swapped."""
+    assert trio.third
+    trio.both("CREATE TABLE t (id integer PRIMARY KEY, v text)")
+    trio.third.sql("CREATE UNIQUE INDEX ON t (v)")
+    hung = trio.add_target("t", mode="tolerant", timeout="700 ms")
+    healthy = trio.add_target("t", trio.third_server, mode="tolerant", timeout="700 ms")
+    conn = warm(trio)
+    conn.execute("INSERT INTO t VALUES (1, 'one'), (2, 'two')")
+    pids = hang(trio, conn)
+    try:
+        with within(0.7 + SLACK):
+            conn.execute("UPDATE t SET v = CASE id WHEN 1 THEN 'two' WHEN 2 THEN 'one' ELSE v END")
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+    trio.assert_same("t", there=trio.third)
+    assert (trio.status(hung), trio.status(healthy)) == ("queueing", "ok")
+
+
+@pytest.mark.parametrize("rows", [1, 1500])
+def test_a_hung_sync_target_fails_the_transaction_everywhere(trio: Pair, rows: int) -> None:
+    assert trio.third
+    replicate(trio, mode="sync")
+    trio.add_target("t", trio.third_server, mode="tolerant", timeout="700 ms")
+    conn = warm(trio)
+    pids = hang(trio, conn)
+    try:
+        with within(0.7 + SLACK), pytest.raises(errors.ConnectionFailure):
+            conn.execute(f"INSERT INTO t SELECT g, 'x' FROM generate_series(1, {rows}) g")
+        trio.assert_same("t", there=trio.third)
+        assert trio.source.one("SELECT count(*) FROM t") == 1
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+    trio.assert_same("t")
+
+
+def test_a_target_that_hangs_in_connecting_does_not_cost_the_healthy_one_its_time(trio: Pair) -> None:
+    assert trio.third
+    proxy = trio.proxy()
+    trio.source.forget()
+    hung = replicate(trio, mode="tolerant", timeout="2 s")
+    healthy = trio.add_target("t", trio.third_server, mode="sync", timeout="2 s")
+    trio.source.forget()
+    conn = trio.source.connect()
+    waiting = trio.source.connect()
+    proxy.set("blackhole")
+    writing = start(conn, "INSERT INTO t VALUES (1, 'x')")
+    # from 16 on it is the next one who ends a session that hangs in connecting
+    wait_until(lambda: trio.source.admin("SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND classid = 1952607283 AND granted"))
+    with within(2 + SLACK):
+        waiting.execute("INSERT INTO t VALUES (2, 'x')")
+    writing.result(4)
+    trio.assert_same("t", there=trio.third)
+    assert (trio.status(hung), trio.status(healthy)) == ("queueing", "ok")
+
+
+# --- cancels and limits of the writer --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["cancel", "statement_timeout", "lock_timeout"])
+def test_a_tolerant_writer_that_is_canceled_while_waiting_queues(pair: Pair, how: str) -> None:
+    target = replicate(pair, mode="tolerant")
+    conn = warm(pair)
+    if how != "cancel":
+        conn.execute(f"SET {how} = '100ms'")
+    with pair.target.frozen():
+        with within(0.7 + SLACK):
+            writing = start(conn, "INSERT INTO t VALUES (1, 'x')")
+            if how == "cancel":
+                waiting = "SELECT 1 FROM pg_stat_activity WHERE pid = %s AND wait_event = 'PgSleep'"
+                wait_until(lambda: pair.source.admin(waiting, [conn.info.backend_pid]))
+                assert pair.source.admin("SELECT pg_cancel_backend(%s)", [conn.info.backend_pid]) == [(True,)]
+            writing.result(3)
+        assert pair.source.rows("t") == ["(0,warm)", "(1,x)"]
+        assert pair.status(target) == "queueing"
+    assert_heals(pair, target)
+
+
+def test_a_canceled_sync_writer_does_not_give_up_before_the_fate_of_its_message_is_known(pair: Pair) -> None:
+    replicate(pair, mode="sync", timeout="3 s")
+    conn = warm(pair)
+    with pair.target.frozen():
+        writing = start(conn, "INSERT INTO t VALUES (1, 'x')")
+        waiting = "SELECT 1 FROM pg_stat_activity WHERE pid = %s AND wait_event = 'PgSleep'"
+        wait_until(lambda: pair.source.admin(waiting, [conn.info.backend_pid]))
+        pair.source.admin("SELECT pg_cancel_backend(%s)", [conn.info.backend_pid])
+        wait_until(lambda: pair.source.admin(waiting, [conn.info.backend_pid]))
+        assert not writing.done()
+    writing.result(3)  # the target has it, so the commit goes through
+    assert "(1,x)" in pair.source.rows("t")
+    pair.assert_same("t")
+
+
+def test_concurrent_tolerant_writers_wait_for_a_hung_target_at_the_same_time(pair: Pair) -> None:
+    target = replicate(pair, mode="tolerant")
+    conns = [warm_session(pair, n) for n in range(4)]
+    with pair.target.frozen():
+        begin = time.monotonic()
+        done = [in_background(lambda n=n, c=c: c.execute(f"UPDATE t SET v = 'x' WHERE id = {n}")) for n, c in enumerate(conns)]
+        for future in done:
+            future.result(5)
+        assert time.monotonic() - begin <= 0.7 + SLACK
+        assert_queues_at_once(pair, target)
+    assert_heals(pair, target)
+
+
+def warm_session(pair: Pair, number: int) -> psycopg.Connection:
+    conn = pair.source.connect()
+    conn.execute(f"INSERT INTO t VALUES ({number}, 'warm')")
+    return conn
