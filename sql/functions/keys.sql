@@ -1,7 +1,7 @@
 -- Keys: which columns address a row, how a key is written down, how it is found again.
 --
 -- A key travels as one text: the column's own text form, or a JSON array of text forms where the key
--- has several columns.  Everything here returns pieces of SQL over a row called s or a key called tbl_repl_key (so that no column of the table is meant by accident).
+-- has several columns.  Everything here returns pieces of SQL over a row called s or a key called u.tbl_repl_key (so that no column of the table is meant by accident).
 
 -- Key columns come in index order, because that is the order in which the index compares them.
 CREATE OR REPLACE FUNCTION tbl_repl._find_key(source_table regclass, key_columns name[])
@@ -103,12 +103,12 @@ LANGUAGE sql STABLE
 SET search_path = pg_catalog, pg_temp
 AS $function$
     SELECT string_agg(format('s.%I %s (%s)::%s', p.name, p.equals,
-                             CASE WHEN cardinality(key_columns) = 1 THEN 'tbl_repl_key'
-                                  ELSE format('tbl_repl_key::json ->> %s', p.n - 1) END, p.type), ' AND ' ORDER BY p.n)
+                             CASE WHEN cardinality(key_columns) = 1 THEN 'u.tbl_repl_key'
+                                  ELSE format('u.tbl_repl_key::json ->> %s', p.n - 1) END, p.type), ' AND ' ORDER BY p.n)
     FROM tbl_repl._key_parts(source_table, key_columns) AS p
 $function$;
 COMMENT ON FUNCTION tbl_repl._key_match(regclass, name[]) IS
-    'SQL condition: row s has the key tbl_repl_key';
+    'SQL condition: row s has the key u.tbl_repl_key';
 
 -- A row comparison where an index can answer it; operators of other schemas cannot stand in one.
 CREATE OR REPLACE FUNCTION tbl_repl._key_after(source_table regclass, key_columns name[])
@@ -118,8 +118,8 @@ SET search_path = pg_catalog, pg_temp
 AS $function$
     WITH part AS (
         SELECT p.n, format('s.%I', p.name) AS name, p.equals, p.greater,
-               format('(%s)::%s', CASE WHEN cardinality(key_columns) = 1 THEN 'tbl_repl_after'
-                                       ELSE format('tbl_repl_after::json ->> %s', p.n - 1) END, p.type) AS value
+               format('(%s)::%s', CASE WHEN cardinality(key_columns) = 1 THEN '$1'
+                                       ELSE format('$1::json ->> %s', p.n - 1) END, p.type) AS value
         FROM tbl_repl._key_parts(source_table, key_columns) AS p
     )
     SELECT CASE WHEN bool_and(p.greater = 'OPERATOR(pg_catalog.>)')
@@ -130,7 +130,7 @@ AS $function$
     FROM part AS p
 $function$;
 COMMENT ON FUNCTION tbl_repl._key_after(regclass, name[]) IS
-    'SQL condition: row s comes after the key tbl_repl_after, in key order';
+    'SQL condition: row s comes after the key $1, in key order';
 
 CREATE OR REPLACE FUNCTION tbl_repl._key_json(source_table regclass, key_columns name[], key text)
 RETURNS jsonb

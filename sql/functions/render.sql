@@ -313,18 +313,18 @@ BEGIN
     BEGIN
         IF tbl_repl_after = '' THEN
             RETURN (SELECT array_agg(x.tbl_repl_key) FROM (
-                SELECT %1$s AS tbl_repl_key FROM %2$s AS s WHERE %3$s ORDER BY %4$s LIMIT tbl_repl_count) AS x);
+                SELECT %1$s AS tbl_repl_key FROM %2$s AS s WHERE %3$s ORDER BY %4$s LIMIT $2) AS x);
         END IF;
         RETURN (SELECT array_agg(x.tbl_repl_key) FROM (
-            SELECT %1$s AS tbl_repl_key FROM %2$s AS s WHERE %3$s AND (%5$s) ORDER BY %4$s LIMIT tbl_repl_count) AS x);
+            SELECT %1$s AS tbl_repl_key FROM %2$s AS s WHERE %3$s AND (%5$s) ORDER BY %4$s LIMIT $2) AS x);
     EXCEPTION WHEN OTHERS THEN
         -- The filter fails on a row; on which is found out where the keys are shipped.
         IF tbl_repl_after = '' THEN
             RETURN (SELECT array_agg(x.tbl_repl_key) FROM (
-                SELECT %1$s AS tbl_repl_key FROM %2$s AS s ORDER BY %4$s LIMIT tbl_repl_count) AS x);
+                SELECT %1$s AS tbl_repl_key FROM %2$s AS s ORDER BY %4$s LIMIT $2) AS x);
         END IF;
         RETURN (SELECT array_agg(x.tbl_repl_key) FROM (
-            SELECT %1$s AS tbl_repl_key FROM %2$s AS s WHERE %5$s ORDER BY %4$s LIMIT tbl_repl_count) AS x);
+            SELECT %1$s AS tbl_repl_key FROM %2$s AS s WHERE %5$s ORDER BY %4$s LIMIT $2) AS x);
     END;
 END
 $body$, tbl_repl._key_text(s.key_columns, 's'), s.source_table, coalesce('(' || t.filter_expr || ')', 'true'),
