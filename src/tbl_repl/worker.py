@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 
 import psycopg
 
+from tbl_repl import bulk
 from tbl_repl.database import Connection, Row, connect, name_of, require_extension
 from tbl_repl.errors import CannotConnect, TblReplError, from_psycopg
 
@@ -31,6 +32,9 @@ POLL_SECONDS = 1.0
 
 QUARANTINE_SECONDS = 60.0
 """How often rows in quarantine get another chance although they have not changed."""
+
+BULK_PAUSE_SECONDS = 60.0
+"""How long replay does everything after a COPY that did not work."""
 
 FIRST_RETRY_SECONDS = 0.1
 LONGEST_RETRY_SECONDS = 30.0
@@ -76,6 +80,7 @@ class Drainer(threading.Thread):
         self._lock = threading.Lock()
         self._retrying = False
         self._quarantine_due = 0.0
+        self._bulk_due = 0.0
         self._wanted = threading.Event()
         self._idle = threading.Event()
         self._connection: Connection | None = None
@@ -143,6 +148,13 @@ class Drainer(threading.Thread):
         while not self.stop.is_set():
             self._warning = None
             begun = time.monotonic()
+            if begun >= self._bulk_due:
+                moved = bulk.ship(connection, self.server)
+                if moved is None:
+                    self._bulk_due = begun + BULK_PAUSE_SECONDS
+                elif moved:
+                    self._report(moved, time.monotonic() - begun, None)
+                    continue
             retry = begun >= self._quarantine_due
             row = connection.execute(
                 "SELECT tbl_repl._replay(%s, %s, %s) AS rows", (self.server, self.batch_rows, retry)
@@ -153,8 +165,7 @@ class Drainer(threading.Thread):
                 self._quarantine_due = begun + QUARANTINE_SECONDS
             sqlstate = self._warning.sqlstate if self._warning is not None else None
             if rows or sqlstate:
-                self.observer.on_batch(Batch(name_of(self.dsn), self.server, rows, seconds, sqlstate))
-                log.info("batch server=%s rows=%d seconds=%.3f", self.server, rows, seconds)
+                self._report(rows, seconds, sqlstate)
             if rows == 0:
                 if self._warning is not None:
                     log.warning(
@@ -165,6 +176,10 @@ class Drainer(threading.Thread):
                     )
                 return self._warning is not None
         return False
+
+    def _report(self, rows: int, seconds: float, sqlstate: str | None) -> None:
+        self.observer.on_batch(Batch(name_of(self.dsn), self.server, rows, seconds, sqlstate))
+        log.info("batch server=%s rows=%d seconds=%.3f", self.server, rows, seconds)
 
     def _connected(self) -> Connection:
         if self._connection is None or self._connection.closed:

@@ -1,0 +1,171 @@
+-- Bulk: what the worker needs to move a large batch by COPY instead of by SQL text.
+--
+-- What is shipped, and what a position means, is the same as in replay; only the way of the rows is
+-- another.  The worker holds the locks ship for the session, reads everything in one REPEATABLE READ snapshot
+-- taken after that, and applies it in one remote transaction; then _bulk_done moves the positions.  Whatever it
+-- cannot do, or fails at, replay does.
+
+-- _bulk_lanes(server, min_rows): targets behind one connection that have at least so many rows queued,
+-- and nothing that only replay can handle.  SECURITY DEFINER: the worker's role may see status only.
+CREATE OR REPLACE FUNCTION tbl_repl._bulk_lanes(server name, min_rows bigint)
+RETURNS TABLE (targets integer[], owner name, timeout interval)
+LANGUAGE sql VOLATILE
+SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT array_agg(t.target_id ORDER BY t.target_id), t.owner, t.timeout
+    FROM tbl_repl.target AS t
+    JOIN tbl_repl.target_state AS st USING (target_id)
+    CROSS JOIN LATERAL tbl_repl._pending_rows(t.target_id) AS p
+    WHERE t.server = _bulk_lanes.server AND st.status IN ('ok', 'queueing') AND st.copy_after IS NULL
+    GROUP BY t.owner, t.timeout
+    HAVING sum(p.rows) >= min_rows
+       AND bool_and(t.operations @> '{insert,update,delete,truncate}')
+       AND bool_and(t.on_conflict = 'overwrite')
+       AND bool_and(NOT EXISTS (SELECT FROM tbl_repl.quarantined AS q WHERE q.target_id = t.target_id))
+       AND bool_and(NOT EXISTS (SELECT FROM jsonb_array_elements(t.remote -> 'columns') AS c
+                                WHERE c ->> 'identity' = 'a' AND c ->> 'name' = ANY (t.sent_columns::text[])
+                                  AND c ->> 'name' <> ALL (t.dst_keys::text[])))
+$function$;
+COMMENT ON FUNCTION tbl_repl._bulk_lanes(name, bigint) IS
+    'targets of a server with a backlog worth a COPY';
+
+-- _bulk_jobs(targets): for the snapshot of this statement, what to read here and what to run there.
+--   rows_query, gone_query: run here, by COPY, as the target's owner; gone_query gives keys as text
+--   is_binary: whether both sides have the same types, so that COPY need not look inside
+--   insert_only: whether COPY may go straight into the table
+--   stage, merge, remove: statements for the target (tables pg_temp.tbl_repl_rows_N, pg_temp.tbl_repl_gone_N)
+CREATE OR REPLACE FUNCTION tbl_repl._bulk_jobs(targets integer[])
+RETURNS TABLE (
+    target_id   integer,
+    fk_rank     integer,
+    dst_table   text,
+    dst_columns text,
+    is_binary   boolean,
+    insert_only boolean,
+    whole       boolean,
+    rows_query  text,
+    gone_query  text,
+    stage       text,
+    merge       text,
+    remove      text
+)
+LANGUAGE plpgsql VOLATILE
+SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    target  tbl_repl.target%ROWTYPE;
+    source  tbl_repl.source%ROWTYPE;
+    pending text;
+    ops     text[];
+    by_key  boolean;
+    parts   record;
+    keys    text;
+    kept    text;
+BEGIN
+    FOR target IN SELECT t.* FROM tbl_repl.target AS t WHERE t.target_id = ANY (targets) ORDER BY t.target_id LOOP
+        SELECT * INTO STRICT source FROM tbl_repl.source AS s WHERE s.source_id = target.source_id;
+        SELECT tbl_repl._pending_from(target, st.position) INTO pending
+        FROM tbl_repl.target_state AS st WHERE st.target_id = target.target_id;
+        EXECUTE format('SELECT array_agg(DISTINCT CASE WHEN c.op = ''T'' AND c.keys IS NOT NULL THEN ''t'' ELSE c.op::text END) FROM %s', pending) INTO ops;
+        CONTINUE WHEN ops IS NULL;
+        by_key := tbl_repl._truncates_by_key(target.target_id);
+        parts := tbl_repl._upsert_parts(target);
+        keys := format('(SELECT DISTINCT unnest(c.keys) AS tbl_repl_key FROM %s AND c.op = ANY (%L)) AS u', pending,
+                       CASE WHEN by_key THEN '{I,U,K,D,T}' ELSE '{I,U,K,D}' END);
+        kept := coalesce(' AND (' || target.filter_expr || ')', '');
+        target_id := target.target_id;
+        fk_rank := source.fk_rank;
+        dst_table := tbl_repl._dst_table(target);
+        dst_columns := (SELECT string_agg(quote_ident(c), ', ' ORDER BY n) FROM unnest(target.sent_columns) WITH ORDINALITY AS c (c, n));
+        whole := 'T' = ANY (ops) AND NOT by_key;
+        insert_only := ops = '{I}';
+        -- built-in types only: others may differ although their names are the same
+        is_binary := (target.remote ->> 'version')::integer / 10000 = current_setting('server_version_num')::integer / 10000
+            AND NOT EXISTS (
+                SELECT FROM unnest(target.sent_columns, target.sent_exprs) AS x (name, expr)
+                LEFT JOIN pg_attribute AS a ON a.attrelid = source.source_table AND x.expr = format('s.%I', a.attname)
+                                           AND a.attnum > 0 AND NOT a.attisdropped
+                LEFT JOIN LATERAL (SELECT c FROM jsonb_array_elements(target.remote -> 'columns') AS c WHERE c ->> 'name' = x.name::text) AS r ON true
+                WHERE a.atttypid IS NULL OR a.atttypid >= 16384 OR format_type(a.atttypid, -1) IS DISTINCT FROM r.c ->> 'type');
+        rows_query := format('SELECT %s FROM %s',
+            (SELECT string_agg(CASE WHEN is_binary THEN e ELSE format('(%s)::text', e) END, ', ' ORDER BY n)
+             FROM unnest(target.sent_exprs) WITH ORDINALITY AS e (e, n)),
+            CASE WHEN whole THEN format('%s AS s WHERE true%s', source.source_table, kept)
+                 ELSE format('%s JOIN %s AS s ON %s%s', keys, source.source_table,
+                             tbl_repl._key_match(source.source_table, source.key_columns), kept) END);
+        gone_query := CASE WHEN NOT whole THEN format('SELECT u.tbl_repl_key FROM %s WHERE NOT EXISTS (SELECT FROM %s AS s WHERE %s%s)',
+            keys, source.source_table, tbl_repl._key_match(source.source_table, source.key_columns), kept) END;
+        stage := format('CREATE TEMP TABLE tbl_repl_rows_%1$s ON COMMIT DROP AS SELECT %2$s FROM %3$s WITH NO DATA; '
+                        'CREATE TEMP TABLE tbl_repl_gone_%1$s (k text) ON COMMIT DROP', target_id, dst_columns, dst_table);
+        merge := format('%s SELECT %s FROM pg_temp.tbl_repl_rows_%s%s', left(parts.head, length(parts.head) - length(' VALUES ')),
+                        dst_columns, target_id, parts.tail);
+        remove := format('DELETE FROM %s AS d USING pg_temp.tbl_repl_gone_%s AS g WHERE %s', dst_table, target_id,
+            (SELECT string_agg(format('d.%I %s (%s)::%s', k.name, k.equals,
+                                      CASE WHEN cardinality(target.dst_keys) = 1 THEN 'g.k' ELSE format('g.k::json ->> %s', k.n - 1) END, k.type),
+                               ' AND ' ORDER BY k.n)
+             FROM tbl_repl._dst_key_parts(target) AS k));
+        RETURN NEXT;
+    END LOOP;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._bulk_jobs(integer[]) IS
+    'what the worker reads and runs to ship a large batch by COPY';
+
+-- _bulk_done(targets, snapshot, counts): the batch that was read in the snapshot is committed on the target;
+-- counts: {"target_id": rows}.  The caller holds ship of the targets.
+CREATE OR REPLACE FUNCTION tbl_repl._bulk_done(
+    targets  integer[],
+    snapshot pg_snapshot,
+    counts   jsonb
+)
+RETURNS void
+LANGUAGE plpgsql VOLATILE
+SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+AS $function$
+BEGIN
+    UPDATE tbl_repl.target_state AS st
+    SET position = snapshot,
+        rows_shipped = st.rows_shipped + coalesce((counts ->> st.target_id::text)::bigint, 0),
+        last_shipped_at = clock_timestamp(),
+        next_try_at = NULL
+    WHERE st.target_id = ANY (targets);
+    PERFORM tbl_repl._back_to_ok(t) FROM unnest(targets) AS t;
+    PERFORM tbl_repl._rotate();
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._bulk_done(integer[], pg_snapshot, jsonb) IS
+    'moves the positions after a batch that went by COPY';
+
+-- _bulk_session(timeout): application_name and settings of the worker's own connection to the
+-- target.  Named like a dblink connection of the backend that holds the locks, so that whoever comes after
+-- its death ends it first.
+CREATE OR REPLACE FUNCTION tbl_repl._bulk_session(timeout interval, OUT application_name text, OUT settings text)
+LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT format('tbl_repl %s %s.%s.%s', tbl_repl.node_name(), pg_backend_pid(),
+                  to_hex(extract(epoch FROM pg_postmaster_start_time())::bigint), 'b01d'),
+           format('SET statement_timeout = 0; SET lock_timeout = %s; SET datestyle = ''ISO, MDY''; SET intervalstyle = ''postgres''; '
+                  'SET timezone = ''UTC''; SET extra_float_digits = 1; SET bytea_output = ''hex''; SET lc_monetary = ''C''; '
+                  'SET xmloption = ''content''; SET default_transaction_isolation = ''read committed''; SET tbl_repl.origin = %L',
+                  ceil(extract(epoch FROM timeout) * 800), tbl_repl.node_name())
+$function$;
+COMMENT ON FUNCTION tbl_repl._bulk_session(interval) IS
+    'application_name and settings of the worker''s connection to a target';
+
+-- Opens the source's own connection to the target, which ends what a drainer that has died has left there.
+-- SECURITY DEFINER: connects as the target's owner.
+CREATE OR REPLACE FUNCTION tbl_repl._bulk_connect(target_id integer)
+RETURNS void
+LANGUAGE sql VOLATILE
+SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT tbl_repl._connect(t.target_id, tbl_repl._connection_name(t.server, t.owner, t.timeout), clock_timestamp() + t.timeout * 2)
+    FROM tbl_repl.target AS t WHERE t.target_id = _bulk_connect.target_id
+$function$;
+COMMENT ON FUNCTION tbl_repl._bulk_connect(integer) IS
+    'connects to a target before the worker does, so that older sessions are gone';

@@ -1,0 +1,234 @@
+"""Large batches by COPY: from the source to the target, in large buffers, without looking inside.
+
+What is read and run is decided in SQL (``tbl_repl._bulk_jobs``); here it is carried.  The order is that of
+every drainer: lock, then snapshot, then ship and commit there, then move the position here.  Whatever does
+not work is left to ``replay``, which finds the rows that are to blame.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psycopg
+from psycopg import sql
+from psycopg.rows import tuple_row
+
+from tbl_repl.database import Connection, Row
+
+log = logging.getLogger("tbl_repl.bulk")
+
+MIN_ROWS = 20_000
+"""Fewer pending rows go through replay: one message is quicker than a COPY."""
+
+BUFFER_BYTES = 1 << 18
+SILENCE_SECONDS = 60.0
+"""How long a target may take for one buffer before it counts as hung."""
+
+MERGE_SECONDS = 3600.0
+"""How long one statement over a whole batch may take."""
+
+Target = psycopg.Connection[tuple[object, ...]]
+
+
+class Watchdog:
+    """Closes a connection that has made no progress: a hung target must not hold the locks."""
+
+    def __init__(self, connection: Target) -> None:
+        self._connection = connection
+        self._due = time.monotonic() + SILENCE_SECONDS
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
+        self._thread.start()
+
+    def expect(self, seconds: float = SILENCE_SECONDS) -> None:
+        """The next step may take so long."""
+        self._due = time.monotonic() + seconds
+
+    def stop(self) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._done.wait(0.5):
+            if time.monotonic() > self._due:
+                log.warning("target does not answer, connection closed")
+                self._connection.pgconn.finish()
+                return
+
+
+def ship(source: Connection, server: str, min_rows: int = MIN_ROWS) -> int | None:
+    """Ship one large batch for one server; the number of rows, 0 if there is none, None if it did not work.
+
+    ``source`` is in autocommit.  Holds the locks ``ship`` of the targets meanwhile.
+    """
+    lanes = source.execute("SELECT * FROM tbl_repl._bulk_lanes(%s, %s)", (server, min_rows)).fetchall()
+    total = 0
+    for lane in lanes:
+        try:
+            total += _ship_lane(source, server, lane)
+        except psycopg.Error as error:
+            if source.closed or source.broken:
+                raise
+            log.info("left to replay server=%s sqlstate=%s", server, error.sqlstate)
+            return total or None
+    return total
+
+
+def _ship_lane(source: Connection, server: str, lane: Row) -> int:
+    targets: list[int] = lane["targets"]
+    conninfo, settings = _way(source, server, lane)
+    if conninfo is None:
+        return 0
+    with (
+        _locked(source, targets, lane),
+        psycopg.connect(conninfo, autocommit=True, row_factory=tuple_row) as target,
+    ):
+        target.execute(settings)
+        now = target.execute("SELECT extract(epoch FROM clock_timestamp())::float8").fetchone()
+        # rounded down: the lease may end early, never late
+        offset = float(str(now[0])) - time.time() if now else 0.0
+        watchdog = Watchdog(target)
+        try:
+            snapshot, counts = _move(source, target, watchdog, lane)
+            if counts:
+                timeout = float(lane["timeout"].total_seconds())
+                deadline = time.time() + timeout
+                watchdog.expect(timeout)
+                try:
+                    target.execute(
+                        sql.SQL(
+                            "SET CONSTRAINTS ALL IMMEDIATE; "
+                            "SELECT 1 / (extract(epoch FROM clock_timestamp()) < {})::int; COMMIT"
+                        ).format(sql.Literal(deadline + offset))
+                    )
+                except psycopg.OperationalError:
+                    # nobody knows what became of it: it must not come after something newer
+                    time.sleep(max(0.0, deadline - time.time()))
+                    raise
+        finally:
+            watchdog.stop()
+        source.execute(
+            "SELECT tbl_repl._bulk_done(%s, %s::pg_snapshot, %s)", (targets, snapshot, json.dumps(counts))
+        )
+    return sum(counts.values())
+
+
+def _way(source: Connection, server: str, lane: Row) -> tuple[str | None, str]:
+    """Connection string and settings; None where this role may not use the owner's mapping.
+
+    Opening the source's own connection first ends what a worker that has died has left there.
+    """
+    row = source.execute("SELECT * FROM tbl_repl._bulk_session(%s)", (lane["timeout"],)).fetchone()
+    assert row is not None
+    try:
+        with source.transaction():
+            source.execute("SELECT tbl_repl._bulk_connect(%s)", (lane["targets"][0],))
+            source.execute(sql.SQL("SET LOCAL ROLE {}").format(sql.Identifier(lane["owner"])))
+            info = source.execute(
+                "SELECT tbl_repl._conninfo(%s, %s, %s) AS conninfo",
+                (server, lane["timeout"], row["application_name"]),
+            ).fetchone()
+    except psycopg.errors.InsufficientPrivilege:
+        return None, ""
+    return (info["conninfo"] if info else None), str(row["settings"])
+
+
+@contextmanager
+def _locked(source: Connection, targets: list[int], lane: Row) -> Iterator[None]:
+    """Hold ``ship`` of the targets for the session: waits for shippers in flight, bounded."""
+    milliseconds = int(lane["timeout"].total_seconds() * 2000)
+    held: list[int] = []
+    try:
+        source.execute(sql.SQL("SET lock_timeout = {}").format(sql.Literal(milliseconds)))
+        for target in targets:
+            source.execute("SELECT pg_advisory_lock(tbl_repl._lock_ship(), %s)", (target,))
+            held.append(target)
+        source.execute("RESET lock_timeout")
+        yield
+    finally:
+        if not source.closed:
+            source.execute("RESET lock_timeout")
+            for target in held:
+                source.execute("SELECT pg_advisory_unlock(tbl_repl._lock_ship(), %s)", (target,))
+
+
+def _move(source: Connection, target: Target, watchdog: Watchdog, lane: Row) -> tuple[str, dict[int, int]]:
+    """Read in one snapshot and apply in one remote transaction, which is left open."""
+    counts: dict[int, int] = {}
+    with source.transaction():
+        source.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
+        row = source.execute("SELECT pg_current_snapshot()::text AS snapshot").fetchone()
+        assert row is not None
+        jobs = source.execute("SELECT * FROM tbl_repl._bulk_jobs(%s)", (lane["targets"],)).fetchall()
+        if not jobs:
+            return str(row["snapshot"]), counts
+        source.execute(sql.SQL("SET LOCAL ROLE {}").format(sql.Identifier(lane["owner"])))
+        source.execute(
+            "SET LOCAL search_path = pg_catalog, pg_temp; SET LOCAL datestyle = 'ISO, MDY'; "
+            "SET LOCAL timezone = 'UTC'; SET LOCAL intervalstyle = 'postgres'; "
+            "SET LOCAL extra_float_digits = 1; SET LOCAL bytea_output = 'hex'; SET LOCAL lc_monetary = 'C'"
+        )
+        watchdog.expect(MERGE_SECONDS)
+        target.execute("BEGIN; SET CONSTRAINTS ALL DEFERRED")
+        emptied = ", ".join(str(job["dst_table"]) for job in jobs if job["whole"])
+        if emptied:
+            target.execute(f"TRUNCATE {emptied}".encode())
+        for job in jobs:
+            target.execute(str(job["stage"]).encode())
+        for job in sorted(jobs, key=lambda job: -int(job["fk_rank"])):
+            counts[int(job["target_id"])] = 0
+            if job["gone_query"] is not None and not job["insert_only"]:
+                table = f"pg_temp.tbl_repl_gone_{job['target_id']} (k)"
+                gone = _pump(source, target, watchdog, str(job["gone_query"]), table, binary=False)
+                if gone:
+                    watchdog.expect(MERGE_SECONDS)
+                    target.execute(f"ANALYZE pg_temp.tbl_repl_gone_{job['target_id']}".encode())
+                    target.execute(str(job["remove"]).encode())
+                    counts[int(job["target_id"])] += gone
+        for job in sorted(jobs, key=lambda job: int(job["fk_rank"])):
+            counts[int(job["target_id"])] += _upsert(source, target, watchdog, job)
+    return str(row["snapshot"]), counts
+
+
+def _upsert(source: Connection, target: Target, watchdog: Watchdog, job: Row) -> int:
+    query, binary = str(job["rows_query"]), bool(job["is_binary"])
+    if job["insert_only"] or job["whole"]:
+        target.execute("SAVEPOINT tbl_repl")
+        try:
+            return _pump(
+                source, target, watchdog, query, f"{job['dst_table']} ({job['dst_columns']})", binary
+            )
+        except psycopg.errors.UniqueViolation:
+            # rows that the target has already
+            target.execute("ROLLBACK TO tbl_repl")
+    rows = _pump(source, target, watchdog, query, f"pg_temp.tbl_repl_rows_{job['target_id']}", binary)
+    if rows:
+        watchdog.expect(MERGE_SECONDS)
+        target.execute(str(job["merge"]).encode())
+    return rows
+
+
+def _pump(source: Connection, target: Target, watchdog: Watchdog, query: str, into: str, binary: bool) -> int:
+    """COPY a query's rows into a table; the number of rows."""
+    form = " (FORMAT binary)" if binary else ""
+    with source.cursor() as reading, target.cursor() as writing:
+        with (
+            reading.copy(f"COPY ({query}) TO STDOUT{form}".encode()) as rows,
+            writing.copy(f"COPY {into} FROM STDIN{form}".encode()) as copy,
+        ):
+            buffer = bytearray()
+            for row in rows:
+                buffer += row
+                if len(buffer) >= BUFFER_BYTES:
+                    watchdog.expect()
+                    copy.write(bytes(buffer))
+                    buffer.clear()
+            watchdog.expect(MERGE_SECONDS)
+            copy.write(bytes(buffer))
+        # "COPY 500000"
+        return int((writing.statusmessage or "COPY 0").split()[-1])
