@@ -350,15 +350,12 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._receive(text, timestamptz, boolean) IS
     'waits for the answer to the message sent last, until the deadline';
 
--- After an error the rest of the answer has to be read, or the connection stays busy; and something has
--- to succeed, or libpq goes on to show the error, which is how a dead connection is told.
+-- After an error the rest of the answer has to be read, or the connection stays busy.
 CREATE OR REPLACE FUNCTION tbl_repl._read_on(conn text, deadline timestamptz)
 RETURNS void
 LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp
 AS $function$
-DECLARE
-    cleared boolean := false;
 BEGIN
     LOOP
         WHILE tbl_repl._dblink_is_busy(conn) = 1 AND clock_timestamp() < deadline LOOP
@@ -370,14 +367,13 @@ BEGIN
         END IF;
         BEGIN
             PERFORM FROM tbl_repl._dblink_result(conn) AS r;
-            IF NOT FOUND THEN
-                EXIT WHEN cleared;
-                PERFORM tbl_repl._send(conn, 'SELECT 1');
-                cleared := true;
-            END IF;
-        EXCEPTION WHEN OTHERS THEN
-            PERFORM tbl_repl._dblink_disconnect(conn);
-            RETURN;
+            EXIT WHEN NOT FOUND;
+        EXCEPTION
+            WHEN in_failed_sql_transaction THEN
+                NULL;  -- an open remote transaction: the caller rolls back
+            WHEN OTHERS THEN
+                PERFORM tbl_repl._dblink_disconnect(conn);
+                RETURN;
         END;
     END LOOP;
 END

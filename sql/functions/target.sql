@@ -225,12 +225,12 @@ BEGIN
                                          SELECT u.oid, u.typbasetype, u.typtype FROM d JOIN pg_type AS u ON u.oid = d.typbasetype WHERE d.typtype = 'd')
                     SELECT d.oid FROM d WHERE d.typtype <> 'd') ELSE t.oid END
                 WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped),
-            'keys', (SELECT jsonb_agg(k.columns) FROM pg_index AS i CROSS JOIN LATERAL (
+            'keys', (SELECT coalesce(jsonb_agg(k.columns), '[]') FROM pg_index AS i CROSS JOIN LATERAL (
                         SELECT jsonb_agg(a.attname ORDER BY n) AS columns FROM generate_series(0, i.indnkeyatts - 1) AS n
                         JOIN pg_attribute AS a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[n]) AS k
                      WHERE i.indrelid = c.oid AND i.indisunique AND NOT i.indisexclusion AND i.indisvalid AND i.indimmediate
                        AND i.indpred IS NULL AND i.indexprs IS NULL),
-            'unique', (SELECT jsonb_agg(k.columns) FROM pg_index AS i CROSS JOIN LATERAL (
+            'unique', (SELECT coalesce(jsonb_agg(k.columns), '[]') FROM pg_index AS i CROSS JOIN LATERAL (
                         SELECT jsonb_agg(a.attname ORDER BY n) AS columns FROM generate_series(0, i.indnkeyatts - 1) AS n
                         JOIN pg_attribute AS a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[n]) AS k
                      WHERE i.indrelid = c.oid AND (i.indisunique OR i.indisexclusion) AND k.columns IS NOT NULL))
@@ -504,13 +504,7 @@ BEGIN
     target.forward := forward;
     target.timeout := timeout;
     target.generation := 1;
-    IF EXISTS (SELECT FROM tbl_repl.target AS t WHERE t.source_id = source.source_id AND t.server = target.server
-                                                  AND t.dst_schema = target.dst_schema AND t.dst_name = target.dst_name) THEN
-        RAISE EXCEPTION USING
-            ERRCODE = 'duplicate_object',
-            MESSAGE = format('table %s is already replicated to %s on server %I', source_table, tbl_repl._dst_table(target), server),
-            HINT    = 'Change it with tbl_repl.alter_target, or drop it first.';
-    END IF;
+    PERFORM tbl_repl._check_only_once(target, source_table);
     target := tbl_repl._define(target, source, path);
     target.target_id := nextval('tbl_repl.target_target_id_seq');
     INSERT INTO tbl_repl.target SELECT target.*;
@@ -532,6 +526,25 @@ END
 $function$;
 COMMENT ON FUNCTION tbl_repl._add_target(regclass, name, text, text, name[], jsonb, text, name[], text[], text, text, name, text, interval, text) IS
     'add_target with the caller''s search_path';
+
+CREATE OR REPLACE FUNCTION tbl_repl._check_only_once(target tbl_repl.target, source_table regclass)
+RETURNS void
+LANGUAGE plpgsql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+BEGIN
+    IF EXISTS (SELECT FROM tbl_repl.target AS t
+               WHERE t.source_id = target.source_id AND t.server = target.server AND t.dst_schema = target.dst_schema
+                 AND t.dst_name = target.dst_name AND t.target_id IS DISTINCT FROM target.target_id) THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'duplicate_object',
+            MESSAGE = format('table %s is already replicated to %s on server %I', source_table, tbl_repl._dst_table(target), target.server),
+            HINT    = 'Change it with tbl_repl.alter_target, or drop it first.';
+    END IF;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._check_only_once(tbl_repl.target, regclass) IS
+    'refuses a second target of a table at the same place (42710)';
 
 -- Several tables may be replicated into one: then each has to capture the keys that a TRUNCATE removes.
 CREATE OR REPLACE FUNCTION tbl_repl._rebuild_neighbours(target tbl_repl.target)
@@ -678,6 +691,7 @@ BEGIN
         target.dst_name := parts[cardinality(parts)];
     END IF;
     EXECUTE format('LOCK TABLE %s IN SHARE ROW EXCLUSIVE MODE', source.source_table);
+    PERFORM tbl_repl._check_only_once(target, source.source_table);
     target := tbl_repl._define(target, source, path);
     target.generation := target.generation + 1;
     UPDATE tbl_repl.target AS t
