@@ -242,7 +242,9 @@ def test_a_guarded_partition_refuses_writes_that_name_its_parent(pair: Pair) -> 
 @pytest.mark.plain_target
 def test_protect_target_needs_no_extension_there(pair: Pair) -> None:
     pair.both('CREATE SCHEMA "Odd schema"; CREATE TABLE "Odd schema"."o\'dd" (id integer PRIMARY KEY)')
-    functions = "SELECT count(*) FROM pg_proc UNION ALL SELECT count(*) FROM pg_trigger WHERE NOT tgisinternal"
+    functions = (
+        "SELECT count(*) FROM pg_proc UNION ALL SELECT count(*) FROM pg_trigger WHERE NOT tgisinternal"
+    )
     before = pair.target.sql(functions)
     target = pair.add_target('"Odd schema"."o\'dd"')
     for _ in range(2):

@@ -416,7 +416,7 @@ DECLARE
     item      record;
 BEGIN
     IF keys = '[]' OR NOT (target.dst_keys @> names AND target.dst_keys <@ names)
-       OR NOT has_function_privilege((tbl_repl._target_functions(target.target_id))[1], 'EXECUTE') THEN
+       OR has_function_privilege(to_regprocedure((tbl_repl._target_functions(target.target_id))[1]), 'EXECUTE') IS NOT TRUE THEN
         RETURN '[]';
     END IF;
     SELECT * INTO STRICT source FROM tbl_repl.source AS s WHERE s.source_id = target.source_id;

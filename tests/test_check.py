@@ -1,0 +1,457 @@
+"""check() names every problem, on both sides, with a hint that mends it; and is silent when all is well."""
+
+from __future__ import annotations
+
+import re
+import time
+
+import pytest
+
+from support import Node, Pair
+
+# On every server where nobody has revoked it; it has a test of its own.
+EVERYWHERE = "dblink_public"
+
+
+def problems(pair: Pair, user: str | None = None) -> list[tuple[str, str, int | None]]:
+    """(severity, code, target_id) of every row but those about dblink; each has message and hint."""
+    rows = pair.source.sql("SELECT * FROM tbl_repl.check()", user=user)
+    assert all(message and hint for _, _, _, message, hint in rows)
+    return [(severity, code, target) for target, severity, code, _, _ in rows if code != EVERYWHERE]
+
+
+def codes(pair: Pair) -> list[str]:
+    return [code for _, code, _ in problems(pair)]
+
+
+def hint(pair: Pair, code: str) -> str:
+    rows = [row for row in pair.source.sql("SELECT * FROM tbl_repl.check()") if row[2] == code]
+    assert len(rows) == 1, rows
+    return str(rows[0][4])
+
+
+def mend(pair: Pair, code: str, node: Node | None = None) -> None:
+    """Run the first command of the hint."""
+    found = re.search(r"(SELECT|CALL|ALTER|GRANT|CREATE) [^;]*;", hint(pair, code))
+    assert found, hint(pair, code)
+    (node or pair.source).sql(found.group(0))
+
+
+@pytest.fixture
+def well(pair: Pair) -> Pair:
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY, v text)")
+    return pair
+
+
+def test_nothing_to_say_without_targets(pair: Pair) -> None:
+    assert pair.source.sql("SELECT * FROM tbl_repl.check()") == []
+
+
+@pytest.mark.parametrize("mode", ["sync", "tolerant", "async"])
+def test_silent_when_all_is_well(well: Pair, mode: str) -> None:
+    well.both("""
+        CREATE TABLE p (id text, d date, g text GENERATED ALWAYS AS (id) STORED, v jsonb, PRIMARY KEY (d, id)) PARTITION BY RANGE (d);
+        CREATE TABLE p1 PARTITION OF p FOR VALUES FROM ('2026-01-01') TO ('2027-01-01');
+        CREATE TABLE k (id integer PRIMARY KEY, t integer REFERENCES t, u text UNIQUE, f float8, n numeric(4,1))
+        """)
+    for table in ("t", "p", "k"):
+        well.add_target(table, mode=mode)
+    well.source.sql("CREATE TABLE m (id integer PRIMARY KEY, email text, secret text)")
+    well.target.sql("CREATE TABLE m (no integer PRIMARY KEY, mail text)")
+    well.add_target(
+        "m", mode=mode, columns=[], column_map={"no": "id", "mail": "md5(email) || E'\\\\'"}, row_filter="id > 0"
+    )
+    well.source.sql("INSERT INTO t VALUES (1); INSERT INTO k VALUES (1, 1, 'u', 0.1, 2); INSERT INTO p VALUES ('a', '2026-01-02')")
+    well.target.sql("SELECT tbl_repl.protect('t')")
+    well.drain()
+    assert problems(well) == []
+
+
+@pytest.mark.plain_target
+def test_silent_with_a_plain_target(well: Pair) -> None:
+    well.add_target("t")
+    assert problems(well) == []
+
+
+def test_dblink_open_to_everybody_and_the_commands_that_close_it(well: Pair) -> None:
+    target = well.add_target("t", mode="sync")
+    rows = [row for row in well.source.sql("SELECT * FROM tbl_repl.check()") if row[2] == EVERYWHERE]
+    assert len(rows) == 1
+    assert rows[0][:2] == (None, "warning")
+    commands = re.search(r"REVOKE .*;", rows[0][4])
+    assert commands
+    well.source.admin(commands.group(0))
+    well.source.forget()
+    assert well.source.sql("SELECT * FROM tbl_repl.check()") == []
+    # a writer can no longer reach the target through our connection, and we still can
+    well.source.sql("GRANT SELECT, INSERT ON t TO writer")
+    writer = well.source.connect("writer")
+    writer.execute("INSERT INTO t VALUES (1, 'by a writer')")
+    well.assert_same("t")
+    with pytest.raises(Exception, match="permission denied"):
+        writer.execute("SELECT dblink_get_connections()")
+    well.call("compare_target", target_id=target)
+    well.drain()
+
+
+def test_a_target_that_is_down_hides_no_other(trio: Pair) -> None:
+    trio.both("CREATE TABLE t (id integer PRIMARY KEY, v text); CREATE TABLE u (id integer PRIMARY KEY)")
+    first = trio.add_target("t", timeout="1 s")
+    again = trio.add_target("u", timeout="1 s")
+    second = trio.add_target("t", trio.third_server)
+    assert trio.third is not None
+    trio.third.sql("DROP TABLE t")
+    trio.proxy().set("blackhole")
+    trio.source.forget()
+    if trio.major < 16:  # from there on dblink cannot bound connecting
+        started = time.monotonic()
+        found = problems(trio)
+        assert time.monotonic() - started < 5
+    else:
+        trio.proxy().set("refuse")
+        found = problems(trio)
+    assert found == [
+        ("error", "unreachable", first),
+        ("error", "unreachable", again),
+        ("error", "remote_table_missing", second),
+    ]
+
+
+def test_a_target_that_hangs_is_waited_for_once(trio: Pair) -> None:
+    trio.both("CREATE TABLE t (id integer PRIMARY KEY, v text); CREATE TABLE u (id integer PRIMARY KEY)")
+    first = trio.add_target("t", timeout="1 s")
+    again = trio.add_target("u", timeout="1 s")
+    trio.add_target("t", trio.third_server)
+    assert problems(trio) == []
+    with trio.target.frozen():
+        started = time.monotonic()
+        found = problems(trio)
+        assert time.monotonic() - started < 3.5
+    assert found == [("error", "unreachable", first), ("error", "unreachable", again)]
+
+
+def test_server_dropped(well: Pair) -> None:
+    target = well.add_target("t")
+    well.source.sql(f"DROP SERVER {well.server} CASCADE")
+    assert problems(well) == [("error", "server_missing", target)]
+
+
+def test_mapping_dropped(well: Pair) -> None:
+    target = well.add_target("t")
+    well.source.sql(f"DROP USER MAPPING FOR owner SERVER {well.server}")
+    assert problems(well) == [("error", "mapping_missing", target)]
+    assert "CREATE USER MAPPING FOR owner SERVER target_server" in hint(well, "mapping_missing")
+
+
+def test_no_right_on_the_server(well: Pair) -> None:
+    well.add_target("t")
+    well.source.admin(f"ALTER SERVER {well.server} OWNER TO postgres")
+    assert codes(well) == ["server_privilege"]
+    found = re.search(r"GRANT .*;", hint(well, "server_privilege"))
+    assert found
+    well.source.admin(found.group(0))
+    assert problems(well) == []
+
+
+def test_wrong_password(well: Pair) -> None:
+    target = well.add_target("t")
+    well.source.sql(f"ALTER USER MAPPING FOR owner SERVER {well.server} OPTIONS (SET password 'wrong')")
+    well.source.forget()
+    rows = well.source.sql("SELECT * FROM tbl_repl.check() WHERE code = 'unreachable'")
+    assert [row[0] for row in rows] == [target]
+    assert "password authentication failed" in rows[0][3]
+    assert "wrong" not in str(rows)
+
+
+def test_remote_table_dropped(well: Pair) -> None:
+    target = well.add_target("t")
+    well.target.sql("DROP TABLE t")
+    assert problems(well) == [("error", "remote_table_missing", target)]
+
+
+def test_remote_unique_index_dropped(well: Pair) -> None:
+    well.add_target("t")
+    well.target.sql("ALTER TABLE t DROP CONSTRAINT t_pkey")
+    assert codes(well) == ["remote_key_missing"]
+    mend(well, "remote_key_missing", well.target)
+    assert problems(well) == []
+
+
+def test_remote_privilege_revoked(well: Pair) -> None:
+    well.source.sql(f"ALTER USER MAPPING FOR owner SERVER {well.server} OPTIONS (SET user 'replicator')")
+    well.target.sql("GRANT ALL ON t TO replicator")
+    well.add_target("t")
+    assert problems(well) == []
+    well.target.sql("REVOKE DELETE ON t FROM replicator")
+    assert codes(well) == ["remote_privilege"]
+    mend(well, "remote_privilege", well.target)
+    assert problems(well) == []
+
+
+@pytest.mark.parametrize(
+    ("ddl", "code"),
+    [
+        ("ALTER TABLE t DROP COLUMN v", "remote_column_missing"),
+        ("ALTER TABLE t ALTER v TYPE varchar(50)", "remote_column_changed"),
+        ("ALTER TABLE t ADD more integer NOT NULL", "remote_column_required"),
+        ("ALTER TABLE t ADD UNIQUE (v)", "remote_constraints_changed"),
+        ("CREATE TABLE child (t integer REFERENCES t)", "remote_constraints_changed"),
+    ],
+)
+def test_drift_on_the_target(well: Pair, ddl: str, code: str) -> None:
+    well.add_target("t")
+    well.target.sql(ddl)
+    assert codes(well) == [code]
+    if "changed" in code:
+        mend(well, code)
+        assert problems(well) == []
+
+
+def test_what_the_target_may_have_more_is_no_problem(well: Pair) -> None:
+    well.add_target("t")
+    well.target.sql("ALTER TABLE t ADD more integer DEFAULT 1 NOT NULL, ADD other text; ALTER TABLE t ALTER v SET NOT NULL")
+    well.target.sql("CREATE INDEX ON t (v)")
+    assert problems(well) == []
+
+
+def test_a_column_added_on_the_source(well: Pair) -> None:
+    target = well.add_target("t")
+    well.source.sql("ALTER TABLE t ADD more integer")
+    assert problems(well) == [("notice", "column_not_sent", target)]
+    well.target.sql("ALTER TABLE t ADD more integer")
+    mend(well, "column_not_sent")
+    assert problems(well) == []
+
+
+def test_a_column_that_was_left_out_on_purpose_is_none(well: Pair) -> None:
+    well.source.sql("ALTER TABLE t ADD more integer, ADD raw text")
+    well.add_target("t", columns=["id"], column_map={"v": "upper(raw)"})
+    assert problems(well) == []
+
+
+def test_a_column_dropped_on_the_source(well: Pair) -> None:
+    target = well.add_target("t")
+    well.source.sql("ALTER TABLE t DROP COLUMN v")
+    assert problems(well) == [("error", "source_column_missing", target)]
+    mend(well, "source_column_missing")
+    assert problems(well) == []
+
+
+def test_an_expression_whose_column_was_dropped(well: Pair) -> None:
+    well.source.sql("ALTER TABLE t ADD raw text, ADD flag boolean")
+    mapped = well.add_target("t", columns=["id"], column_map={"v": "upper(raw)"})
+    well.both("CREATE TABLE u (LIKE t INCLUDING ALL)")
+    filtered = well.add_target("t", dst_table="u", columns=["id"], row_filter="flag")
+    well.source.sql("ALTER TABLE t DROP COLUMN raw, DROP COLUMN flag")
+    assert [row for row in problems(well) if row[1] == "definition_broken"] == [
+        ("error", "definition_broken", mapped),
+        ("error", "definition_broken", filtered),
+    ]
+
+
+def test_the_type_of_a_key_altered(well: Pair) -> None:
+    target = well.add_target("t")
+    well.source.sql("ALTER TABLE t ALTER id TYPE bigint")
+    found = problems(well)
+    assert ("error", "function_changed", target) in found
+    mend_all = f"SELECT tbl_repl.alter_target({target})"
+    assert mend_all in str(well.source.sql("SELECT hint FROM tbl_repl.check()"))
+    well.source.sql(mend_all)
+    assert problems(well) == []
+
+
+def test_the_key_of_the_source_dropped(well: Pair) -> None:
+    target = well.add_target("t")
+    well.source.sql("ALTER TABLE t DROP CONSTRAINT t_pkey")
+    assert ("error", "source_key_missing", target) in problems(well)
+
+
+def test_the_source_table_dropped(well: Pair) -> None:
+    target = well.add_target("t")
+    well.source.sql("DROP TABLE t")
+    assert ("error", "source_missing", target) in problems(well)
+    mend(well, "source_missing")
+    assert problems(well) == []
+
+
+@pytest.mark.parametrize("suffix", ["insert", "update", "delete", "truncate"])
+def test_a_trigger_dropped_or_disabled(well: Pair, suffix: str) -> None:
+    target = well.add_target("t")
+    trigger = well.source.one("SELECT tgname FROM pg_trigger WHERE tgname LIKE %s", [f"%\\_{suffix}"])
+    well.source.sql(f"ALTER TABLE t DISABLE TRIGGER {trigger}")
+    assert problems(well) == [("error", "trigger_disabled", target)]
+    mend(well, "trigger_disabled")
+    assert problems(well) == []
+    well.source.sql(f"DROP TRIGGER {trigger} ON t")
+    assert problems(well) == [("error", "trigger_missing", target)]
+    mend(well, "trigger_missing")
+    assert problems(well) == []
+
+
+def test_triggers_disabled_on_one_partition(pair: Pair) -> None:
+    pair.both("""
+        CREATE TABLE p (id integer PRIMARY KEY) PARTITION BY RANGE (id);
+        CREATE TABLE p1 PARTITION OF p FOR VALUES FROM (0) TO (10)
+        """)
+    pair.add_target("p")
+    assert problems(pair) == []
+    pair.source.sql("ALTER TABLE p1 DISABLE TRIGGER USER")
+    assert set(codes(pair)) == {"trigger_disabled"}
+
+
+def test_children_by_inheritance(well: Pair) -> None:
+    well.add_target("t")
+    well.source.sql("CREATE TABLE child () INHERITS (t)")
+    assert codes(well) == ["inheritance"]
+
+
+@pytest.mark.parametrize("name", ["capture", "render", "page", "connect"])
+def test_generated_functions_that_were_changed_or_dropped(well: Pair, name: str) -> None:
+    target = well.add_target("t", mode="async")
+    oid, body = well.source.sql(
+        "SELECT oid::regprocedure::text, pg_get_functiondef(oid) FROM pg_proc"
+        " WHERE pronamespace = 'tbl_repl'::regnamespace AND proname ~ %s",
+        [f"^{name}_[0-9]+$"],
+    )[0]
+    well.source.sql(f"ALTER FUNCTION {oid} SECURITY INVOKER")
+    assert problems(well) == [("error", "function_changed", target)]
+    mend(well, "function_changed")
+    well.source.sql(f"ALTER FUNCTION {oid} SET search_path = public")
+    assert problems(well) == [("error", "function_changed", target)]
+    mend(well, "function_changed")
+    well.source.sql(body.replace("BEGIN", "BEGIN /* changed */", 1))
+    assert problems(well) == [("error", "function_changed", target)]
+    mend(well, "function_changed")
+    assert problems(well) == []
+    if name != "capture":  # its triggers hold that one
+        well.source.sql(f"DROP FUNCTION {oid}")
+        assert ("error", "function_missing", target) in problems(well)
+        mend(well, "function_missing")
+        assert problems(well) == []
+
+
+def test_the_quarantine(well: Pair) -> None:
+    target = well.add_target("t", mode="async")
+    well.target.sql("ALTER TABLE t ADD CONSTRAINT good CHECK (v <> 'bad')")
+    well.source.sql("INSERT INTO t VALUES (1, 'bad')")
+    well.drain()
+    assert problems(well) == [("warning", "quarantine", target)]
+    well.target.sql("ALTER TABLE t DROP CONSTRAINT good")
+    mend(well, "quarantine")
+    assert problems(well) == []
+
+
+def test_a_failed_target(well: Pair) -> None:
+    target = well.add_target("t", mode="async")
+    well.target.sql("ALTER TABLE t RENAME v TO w")
+    well.source.sql("INSERT INTO t VALUES (1, 'x')")
+    well.drain()
+    assert well.status(target) == "failed"
+    assert problems(well) == [("error", "failed", target), ("error", "remote_column_missing", target)]
+    well.target.sql("ALTER TABLE t RENAME w TO v")
+    mend(well, "failed")
+    well.drain()
+    assert problems(well) == []
+    well.assert_same("t")
+
+
+def test_queueing_after_an_error(well: Pair) -> None:
+    target = well.add_target("t")
+    lock = well.target.connect()
+    well.source.sql(f"SELECT tbl_repl.alter_target({target}, timeout => '200 ms')")
+    with lock.transaction():
+        lock.execute("LOCK TABLE t IN SHARE MODE")
+        well.source.sql("INSERT INTO t VALUES (1, 'x')")
+        assert problems(well) == [("warning", "queueing", target)]
+    mend(well, "queueing")
+    assert problems(well) == []
+
+
+def test_a_paused_target(well: Pair) -> None:
+    target = well.add_target("t")
+    well.call("pause_target", target_id=target)
+    assert problems(well) == [("notice", "paused", target)]
+    mend(well, "paused")
+    assert problems(well) == []
+
+
+def test_old_rows_in_the_queue(well: Pair) -> None:
+    target = well.add_target("t", mode="async")
+    well.source.sql("INSERT INTO t VALUES (1, 'x')")
+    assert problems(well) == []
+    well.source.sql("UPDATE tbl_repl.change SET captured_at = now() - interval '1 hour'")
+    assert problems(well) == [("warning", "queue_old", target)]
+    mend(well, "queue_old")
+    assert problems(well) == []
+
+
+def test_a_large_queue(well: Pair) -> None:
+    target = well.add_target("t", mode="async")
+    well.source.sql("INSERT INTO t VALUES (1, 'x')")
+    well.source.sql("UPDATE tbl_repl.change SET row_count = 2000000")
+    assert problems(well) == [("warning", "queue_large", target)]
+
+
+def test_a_copy_of_the_database_in_another_cluster(well: Pair) -> None:
+    target = well.add_target("t", mode="async")
+    well.source.sql("UPDATE tbl_repl.target_state SET system_identifier = 1")
+    assert problems(well) == [("warning", "restored", target)]
+
+
+def test_two_nodes_of_one_name(well: Pair) -> None:
+    target = well.add_target("t")
+    for node in well.nodes:
+        node.sql("SELECT tbl_repl.set_node_name('twin')")
+    assert problems(well) == [("error", "node_name_taken", target)]
+
+
+def test_a_target_in_this_very_database_has_no_name_of_its_own(well: Pair) -> None:
+    well.join(well.source, well.source, "loop_back")
+    well.source.sql("CREATE TABLE u (LIKE t INCLUDING ALL)")
+    well.add_target("t", "loop_back", dst_table="u", mode="async")
+    assert problems(well) == []
+
+
+def test_every_problem_at_once(well: Pair) -> None:
+    well.add_target("t", mode="async")
+    well.source.sql("ALTER TABLE t DISABLE TRIGGER USER; ALTER TABLE t ADD more integer")
+    well.target.sql("ALTER TABLE t DROP CONSTRAINT t_pkey; ALTER TABLE t DROP COLUMN v")
+    assert set(codes(well)) == {
+        "trigger_disabled",
+        "column_not_sent",
+        "remote_key_missing",
+        "remote_column_missing",
+    }
+
+
+def test_checking_changes_nothing(well: Pair) -> None:
+    target = well.add_target("t")
+    well.source.sql("INSERT INTO t VALUES (1)")
+    state = "SELECT s::text, t::text FROM tbl_repl.target_state s, tbl_repl.target t"
+    before = well.source.sql(state)
+    well.target.sql("DROP TABLE t")
+    assert codes(well) == ["remote_table_missing"]
+    assert well.source.sql(state) == before
+    assert well.status(target) == "ok"
+
+
+def test_an_operator_sees_what_is_his_and_is_told_what_is_not(well: Pair) -> None:
+    target = well.add_target("t")
+    role = well.source.role("operator_2")
+    well.source.sql(f"SELECT tbl_repl.grant_access('{role}', 'operator')")
+    assert problems(well, role) == [("notice", "not_looked_at", target)]
+
+
+def test_expressions_do_not_run_as_who_checks(well: Pair) -> None:
+    well.source.sql("""
+        CREATE FUNCTION spy(i integer) RETURNS boolean LANGUAGE plpgsql IMMUTABLE AS $$
+        BEGIN
+            IF current_user <> 'owner' THEN
+                RAISE EXCEPTION 'run as %', current_user;
+            END IF;
+            RETURN true;
+        END $$
+        """)
+    well.add_target("t", row_filter="spy(id) AND spy(7)", columns=["id"], column_map={"v": "v || spy(8)"})
+    found = well.source.admin("SELECT code, message FROM tbl_repl.check() WHERE code <> 'dblink_public'")
+    assert found == []
