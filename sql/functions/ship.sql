@@ -743,6 +743,13 @@ BEGIN
     IF code ~ '^08' AND NOT two_phase THEN
         -- Lost, and the old session could not be ended: its message dies with the lease.
         PERFORM tbl_repl._outlive(lane.deadline);
+    ELSIF NOT two_phase AND lane.conn = ANY (tbl_repl._dblink_connections()) THEN
+        -- libpq shows the last error until something succeeds, and by an error a dead connection is told
+        BEGIN
+            PERFORM tbl_repl._call(lane.conn, 'SELECT 1', lane.deadline, true);
+        EXCEPTION WHEN OTHERS THEN
+            NULL;
+        END;
     END IF;
     -- the first reason is the one to tell
     IF first_error.code IS NULL THEN
