@@ -33,10 +33,11 @@ RUN = [page for page in PAGES if any(info in ("sql source", "sql target") for in
 
 @pytest.fixture
 def bare(world: World) -> Iterator[Pair]:
-    """A pair with dblink on the source, as an administrator leaves it, and no tbl_repl."""
+    """A pair with dblink, as an administrator leaves it, and no tbl_repl."""
     pair = Pair(world, plain_source=True, plain_target=True)
     try:
-        pair.source.admin("CREATE EXTENSION dblink")
+        for node in pair.nodes:
+            node.admin("CREATE EXTENSION dblink")
         pair.source.admin("GRANT USAGE ON FOREIGN DATA WRAPPER dblink_fdw TO owner")
         yield pair
     finally:
