@@ -473,3 +473,22 @@ def test_a_target_that_hangs_is_an_error_in_time(simple: Pair) -> None:
     assert differences(simple, target) == []
     with simple.target.frozen(), pytest.raises(errors.OperationalError):
         differences(simple, target)
+
+
+def test_case_under_a_collation_that_ignores_it(pair: Pair) -> None:
+    """Where 'a' = 'A', an update of one to the other is still one."""
+    if not pair.target.one("SELECT count(*) FROM pg_collation WHERE collprovider = 'i'"):
+        pytest.skip("this server has no ICU")
+    pair.target.admin("""
+        CREATE COLLATION public.ci (provider = icu, locale = 'und-u-ks-level2', deterministic = false)
+        """)
+    pair.source.sql("CREATE TABLE t (id integer PRIMARY KEY, v text)")
+    pair.target.sql("CREATE TABLE t (id integer PRIMARY KEY, v text COLLATE ci)")
+    pair.source.sql("INSERT INTO t VALUES (1, 'a'), (2, 'a')")
+    target = pair.add_target("t")
+    pair.source.sql("UPDATE t SET v = 'A' WHERE id = 1")
+    pair.assert_same("t")
+    pair.target.sql("UPDATE t SET v = 'A' WHERE id = 2")
+    assert differences(pair, target) == [("different", 2)]
+    assert repaired(pair, target) == 1
+    pair.assert_same("t")

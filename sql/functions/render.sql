@@ -29,7 +29,7 @@ AS $function$
         SELECT u.name, u.n, r.c ->> 'identity' = 'a' AS always,
                CASE WHEN r.c ->> 'base' = ANY ('{int2,int4,int8,text,bool,uuid,date,timestamp,timestamptz,bytea,oid}'::text[])
                          AND NOT coalesce((r.c ->> 'fuzzy')::boolean, false)
-                    THEN '' ELSE '::text' END AS compared
+                    THEN '' ELSE '::text COLLATE "C"' END AS compared
         FROM unnest(target.sent_columns) WITH ORDINALITY AS u (name, n)
         LEFT JOIN LATERAL (SELECT e AS c FROM jsonb_array_elements(target.remote -> 'columns') AS e
                            WHERE e ->> 'name' = u.name::text) AS r ON true
