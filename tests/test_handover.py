@@ -146,8 +146,16 @@ def test_who_wanted_to_queue_ships_when_the_target_is_back_meanwhile(pair: Pair,
     drainer.execute("BEGIN")
     drainer.execute("SELECT pg_advisory_xact_lock(tbl_repl._lock_queue(), %s)", [tolerant])
     drainer.execute("UPDATE tbl_repl.target_state SET status = 'ok'")
-    writer = start(pair.source.connect(), "UPDATE t SET v = 'y' WHERE id = 1")
-    wait_until(lambda: waits_for_advisory_lock(pair.source))
+    conn = pair.source.connect()
+    conn.execute("SET lock_timeout = '20 ms'")  # the application's own affair
+    writer = start(conn, "UPDATE t SET v = 'y' WHERE id = 1")
+    wait_until(
+        lambda: pair.source.admin(
+            "SELECT pid FROM pg_stat_activity WHERE pid = %s AND wait_event = 'PgSleep'"
+            " AND clock_timestamp() > query_start + interval '40 ms'",
+            [conn.info.backend_pid],
+        )
+    )
     drainer.execute("COMMIT")
     writer.result(10)
     assert pair.pending(tolerant) == 0
@@ -251,10 +259,8 @@ class Storm:
 
     def writer(self, number: int) -> None:
         random_ = random.Random(self.seed * 100 + number)
-        conn = self.pair.source.connect()
+        conn = self.pair.source.connect(options="-c lock_timeout=100ms")
         while not self.over():
-            if conn.closed:
-                conn = self.pair.source.connect()
             touched: set[int] = set()
             try:
                 isolation = random_.choices(self.isolations, [6, 3, 1][: len(self.isolations)])[0]
@@ -314,8 +320,8 @@ class Storm:
                 else:
                     conn.execute("SELECT tbl_repl.replay()")
             except psycopg.Error as error:
-                # ended by another thread
-                assert conn.closed or error.sqlstate == "57P01", error
+                # ended below, or by a writer that waited for it to connect to where nobody answers
+                assert conn.closed or error.sqlstate in ("57P01", "57014"), error
             if conn.closed:
                 conn = self.pair.source.connect()
             elif random_.random() < 0.05:
@@ -339,6 +345,7 @@ class Storm:
             self.proxy.set(mode)
             self.stop.wait(random_.uniform(0.05, 0.4))
             self.proxy.set("pass")
+            self.proxy.cut()  # from 16 on nobody but the other side ends a connection that hangs while it is made
 
         def down() -> None:
             nonlocal admin
@@ -392,7 +399,9 @@ def storm(pair: Pair, proxy: Proxy, mode: str, columns: str, seed: int) -> None:
     target_id = pair.add_target("t", mode=mode, timeout="1 s")
     weather = Storm(pair, proxy, mode, seed)
     weather.run()
-    assert weather.committed > 50
+    pair.target.forget()  # it has been restarted
+    print(f"{weather.committed} transactions, {len(weather.in_doubt)} keys in doubt")
+    assert weather.committed > 30
 
     def calm() -> bool:
         pair.drain()
@@ -417,4 +426,4 @@ PARTITIONED = "(id integer PRIMARY KEY, v integer) PARTITION BY HASH (id)"
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["tolerant", "async", "sync"])
 def test_a_storm_leaves_both_sides_equal(pair: Pair, proxy: Proxy, mode: str) -> None:
-    storm(pair, proxy, mode, ORDINARY, 1)
+    storm(pair, proxy, mode, ORDINARY, int(os.environ.get("TBL_REPL_SEED", "1")))

@@ -66,10 +66,10 @@ BEGIN
                      st.copy_after IS NOT NULL OR tbl_repl._has_pending(t.target_id) AS queued
               FROM tbl_repl.target AS t JOIN tbl_repl.target_state AS st USING (target_id)
               WHERE (_replay.server IS NULL OR t.server = _replay.server) AND st.status <> 'paused') AS w
-        WHERE w.queued OR w.status <> 'ok'
-           OR (retry AND EXISTS (SELECT FROM tbl_repl.quarantined AS q WHERE q.target_id = w.target_id))
+        CROSS JOIN LATERAL (SELECT retry AND EXISTS (SELECT FROM tbl_repl.quarantined AS q WHERE q.target_id = w.target_id) AS tries) AS q
+        WHERE w.queued OR w.status <> 'ok' OR q.tries
         GROUP BY w.server, w.owner, w.timeout, CASE WHEN w.status = 'failed' THEN w.target_id END
-        ORDER BY bool_or(w.queued) DESC,
+        ORDER BY bool_or(w.queued) DESC, bool_or(q.tries) DESC,
                  max(w.last_error_at) FILTER (WHERE w.last_error_at > coalesce(w.last_shipped_at, '-infinity')) NULLS FIRST,
                  min(w.last_shipped_at) NULLS FIRST, min(w.target_id)
     LOOP
@@ -212,6 +212,7 @@ DECLARE
     pages     jsonb := '{}';
     page      text[];
     listing   text;
+    started   timestamptz := clock_timestamp();
     error_text   text;
     error_detail text;
     error_hint   text;
@@ -229,7 +230,11 @@ BEGIN
         BEGIN
             -- twice the timeout: an older session of ours may have to be outlived first
             PERFORM tbl_repl._connect(lane.target_id, lane.conn, clock_timestamp() + lane.timeout * 2);
-        EXCEPTION WHEN OTHERS THEN
+        EXCEPTION WHEN query_canceled OR OTHERS THEN
+            -- who waits for us to connect cancels us when we hang (see _open)
+            IF SQLSTATE = '57014' AND clock_timestamp() < started + lane.timeout THEN
+                RAISE;
+            END IF;
             GET STACKED DIAGNOSTICS error_text = MESSAGE_TEXT, error_detail = PG_EXCEPTION_DETAIL, error_hint = PG_EXCEPTION_HINT;
             PERFORM tbl_repl._lane_is_down(lane.server, targets, SQLSTATE, error_text, error_detail, error_hint);
             RETURN 0;

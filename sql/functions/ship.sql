@@ -222,6 +222,7 @@ AS $function$
 DECLARE
     repeatable boolean := current_setting('transaction_isolation') = 'repeatable read';
     preparing  boolean;
+    entered    boolean;
     total      bigint;
     whole      boolean;
     waking     boolean;
@@ -287,8 +288,8 @@ BEGIN
     FOR item IN SELECT q.target_id, q.target_id = ANY (failed) AS has_failed
                 FROM (SELECT unnest(queued) UNION SELECT unnest(failed)) AS q (target_id) ORDER BY 1
     LOOP
-        PERFORM pg_advisory_xact_lock_shared(tbl_repl._lock_queue(), item.target_id);
-        IF NOT item.has_failed AND NOT preparing AND NOT repeatable
+        entered := tbl_repl._enter_queue(item.target_id);
+        IF entered AND NOT item.has_failed AND NOT preparing AND NOT repeatable
            AND (SELECT st.status = 'ok' FROM tbl_repl.target_state AS st WHERE st.target_id = item.target_id)
            AND pg_try_advisory_xact_lock_shared(tbl_repl._lock_ship(), item.target_id)
         THEN
@@ -315,6 +316,31 @@ END
 $function$;
 COMMENT ON FUNCTION tbl_repl._ship_transaction(xid8) IS
     'ships what a transaction has changed to its direct targets, or queues it';
+
+-- Takes queue (shared).  Only a drainer that sets the status holds it against us, to its commit.  The
+-- application's lock_timeout and a cancel must not fail its commit for that, nor may it wait for long: who does
+-- not get the lock queues all the same, as under SERIALIZABLE.
+CREATE OR REPLACE FUNCTION tbl_repl._enter_queue(target_id integer)
+RETURNS boolean
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    give_up timestamptz := clock_timestamp() + (SELECT t.timeout FROM tbl_repl.target AS t WHERE t.target_id = _enter_queue.target_id);
+BEGIN
+    WHILE NOT pg_try_advisory_xact_lock_shared(tbl_repl._lock_queue(), target_id) LOOP
+        IF clock_timestamp() > give_up THEN
+            RETURN false;
+        END IF;
+        PERFORM pg_sleep(0.001);
+    END LOOP;
+    RETURN true;
+EXCEPTION WHEN query_canceled THEN
+    RETURN false;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._enter_queue(integer) IS
+    'takes the lock queue for a writer that is going to queue; whether it got it';
 
 CREATE OR REPLACE FUNCTION tbl_repl._rows_per_message() RETURNS integer
 LANGUAGE sql IMMUTABLE PARALLEL SAFE RETURN 1000;
