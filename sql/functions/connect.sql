@@ -138,6 +138,7 @@ DECLARE
     lease_ms  numeric := extract(epoch FROM timeout) * 1000;
     lease_end timestamptz;
     foreign_lease boolean;
+    began     timestamptz := clock_timestamp();
 BEGIN
     conninfo := coalesce(tbl_repl._conninfo(server, timeout, own_name), server);
     FOR older IN
@@ -146,27 +147,31 @@ BEGIN
     LOOP
         PERFORM tbl_repl._dblink_disconnect(older);
     END LOOP;
-    -- One session at a time: where connecting cannot be bounded, only one hangs.
-    WHILE NOT pg_try_advisory_lock(tbl_repl._lock_connect(), lock_key) LOOP
-        IF clock_timestamp() > deadline THEN
-            SELECT l.pid INTO holder FROM pg_locks AS l
-            WHERE l.locktype = 'advisory' AND l.granted
-              AND l.database = (SELECT d.oid FROM pg_database AS d WHERE d.datname = current_database())
-              AND l.classid = tbl_repl._lock_connect()::oid AND l.objid = (lock_key::bigint & 4294967295)::oid;
-            PERFORM tbl_repl._cancel_connecting(holder);
+    -- One session at a time: where connecting cannot be bounded, only one hangs.  The lock goes back with the
+    -- subtransaction, whatever ends it, a cancel included; the connection stays.
+    BEGIN
+        WHILE NOT pg_try_advisory_xact_lock(tbl_repl._lock_connect(), lock_key) LOOP
+            IF clock_timestamp() > deadline THEN
+                SELECT l.pid INTO holder FROM pg_locks AS l
+                WHERE l.locktype = 'advisory' AND l.granted
+                  AND l.database = (SELECT d.oid FROM pg_database AS d WHERE d.datname = current_database())
+                  AND l.classid = tbl_repl._lock_connect()::oid AND l.objid = (lock_key::bigint & 4294967295)::oid;
+                PERFORM tbl_repl._cancel_connecting(holder);
+                EXIT;
+            END IF;
+            PERFORM pg_sleep(0.002);
+        END LOOP;
+        -- Who has waited for long has waited for one that hung, and would hang as well.
+        IF clock_timestamp() > least(deadline, began + (deadline - began) / 2) THEN
             RAISE EXCEPTION USING
                 ERRCODE = 'lock_not_available',
                 MESSAGE = format('another session is still connecting to server %I', server);
         END IF;
-        PERFORM pg_sleep(0.002);
-    END LOOP;
-    BEGIN
         PERFORM tbl_repl._dblink_connect(conn, conninfo);
-    EXCEPTION WHEN query_canceled OR OTHERS THEN
-        PERFORM pg_advisory_unlock(tbl_repl._lock_connect(), lock_key);
-        RAISE;
+        RAISE EXCEPTION USING ERRCODE = 'TR001', MESSAGE = 'connected';
+    EXCEPTION WHEN SQLSTATE 'TR001' THEN
+        NULL;
     END;
-    PERFORM pg_advisory_unlock(tbl_repl._lock_connect(), lock_key);
     BEGIN
         -- What shapes text is pinned, and what bounds waiting; never the search_path, which the
         -- target's own triggers may need.
@@ -234,7 +239,10 @@ SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 AS $function$
 BEGIN
-    PERFORM pg_cancel_backend(_cancel_connecting.pid);
+    -- Up to 15 connect_timeout ends it, and a cancel would hit what comes after the connecting.
+    IF current_setting('server_version_num')::integer >= 160000 THEN
+        PERFORM pg_cancel_backend(_cancel_connecting.pid);
+    END IF;
 EXCEPTION WHEN insufficient_privilege THEN
     NULL;  -- the extension's owner is no superuser: the connector waits until its own end
 END
