@@ -141,10 +141,10 @@ DECLARE
 BEGIN
     BEGIN
         PERFORM set_config('search_path', path, true);
-        -- A cursor takes one query only, and WHERE neither aggregates nor sets: what passes here is one
-        -- scalar expression, or closes our parenthesis, which the view's text gives away.
-        OPEN probe FOR EXECUTE pg_catalog.format('SELECT FROM %s AS s WHERE false AND (%s%s)', source_name, expression,
-                                                 CASE WHEN what OPERATOR(pg_catalog.=) 'row_filter' THEN E'\n' ELSE E'\n) IS NULL AND (true' END);
+        -- A cursor takes one query only, and WHERE neither aggregates nor sets.  What closes the CASE here
+        -- cannot close the parentheses below as well.
+        OPEN probe FOR EXECUTE pg_catalog.format('SELECT FROM %s AS s WHERE false AND CASE WHEN true THEN %s%s', source_name, expression,
+                                                 CASE WHEN what OPERATOR(pg_catalog.=) 'row_filter' THEN E'\nEND' ELSE E'\nEND IS NULL' END);
         CLOSE probe;
         OPEN probe FOR EXECUTE pg_catalog.format(E'SELECT (%s\n) AS tbl_repl_x FROM %s AS s WHERE false', expression, source_name);
         CLOSE probe;
@@ -836,7 +836,7 @@ BEGIN
             HINT    = 'Only a target that is paused or failed can be resumed.';
     END IF;
     UPDATE tbl_repl.target_state AS st
-    SET status = CASE WHEN st.copy_after IS NOT NULL THEN 'copying' ELSE 'queueing' END
+    SET status = CASE WHEN st.copy_after IS NOT NULL THEN 'copying' ELSE 'queueing' END, next_try_at = NULL, failures = 0
     WHERE st.target_id = resume_target.target_id;
     PERFORM tbl_repl._back_to_ok(target_id);
 END
