@@ -1,5 +1,22 @@
 -- Monitor: the views in which users and monitoring systems read what is going on.
 
+-- A row of the queue is for every target of its source; what a target does not replicate is not pending for it.
+CREATE OR REPLACE FUNCTION tbl_repl._wanted(target tbl_repl.target)
+RETURNS text
+LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT format(' AND c.op = ANY (%L)%s',
+                  array_remove(ARRAY[CASE WHEN 'insert' = ANY (target.operations) THEN 'I' END,
+                                     CASE WHEN 'update' = ANY (target.operations) THEN 'U' END,
+                                     CASE WHEN 'update' = ANY (target.operations) THEN 'K' END,
+                                     CASE WHEN 'delete' = ANY (target.operations) THEN 'D' END,
+                                     CASE WHEN 'truncate' = ANY (target.operations) THEN 'T' END], NULL),
+                  CASE WHEN tbl_repl._truncates_by_key(target.target_id) THEN ' AND (c.op <> ''T'' OR c.keys IS NOT NULL)' END)
+$function$;
+COMMENT ON FUNCTION tbl_repl._wanted(tbl_repl.target) IS
+    'SQL condition: what row c of the queue means concerns the target';
+
 CREATE OR REPLACE FUNCTION tbl_repl._pending_rows(
     target_id integer,
     OUT rows   bigint,
@@ -10,7 +27,7 @@ SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 AS $function$
 BEGIN
-    EXECUTE (SELECT format('SELECT coalesce(sum(c.row_count), 0), min(c.captured_at) FROM %s', tbl_repl._pending_from(t, st.position))
+    EXECUTE (SELECT format('SELECT coalesce(sum(c.row_count), 0), min(c.captured_at) FROM %s%s', tbl_repl._pending_from(t, st.position), tbl_repl._wanted(t))
              FROM tbl_repl.target AS t JOIN tbl_repl.target_state AS st USING (target_id)
              WHERE t.target_id = _pending_rows.target_id)
     INTO rows, oldest;
@@ -50,7 +67,7 @@ CROSS JOIN LATERAL tbl_repl._pending_rows(t.target_id) AS p;
 COMMENT ON VIEW tbl_repl.target_status IS 'every target, its state and what is queued for it';
 
 CREATE OR REPLACE FUNCTION tbl_repl._pending_keys()
-RETURNS TABLE (target_id integer, source_table regclass, op text, key jsonb, captured_at timestamptz, key_text text, txid xid8)
+RETURNS TABLE (target_id integer, source_table regclass, op text, key jsonb, captured_at timestamptz, key_text text, txid xid8, removes boolean)
 LANGUAGE plpgsql STABLE
 SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
@@ -59,14 +76,14 @@ DECLARE
     item record;
 BEGIN
     FOR item IN
-        SELECT t.target_id, s.source_table, s.key_columns, tbl_repl._pending_from(t, st.position) AS pending
+        SELECT t.target_id, s.source_table, s.key_columns, tbl_repl._pending_from(t, st.position) || tbl_repl._wanted(t) AS pending
         FROM tbl_repl.target AS t JOIN tbl_repl.target_state AS st USING (target_id) JOIN tbl_repl.source AS s USING (source_id)
         ORDER BY t.target_id
     LOOP
         RETURN QUERY EXECUTE format($query$
             SELECT %s, %L::regclass,
                    CASE c.op WHEN 'I' THEN 'insert' WHEN 'U' THEN 'update' WHEN 'K' THEN 'update' WHEN 'D' THEN 'delete' ELSE 'truncate' END,
-                   tbl_repl._key_json(%L::regclass, %L, k.key), c.captured_at, k.key, c.txid
+                   tbl_repl._key_json(%L::regclass, %L, k.key), c.captured_at, k.key, c.txid, c.op IN ('K', 'D', 'T')
             FROM (SELECT c.* FROM %s) AS c LEFT JOIN LATERAL unnest(c.keys) WITH ORDINALITY AS k (key, n) ON true
             ORDER BY c.captured_at, k.n$query$, item.target_id, item.source_table::oid, item.source_table::oid, item.key_columns, item.pending);
     END LOOP;
@@ -114,7 +131,7 @@ BEGIN
     id := 0;
     FOR item IN
         SELECT p.target_id, p.key_text, p.captured_at, p.op, t.server, n.nspname, c.relname, tbl_repl._dst_table(t) AS dst_table,
-               'delete' = ANY (t.operations) OR p.op IN ('delete', 'truncate') AS absent
+               'delete' = ANY (t.operations) OR p.removes AS absent
         FROM tbl_repl._pending_keys() AS p
         JOIN tbl_repl.target AS t ON t.target_id = p.target_id AND t.mode <> 'async'
         JOIN pg_class AS c ON c.oid = p.source_table JOIN pg_namespace AS n ON n.oid = c.relnamespace

@@ -1,0 +1,271 @@
+"""What goes where: columns, maps, names, and changing them later."""
+
+from __future__ import annotations
+
+import psycopg
+import pytest
+
+from support import Pair
+
+SOURCE = "CREATE TABLE t (id integer PRIMARY KEY, email text, n integer, secret text)"
+
+
+@pytest.fixture
+def source(pair: Pair) -> Pair:
+    pair.source.sql(SOURCE)
+    pair.source.sql("INSERT INTO t VALUES (1, 'a@x', 10, 's'), (2, 'b@x', 20, 's')")
+    return pair
+
+
+def test_column_list(source: Pair) -> None:
+    source.target.sql("CREATE TABLE t (n integer, more text DEFAULT 'kept', id integer PRIMARY KEY)")
+    source.add_target("t", columns=["n", "id"])
+    source.target.sql("UPDATE t SET more = 'local' WHERE id = 1")
+    source.source.sql("UPDATE t SET n = n + 1, email = 'new'; INSERT INTO t VALUES (3, 'c@x', 30, 's')")
+    assert source.target.sql("SELECT id, n, more FROM t ORDER BY id") == [(1, 11, "local"), (2, 21, "kept"), (3, 31 - 1, "kept")]
+
+
+def test_map_renames_transforms_and_masks(source: Pair) -> None:
+    source.target.sql('CREATE TABLE t (pk integer PRIMARY KEY, email text, "Double n" bigint, label text, secret text)')
+    source.add_target(
+        "t",
+        columns=["email", "secret"],
+        column_map={"pk": "id", "email": "md5(email)", "Double n": "n * 2", "label": "format('%s: %s', id, n)", "secret": "NULL"},
+    )
+    source.source.sql("UPDATE t SET n = 11 WHERE id = 1; UPDATE t SET id = 5 WHERE id = 2")
+    expected = source.source.sql("SELECT id, md5(email), n * 2, id || ': ' || n, NULL FROM t ORDER BY id")
+    assert source.target.sql("TABLE t ORDER BY pk") == expected
+    source.source.sql("DELETE FROM t WHERE id = 5; INSERT INTO t (id) VALUES (9)")
+    expected = source.source.sql("SELECT id, md5(email), n * 2, id || ': ' || coalesce(n::text, ''), NULL FROM t ORDER BY id")
+    assert source.target.sql("TABLE t ORDER BY pk") == expected
+
+
+def test_only_the_map_is_sent(source: Pair) -> None:
+    source.target.sql("CREATE TABLE t (key integer PRIMARY KEY, domain text)")
+    source.add_target("t", columns=[], column_map={"key": "id", "domain": "split_part(email, '@', 2)"})
+    source.source.sql("UPDATE t SET email = 'q@y' WHERE id = 1; DELETE FROM t WHERE id = 2")
+    assert source.target.sql("TABLE t") == [(1, "y")]
+
+
+@pytest.mark.parametrize("expression", ["id", " id ", "ID", '"id"', "s.id", "(id)", "s . id -- the key"])
+def test_rename_of_the_key_in_any_spelling(source: Pair, expression: str) -> None:
+    source.target.sql("CREATE TABLE t (pk integer PRIMARY KEY, n integer)")
+    source.add_target("t", columns=["n"], column_map={"pk": expression})
+    source.source.sql("DELETE FROM t WHERE id = 1; UPDATE t SET n = 5")
+    assert source.target.sql("TABLE t") == [(2, 5)]
+
+
+def test_an_expression_is_sql_not_a_name(pair: Pair) -> None:
+    """A column may be called as a function is; unquoted, SQL takes the function."""
+    pair.source.sql('CREATE TABLE t (id integer PRIMARY KEY, "user" text, "Id" integer)')
+    pair.target.sql("CREATE TABLE t (id integer PRIMARY KEY, a text, b text, c integer)")
+    pair.add_target("t", columns=["id"], column_map={"a": "user", "b": '"user"', "c": '"Id"'})
+    pair.source.sql("INSERT INTO t VALUES (1, 'column', 7)")
+    assert pair.target.sql("TABLE t") == [(1, "owner", "column", 7)]
+    with pytest.raises(psycopg.errors.UndefinedColumn):
+        pair.source.sql("CREATE TABLE o (\"Id\" integer PRIMARY KEY)")
+        pair.add_target("o", dst_table="t", columns=["Id"], column_map={"id": "nope"})
+
+
+def test_key_sent_twice(source: Pair) -> None:
+    source.target.sql("CREATE TABLE t (id integer, again integer PRIMARY KEY)")
+    with pytest.raises(psycopg.errors.InvalidTableDefinition):  # under its own name it is the key
+        source.add_target("t", columns=["id"], column_map={"again": "id"})
+    source.target.sql("ALTER TABLE t DROP CONSTRAINT t_pkey, ADD PRIMARY KEY (id)")
+    source.add_target("t", columns=["id"], column_map={"again": "id"})
+    source.source.sql("UPDATE t SET id = 7 WHERE id = 1")
+    assert source.target.sql("TABLE t ORDER BY id") == [(2, 2), (7, 7)]
+
+
+@pytest.mark.parametrize(
+    ("dst_table", "schema", "name"),
+    [
+        (None, "public", "t"),
+        ("u", "public", "u"),
+        ("other.u", "other", "u"),
+        ("OTHER.U", "other", "u"),
+        ('"Other".u', "Other", "u"),
+        ('other."a.b"', "other", "a.b"),
+        (' other . "q""q" ', "other", 'q"q'),
+    ],
+)
+def test_name_of_the_target_table(source: Pair, dst_table: str | None, schema: str, name: str) -> None:
+    quoted = ".".join('"' + part.replace('"', '""') + '"' for part in (schema, name))
+    source.target.sql(f'CREATE SCHEMA IF NOT EXISTS "{schema}"; ' + SOURCE.replace("TABLE t", f"TABLE {quoted}"))
+    source.add_target("t", dst_table=dst_table)
+    source.source.sql("DELETE FROM t WHERE id = 1")
+    source.assert_same("t", quoted)
+
+
+def test_table_name_alone_means_the_schema_of_the_source(pair: Pair) -> None:
+    pair.both("CREATE SCHEMA app")
+    pair.source.sql("CREATE TABLE app.t (id integer PRIMARY KEY)")
+    pair.target.sql("CREATE TABLE app.u (id integer PRIMARY KEY); CREATE TABLE u (id integer PRIMARY KEY)")
+    pair.add_target("app.t", dst_table="u")
+    pair.source.sql("INSERT INTO app.t VALUES (1)")
+    assert (pair.target.rows("app.u"), pair.target.rows("u")) == (["(1)"], [])
+
+
+def test_generated_columns_are_not_sent_unless_named(pair: Pair) -> None:
+    ddl = "CREATE TABLE t (id integer PRIMARY KEY, n integer, twice integer GENERATED ALWAYS AS (n * 2) STORED)"
+    pair.both(ddl)
+    pair.target.sql("CREATE TABLE u (id integer PRIMARY KEY, n integer, twice integer)")
+    pair.add_target("t")
+    pair.add_target("t", dst_table="u", columns=["id", "twice"])
+    pair.source.sql("INSERT INTO t VALUES (1, 5), (2, 6); UPDATE t SET n = 7 WHERE id = 1")
+    pair.assert_same("t")
+    assert pair.target.sql("TABLE u ORDER BY id") == [(1, None, 14), (2, None, 12)]
+
+
+def test_virtual_generated_columns(pair: Pair) -> None:
+    if pair.major < 18:
+        pytest.skip("new in 18")
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY, n integer, twice integer GENERATED ALWAYS AS (n * 2))")
+    pair.target.sql("CREATE TABLE u (id integer PRIMARY KEY, twice integer, thrice integer)")
+    pair.add_target("t")
+    pair.add_target("t", dst_table="u", columns=["id", "twice"], column_map={"thrice": "twice + n"}, row_filter="twice < 100")
+    pair.source.sql("INSERT INTO t VALUES (1, 5), (2, 60); UPDATE t SET n = CASE id WHEN 1 THEN 7 ELSE 8 END; INSERT INTO t VALUES (3, 99)")
+    pair.assert_same("t")
+    assert pair.target.sql("TABLE u ORDER BY id") == [(1, 14, 21), (2, 16, 24)]
+
+
+@pytest.mark.parametrize("referenced", [False, True])
+def test_identity_always(pair: Pair, referenced: bool) -> None:
+    """Key and another column, on both sides; the values are the source's."""
+    pair.both("CREATE TABLE k (id integer GENERATED ALWAYS AS IDENTITY PRIMARY KEY, v text)")
+    pair.both("CREATE TABLE c (id integer PRIMARY KEY, no integer GENERATED ALWAYS AS IDENTITY, v text)")
+    if referenced:
+        pair.target.sql("CREATE TABLE child (k integer REFERENCES k, c integer REFERENCES c)")
+    targets = [pair.add_target("k"), pair.add_target("c")]
+    pair.target.sql("SELECT setval('k_id_seq', 500), setval('c_no_seq', 500)")
+    for write in (
+        "INSERT INTO k (v) VALUES ('a'), ('b'); INSERT INTO c (id, v) VALUES (1, 'a'), (2, 'b')",
+        "UPDATE k SET v = 'x'; UPDATE c SET v = 'x'",
+        "UPDATE c SET no = DEFAULT WHERE id = 1",
+        "INSERT INTO k OVERRIDING SYSTEM VALUE VALUES (7000, 'over'); INSERT INTO c OVERRIDING SYSTEM VALUE VALUES (3, 7000, 'over')",
+        "DELETE FROM k WHERE id = 1; DELETE FROM c WHERE id = 2",
+        "INSERT INTO k (v) SELECT 'many' FROM generate_series(1, 1500)",
+        "UPDATE c SET id = id + 10",
+    ):
+        pair.source.sql(write)
+        pair.assert_same("k")
+        pair.assert_same("c")
+    assert [pair.status(t) for t in targets] == ["ok", "ok"]
+
+
+def test_identity_always_is_the_only_column(pair: Pair) -> None:
+    pair.both("CREATE TABLE k (id integer GENERATED ALWAYS AS IDENTITY PRIMARY KEY)")
+    pair.add_target("k")
+    pair.source.sql("INSERT INTO k DEFAULT VALUES; INSERT INTO k DEFAULT VALUES; DELETE FROM k WHERE id = 1")
+    pair.source.sql("INSERT INTO k DEFAULT VALUES")
+    pair.assert_same("k")
+
+
+def test_target_with_triggers_defaults_and_other_indexes(source: Pair) -> None:
+    """The target's own triggers run with its own search_path."""
+    source.target.sql(
+        SOURCE.replace("secret text", "secret text, seen timestamptz DEFAULT now()")
+        + """; CREATE TABLE audit (id integer, op text);
+        CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS
+            'BEGIN INSERT INTO audit VALUES (coalesce(NEW.id, OLD.id), TG_OP); RETURN NULL; END';
+        CREATE TRIGGER note AFTER INSERT OR UPDATE OR DELETE ON t FOR EACH ROW EXECUTE FUNCTION note()"""
+    )
+    source.add_target("t")
+    source.source.sql("UPDATE t SET n = 0 WHERE id = 1; DELETE FROM t WHERE id = 2")
+    source.source.sql("UPDATE t SET n = 0 WHERE id = 1")  # changes nothing: costs the target nothing
+    assert source.target.sql("SELECT op, id FROM audit ORDER BY op, id") == [("DELETE", 2), ("INSERT", 1), ("INSERT", 2), ("UPDATE", 1)]
+    assert source.target.one("SELECT seen IS NOT NULL FROM t WHERE id = 1")
+
+
+def test_alter_target_changes_what_is_given(source: Pair) -> None:
+    source.target.sql(SOURCE + ";" + SOURCE.replace("TABLE t", "TABLE u"))
+    target = source.add_target("t", timeout="7 s")
+
+    def alter(**changes: object) -> None:
+        source.call("alter_target", target_id=target, **changes)
+
+    alter(row_filter="n > 15", column_map={"email": "md5(email)"})
+    source.source.sql("UPDATE t SET secret = 'x'")
+    # a new filter says what is sent from now on; what is there already is repair_target's business
+    assert source.target.sql("SELECT id, length(email), secret FROM t ORDER BY id") == [(1, 3, "s"), (2, 32, "x")]
+    assert source.call("repair_target", target_id=target, delete_extra=True) == 1
+    source.drain()
+    assert source.target.sql("SELECT id FROM t") == [(2,)]
+    alter(row_filter="", column_map={})
+    source.source.sql("UPDATE t SET secret = 'y'")
+    source.assert_same("t")
+    alter(columns=["id", "n"])
+    source.source.sql("UPDATE t SET n = 0, secret = 'z'")
+    assert source.target.sql("SELECT n, secret FROM t") == [(0, "y"), (0, "y")]
+    alter(dst_table="u", mode="sync")
+    source.source.sql("UPDATE t SET n = 1")
+    assert source.target.sql("SELECT id, n FROM u ORDER BY id") == [(1, 1), (2, 1)]
+    assert source.target.sql("SELECT n FROM t") == [(0,), (0,)]
+    assert source.source.sql("SELECT mode, status, dst_table FROM tbl_repl.target_status") == [("sync", "ok", "public.u")]
+    assert source.source.one("SELECT timeout = '7 s' FROM tbl_repl.target") is True
+
+
+@pytest.mark.parametrize("before", ["sync", "tolerant", "async"])
+@pytest.mark.parametrize("after", ["sync", "tolerant", "async"])
+def test_mode_can_be_changed_with_rows_queued(source: Pair, before: str, after: str) -> None:
+    source.target.sql(SOURCE + ";" + SOURCE.replace("TABLE t", "TABLE u"))
+    target = source.add_target("t", mode=before)
+    source.add_target("t", dst_table="u", mode="async")  # shares the queue
+    source.call("pause_target", target_id=target)
+    source.source.sql("UPDATE t SET n = 1; INSERT INTO t VALUES (3, 'c', 3, 's')")
+    source.call("resume_target", target_id=target)
+    source.call("alter_target", target_id=target, mode=after)
+    source.source.sql("UPDATE t SET n = 2 WHERE id = 3; DELETE FROM t WHERE id = 1")
+    source.drain()
+    source.assert_same("t")
+    source.assert_same("t", "u")
+    assert source.status(target) == "ok"
+    source.source.sql("UPDATE t SET n = 9")
+    if after != "async":
+        source.assert_same("t")
+    source.drain()
+    source.assert_same("t")
+    source.assert_same("t", "u")
+
+
+def test_target_that_has_never_been_ok_keeps_no_lock_after_drop(source: Pair) -> None:
+    source.target.sql(SOURCE)
+    target = source.add_target("t", initial_copy="background")
+    assert source.status(target) == "copying"
+    source.source.sql("INSERT INTO t VALUES (3, 'c', 3, 's')")
+    source.call("drop_target", target_id=target)
+    assert source.source.one("SELECT count(*) FROM tbl_repl.change") == 0
+    source.drain()
+    assert source.target.rows("t") == []
+
+
+def test_drop_target_and_define_it_again_in_one_transaction(source: Pair) -> None:
+    source.target.sql(SOURCE)
+    source.add_target("t")
+    source.source.sql(
+        f"BEGIN; INSERT INTO t VALUES (3, 'c', 3, 's'); SELECT tbl_repl.drop_target('t', '{source.server}');"
+        f"INSERT INTO t VALUES (4, 'd', 4, 's'); SELECT tbl_repl.add_target('t', '{source.server}', mode => 'sync');"
+        "INSERT INTO t VALUES (5, 'e', 5, 's'); COMMIT"
+    )
+    source.assert_same("t")
+    source.source.sql("DELETE FROM t")
+    source.assert_same("t")
+
+
+@pytest.mark.parametrize("initial_copy", ["now", "background", "none"])
+@pytest.mark.parametrize("mode", ["sync", "tolerant", "async"])
+def test_initial_copy(source: Pair, initial_copy: str, mode: str) -> None:
+    source.target.sql(SOURCE)
+    source.source.sql("INSERT INTO t SELECT i, 'x', i, 's' FROM generate_series(3, 2500) i")
+    target = source.add_target("t", initial_copy=initial_copy, mode=mode)
+    count = source.target.one("SELECT count(*) FROM t")
+    assert count == (2500 if initial_copy == "now" else 0)
+    assert source.status(target) == ("copying" if initial_copy == "background" else "ok")
+    source.source.sql("UPDATE t SET n = -1 WHERE id <= 5; DELETE FROM t WHERE id = 6")
+    source.drain()
+    assert source.status(target) == "ok"
+    if initial_copy == "none":
+        assert source.target.one("SELECT count(*) FROM t") == 5
+        assert source.call("resync_target", target_id=target) == 2499
+        source.drain()
+    source.assert_same("t")
