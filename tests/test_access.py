@@ -102,7 +102,9 @@ def test_public_has_no_right_on_anything(used: Pair) -> None:
 def test_functions_made_on_a_target_are_not_for_everybody(used: Pair) -> None:
     target = used.source.one("SELECT min(target_id) FROM tbl_repl.target")
     used.call("protect_target", target_id=target)
-    name = used.target.one("SELECT oid::regprocedure::text FROM pg_proc WHERE proname LIKE '\\_tbl\\_repl\\_guard%'")
+    name = used.target.one(
+        "SELECT oid::regprocedure::text FROM pg_proc WHERE proname LIKE '\\_tbl\\_repl\\_guard%'"
+    )
     assert name
     assert not used.target.admin("SELECT has_function_privilege('writer', %s, 'EXECUTE')", [name])[0][0]
 
@@ -121,6 +123,7 @@ def test_readers_read_the_views_and_nothing_else(used: Pair) -> None:
     executable = {name for kind, name, _ in found if kind == "routine"}
     assert executable
     assert all(name.startswith(("_pending_", "_key_")) or name == "node_name()" for name in executable)
+    assert rights(used.source, "writer") == set()
 
 
 def test_readers_can_really_read(used: Pair) -> None:
@@ -158,7 +161,9 @@ def test_operators_run_targets_of_their_own_tables(pair: Pair) -> None:
     pair.source.sql(
         f"CREATE USER MAPPING FOR {role} SERVER {pair.server} OPTIONS (user 'owner', password 'secret')"
     )
-    pair.both("CREATE TABLE mine (id integer PRIMARY KEY, v text); CREATE TABLE others (id integer PRIMARY KEY)")
+    pair.both(
+        "CREATE TABLE mine (id integer PRIMARY KEY, v text); CREATE TABLE others (id integer PRIMARY KEY)"
+    )
     pair.source.admin(f"ALTER TABLE mine OWNER TO {role}; GRANT SELECT ON mine TO owner")
     other = pair.add_target("others")
     for mode in ("sync", "async"):
@@ -180,7 +185,9 @@ def test_operators_run_targets_of_their_own_tables(pair: Pair) -> None:
         for verb in ("pause_target", "resume_target", "resync_target", "alter_target"):
             pair.source.sql(f"SELECT tbl_repl.{verb}({target})", user=role)
         found = pair.source.sql(
-            "SELECT code FROM tbl_repl.check() WHERE target_id = %s AND severity = 'error'", [target], user=role
+            "SELECT code FROM tbl_repl.check() WHERE target_id = %s AND severity = 'error'",
+            [target],
+            user=role,
         )
         assert found == []
         pair.source.sql("CALL tbl_repl.drain()", user=role)
@@ -188,7 +195,14 @@ def test_operators_run_targets_of_their_own_tables(pair: Pair) -> None:
         pair.source.sql(f"SELECT tbl_repl.drop_target({target})", user=role)
         pair.source.sql("DELETE FROM mine", user=role)
         pair.target.sql("DELETE FROM mine")
-    for verb in ("pause_target", "resume_target", "resync_target", "drop_target", "alter_target", "protect_target"):
+    for verb in (
+        "pause_target",
+        "resume_target",
+        "resync_target",
+        "drop_target",
+        "alter_target",
+        "protect_target",
+    ):
         with pytest.raises(errors.InsufficientPrivilege):
             pair.source.sql(f"SELECT tbl_repl.{verb}({other})", user=role)
     with pytest.raises(errors.InsufficientPrivilege):
@@ -202,7 +216,8 @@ def test_operators_cannot_make_a_definition_run_as_somebody_else(used: Pair) -> 
     used.source.sql(f"SELECT tbl_repl.grant_access('{role}', 'operator')")
     with pytest.raises(errors.InsufficientPrivilege):
         used.source.sql(
-            "INSERT INTO tbl_repl.target SELECT (t).* FROM (SELECT t FROM tbl_repl.target t LIMIT 1) x", user=role
+            "INSERT INTO tbl_repl.target SELECT (t).* FROM (SELECT t FROM tbl_repl.target t LIMIT 1) x",
+            user=role,
         )
     before = used.source.sql("SELECT t::text FROM tbl_repl.target t ORDER BY 1")
     used.source.sql("UPDATE tbl_repl.target SET filter_expr = 'evil()'", user=role)

@@ -59,9 +59,15 @@ def test_silent_when_all_is_well(well: Pair, mode: str) -> None:
     well.source.sql("CREATE TABLE m (id integer PRIMARY KEY, email text, secret text)")
     well.target.sql("CREATE TABLE m (no integer PRIMARY KEY, mail text)")
     well.add_target(
-        "m", mode=mode, columns=[], column_map={"no": "id", "mail": "md5(email) || E'\\\\'"}, row_filter="id > 0"
+        "m",
+        mode=mode,
+        columns=[],
+        column_map={"no": "id", "mail": "md5(email) || E'\\\\'"},
+        row_filter="id > 0",
     )
-    well.source.sql("INSERT INTO t VALUES (1); INSERT INTO k VALUES (1, 1, 'u', 0.1, 2); INSERT INTO p VALUES ('a', '2026-01-02')")
+    well.source.sql(
+        "INSERT INTO t VALUES (1); INSERT INTO k VALUES (1, 1, 'u', 0.1, 2); INSERT INTO p VALUES ('a', '2026-01-02')"
+    )
     well.target.sql("SELECT tbl_repl.protect('t')")
     well.drain()
     assert problems(well) == []
@@ -209,7 +215,9 @@ def test_drift_on_the_target(well: Pair, ddl: str, code: str) -> None:
 
 def test_what_the_target_may_have_more_is_no_problem(well: Pair) -> None:
     well.add_target("t")
-    well.target.sql("ALTER TABLE t ADD more integer DEFAULT 1 NOT NULL, ADD other text; ALTER TABLE t ALTER v SET NOT NULL")
+    well.target.sql(
+        "ALTER TABLE t ADD more integer DEFAULT 1 NOT NULL, ADD other text; ALTER TABLE t ALTER v SET NOT NULL"
+    )
     well.target.sql("CREATE INDEX ON t (v)")
     assert problems(well) == []
 

@@ -145,13 +145,13 @@ def test_only_chunks_that_differ_are_sent(simple: Pair) -> None:
     """Rows that are equal travel as a hash: the target's log never sees their values."""
     simple.source.sql("INSERT INTO t SELECT i, 'value-' || i, i FROM generate_series(21, 3000) i")
     target = simple.add_target("t")
-    simple.target.sql("UPDATE t SET v = 'x' WHERE id = 3000")
+    simple.target.sql("UPDATE t SET v = 'x' WHERE id IN (1, 3000)")
     simple.target.admin(f"ALTER DATABASE {simple.target.dbname} SET log_statement = 'all'")
     simple.source.forget()
-    assert differences(simple, target) == [("different", 3000)]
+    assert differences(simple, target) == [("different", 1), ("different", 3000)]
     log = simple.target.log()
     assert "value-3000" in log
-    assert "value-500'" not in log
+    assert "value-1500'" not in log
 
 
 def test_filter_columns_and_map_are_known(pair: Pair) -> None:
@@ -249,20 +249,22 @@ def test_values_are_compared_in_the_form_of_the_target(pair: Pair, name: str) ->
 
 
 def test_what_the_target_cannot_hold_is_a_difference(pair: Pair) -> None:
-    pair.source.sql("CREATE TABLE t (id bigint PRIMARY KEY, v text, n integer)")
+    pair.source.sql("CREATE TABLE t (id bigint PRIMARY KEY, v text, n integer, c text)")
     pair.target.sql("""
         CREATE DOMAIN small AS integer CHECK (value < 100);
-        CREATE TABLE t (id integer PRIMARY KEY, v varchar(3), n small);
-        INSERT INTO t SELECT i, 'abc', 1 FROM generate_series(1, 4) i
+        CREATE TABLE t (id integer PRIMARY KEY, v varchar(3), n small, c char(3));
+        INSERT INTO t SELECT i, 'abc', 1, 'abc' FROM generate_series(1, 6) i;
+        DELETE FROM t WHERE id = 5
         """)
     pair.source.sql("""
-        INSERT INTO t VALUES (1, 'abc', 1), (2, 'abcdef', 1), (3, 'abc', 1000), (4, 'abc', 1),
-                             (5, 'abcdef', 1), (5000000000, 'abc', 1)
+        INSERT INTO t VALUES (1, 'abc', 1, 'abc'), (2, 'abcdef', 1, 'abc'), (3, 'abc', 1000, 'abc'),
+            (4, 'abc', 1, 'abc  '), (5, 'abcdef', 1, 'abc'), (6, 'abc', 1, 'abcdef'), (5000000000, 'abc', 1, 'abc')
         """)
     target = pair.add_target("t", initial_copy="none", mode="async")
     assert differences(pair, target) == [
         ("different", 2),
         ("different", 3),
+        ("different", 6),
         ("missing_on_target", 5),
         ("missing_on_target", 5000000000),
     ]
@@ -477,7 +479,7 @@ def test_a_target_that_hangs_is_an_error_in_time(simple: Pair) -> None:
 
 def test_case_under_a_collation_that_ignores_it(pair: Pair) -> None:
     """Where 'a' = 'A', an update of one to the other is still one."""
-    if not pair.target.one("SELECT count(*) FROM pg_collation WHERE collprovider = 'i'"):
+    if not pair.target.one("SELECT count(*) FROM pg_collation WHERE collname = 'en-x-icu'"):
         pytest.skip("this server has no ICU")
     pair.target.admin("""
         CREATE COLLATION public.ci (provider = icu, locale = 'und-u-ks-level2', deterministic = false)

@@ -245,8 +245,6 @@ BEGIN
             FROM pg_attribute AS a
             WHERE a.attrelid = source.source_table AND a.attnum > 0 AND NOT a.attisdropped AND a.attgenerated = ''
               AND a.attname <> ALL (target.sent_columns) AND format('s.%I', a.attname) <> ALL (target.sent_exprs)
-              -- what only expressions read is left out by intention
-              AND NOT EXISTS (SELECT FROM unnest(target.sent_exprs) AS e WHERE strpos(e, format('s.%I', a.attname)) > 0)
             ORDER BY a.attnum;
     END IF;
 
