@@ -265,6 +265,18 @@ def test_a_dead_server_does_not_hold_up_the_others(trio: Pair) -> None:
     assert trio.source.one("SELECT count(*) FROM tbl_repl.error_log WHERE target_id = %s", [well]) == 0
 
 
+def test_the_first_replay_after_a_restart_of_the_target_ships(pair: Pair) -> None:
+    """The session's connection has died unnoticed."""
+    target_id = async_table(pair)
+    pair.source.sql("INSERT INTO t VALUES (1, 'x')")
+    pair.drain()
+    pair.source.sql("INSERT INTO t VALUES (2, 'x')")
+    pair.target.admin("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name LIKE 'tbl_repl%'")
+    assert replay(pair) == 1
+    pair.assert_same("t")
+    assert pair.source.one("SELECT count(*) FROM tbl_repl.error_log WHERE target_id = %s", [target_id]) == 0
+
+
 def test_a_dead_server_does_not_turn_away_the_writers_of_others(trio: Pair) -> None:
     """While a drainer waits for the server that hangs, nobody else's lock is held."""
     trio.both("CREATE TABLE t (id integer PRIMARY KEY, v text)")

@@ -426,6 +426,28 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._is_usable(text) IS
     'whether a named connection is open and idle; a dead one is closed';
 
+-- A peer that has gone may not have told us yet: where trying again is not free, ask first.
+CREATE OR REPLACE FUNCTION tbl_repl._is_alive(conn text, deadline timestamptz)
+RETURNS boolean
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+BEGIN
+    IF NOT tbl_repl._is_usable(conn) THEN
+        RETURN false;
+    END IF;
+    PERFORM tbl_repl._call(conn, 'SELECT 1', deadline);
+    RETURN true;
+EXCEPTION WHEN OTHERS THEN
+    IF conn = ANY (tbl_repl._dblink_connections()) THEN
+        PERFORM tbl_repl._dblink_disconnect(conn);
+    END IF;
+    RETURN false;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._is_alive(text, timestamptz) IS
+    'whether a named connection answers; one that does not is closed';
+
 CREATE OR REPLACE FUNCTION tbl_repl._connection_name(server name, owner name, timeout interval)
 RETURNS text
 LANGUAGE sql STABLE

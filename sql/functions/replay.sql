@@ -228,6 +228,7 @@ BEGIN
                       OR (retry AND EXISTS (SELECT FROM tbl_repl.quarantined AS q WHERE q.target_id = st.target_id))))
     THEN
         BEGIN
+            PERFORM tbl_repl._is_alive(lane.conn, clock_timestamp() + lane.timeout);
             -- twice the timeout: an older session of ours may have to be outlived first
             PERFORM tbl_repl._connect(lane.target_id, lane.conn, clock_timestamp() + lane.timeout * 2);
         EXCEPTION WHEN query_canceled OR OTHERS THEN

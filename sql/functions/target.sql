@@ -338,7 +338,7 @@ BEGIN
     END LOOP;
 
     conn := tbl_repl._connection_name(target.server, current_user, target.timeout);
-    IF NOT tbl_repl._is_usable(conn) THEN
+    IF NOT tbl_repl._is_alive(conn, deadline) THEN
         PERFORM tbl_repl._open(conn, target.server, target.timeout, deadline);
     END IF;
     facts := tbl_repl._remote_facts(conn, target.dst_schema, target.dst_name, deadline);
