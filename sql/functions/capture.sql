@@ -48,7 +48,7 @@ BEGIN
     END IF;$piece$, source.source_id) END,
         CASE WHEN queued THEN format(
             $piece$INSERT INTO tbl_repl.change (segment, source_id, op, keys, row_count)
-    SELECT h.segment, %1$s, {op}, {keys}, coalesce(cardinality({keys}), 1) FROM tbl_repl.queue_head AS h;
+    VALUES ((SELECT h.segment FROM tbl_repl.queue_head AS h), %1$s, {op}, {keys}, coalesce(cardinality({keys}), 1));
     IF NOT pg_try_advisory_xact_lock_shared(%2$s, 0) AND current_setting('transaction_isolation') <> 'serializable' THEN
         -- the worker sleeps: the flush wakes it (not here: PREPARE TRANSACTION refuses what has notified)
         INSERT INTO tbl_repl.stash (source_id, op, row_count) VALUES (%1$s, 'W', 0);
@@ -59,8 +59,12 @@ BEGIN
         body := concat(
             E'    IF TG_OP = ''INSERT'' THEN\n        ', tbl_repl._collect_sql(format('array_agg(%s)', key_s), 'changed', 'new_rows', filter),
             E'\n    ELSIF TG_OP = ''DELETE'' THEN\n        ', tbl_repl._collect_sql(format('array_agg(%s)', key_s), 'changed', 'old_rows', filter),
-            E'\n    ELSE\n        ', tbl_repl._collect_sql(format('array_agg(%s)', key_s), 'changed', 'new_rows', filter),
-            E'\n        ', tbl_repl._collect_sql(format('array_agg(%s)', key_s), 'former', 'old_rows', filter),
+            E'\n    ELSE\n        ',
+            CASE WHEN filter IS NULL
+                 -- one query costs less than two
+                 THEN format('SELECT (SELECT array_agg(%1$s) FROM new_rows AS s), (SELECT array_agg(%1$s) FROM old_rows AS s) INTO changed, former;', key_s)
+                 ELSE concat_ws(E'\n        ', tbl_repl._collect_sql(format('array_agg(%s)', key_s), 'changed', 'new_rows', filter),
+                                               tbl_repl._collect_sql(format('array_agg(%s)', key_s), 'former', 'old_rows', filter)) END,
             E'\n        IF former = changed THEN\n            former := NULL;\n        ELSE\n',
             E'            SELECT array_agg(k) INTO former FROM (SELECT unnest(former) EXCEPT SELECT unnest(changed)) AS f (k);\n',
             E'        END IF;\n    END IF;');
@@ -89,9 +93,13 @@ BEGIN
         E'\n        RETURN NULL;\n    END IF;');
 
     body := concat(
-        E'\n#variable_conflict use_column\nDECLARE\n    changed text[];\n    former text[];\nBEGIN\n', truncated, E'\n', body,
+        E'\n#variable_conflict use_column\nDECLARE\n',
+        -- a variable: an expression over TG_OP would be planned anew at every call
+        E'    op "char" := left(TG_OP, 1);\n',
+        E'    changed text[];\n    former text[];\nBEGIN\n',
+        E'    IF current_setting(''tbl_repl.origin'', true) <> '''' THEN RETURN NULL; END IF;\n', truncated, E'\n', body,
         E'\n    IF changed IS NOT NULL THEN\n    ',
-        replace(replace(store, '{op}', '(CASE TG_OP WHEN ''INSERT'' THEN ''I'' WHEN ''UPDATE'' THEN ''U'' ELSE ''D'' END)::"char"'), '{keys}', 'changed'),
+        replace(replace(store, '{op}', 'op'), '{keys}', 'changed'),
         E'\n    END IF;\n    IF former IS NOT NULL THEN\n    ',
         replace(replace(store, '{op}', '''K'''), '{keys}', 'former'),
         E'\n    END IF;\n    RETURN NULL;\nEND\n');
@@ -127,7 +135,8 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._collect_sql(text, text, text, text) IS
     'statement of a trigger function that takes the keys of the rows that pass the filter';
 
--- Triggers fire for changes made here; what an applier of tbl_repl writes carries its origin.
+-- Capture is for changes made here; what an applier of tbl_repl writes carries its origin.  The function looks for
+-- it; a WHEN clause is set up anew by every statement and costs more, and pays only where there is a call per row.
 CREATE OR REPLACE FUNCTION tbl_repl._trigger_sql(source_id integer)
 RETURNS TABLE (table_name regclass, trigger_name name, statement text)
 LANGUAGE sql STABLE
@@ -163,7 +172,7 @@ AS $function$
            concat_ws(' ', format('CREATE TRIGGER %I %s ON %s', format('_tbl_repl_%s_%s', source_id, w.suffix), w.event, w.rel),
                      w.referencing,
                      CASE WHEN w.suffix = 'row' THEN 'FOR EACH ROW' ELSE 'FOR EACH STATEMENT' END,
-                     'WHEN (nullif(current_setting(''tbl_repl.origin'', true), '''') IS NULL)',
+                     CASE WHEN w.suffix = 'row' THEN 'WHEN (nullif(current_setting(''tbl_repl.origin'', true), '''') IS NULL)' END,
                      format('EXECUTE FUNCTION tbl_repl.%I()', format('capture_%s', source_id)))
     FROM wanted AS w
     ORDER BY w.rel::text, w.suffix
