@@ -16,9 +16,10 @@ def replicate(pair: Pair, **options: object) -> int:
 
 
 def healthy(pair: Pair) -> bool:
-    return pair.source.sql("SELECT sqlstate FROM tbl_repl.error_log") == [] and pair.source.sql(
-        "SELECT 1 FROM tbl_repl.target_status WHERE status <> 'ok'"
-    ) == []
+    return (
+        pair.source.sql("SELECT sqlstate FROM tbl_repl.error_log") == []
+        and pair.source.sql("SELECT 1 FROM tbl_repl.target_status WHERE status <> 'ok'") == []
+    )
 
 
 def test_a_session_keeps_one_connection_for_all_targets_of_a_server(pair: Pair) -> None:
@@ -141,7 +142,9 @@ def test_a_server_that_was_moved_is_followed_by_sessions_with_an_old_connection(
     replicate(trio, mode="sync")
     conn = trio.source.connect()
     conn.execute("INSERT INTO t VALUES (1, 'x')")
-    trio.source.sql(f"ALTER SERVER {trio.server} OPTIONS (SET port '{trio.third.cluster.port}', SET dbname '{trio.third.dbname}')")
+    trio.source.sql(
+        f"ALTER SERVER {trio.server} OPTIONS (SET port '{trio.third.cluster.port}', SET dbname '{trio.third.dbname}')"
+    )
     conn.execute("INSERT INTO t VALUES (2, 'x')")
     assert trio.target.rows("t") == ["(1,x)"]
     assert trio.third.rows("t") == ["(2,x)"]
@@ -160,7 +163,9 @@ def test_settings_of_the_target_role_do_not_change_what_arrives(pair: Pair) -> N
         else "SELECT"
     )
     conn = pair.source.connect()
-    conn.execute("SET DateStyle = 'German'; SET IntervalStyle = 'sql_standard'; SET extra_float_digits = 0; SET TimeZone = 'America/Lima'; SET bytea_output = 'escape'")
+    conn.execute(
+        "SET DateStyle = 'German'; SET IntervalStyle = 'sql_standard'; SET extra_float_digits = 0; SET TimeZone = 'America/Lima'; SET bytea_output = 'escape'"
+    )
     conn.execute(
         r"INSERT INTO t VALUES (1, '05.04.2026', '1 year -2 days', '01.02.2026 03:04:05+00', '\x00ff5c27', 0.1::float8 + 0.2)"
     )

@@ -104,7 +104,9 @@ def test_a_sync_writer_gets_55p03_for_a_row_lock_on_the_target(pair: Pair) -> No
     pair.assert_same("t")
 
 
-@pytest.mark.parametrize("statement", ["UPDATE t SET v = 'x'", "INSERT INTO t SELECT g, 'x' FROM generate_series(1, 1500) g"])
+@pytest.mark.parametrize(
+    "statement", ["UPDATE t SET v = 'x'", "INSERT INTO t SELECT g, 'x' FROM generate_series(1, 1500) g"]
+)
 def test_a_statement_that_takes_too_long_on_the_target_is_ended_there(pair: Pair, statement: str) -> None:
     replicate(pair, mode="tolerant")
     pair.target.sql(
@@ -131,7 +133,9 @@ def test_a_stopped_backend_delays_a_tolerant_writer_once(pair: Pair, rows: int) 
     assert_heals(pair, target)
 
 
-def test_a_black_hole_behind_an_open_connection_delays_a_tolerant_writer_once(pair: Pair, proxy: Proxy) -> None:
+def test_a_black_hole_behind_an_open_connection_delays_a_tolerant_writer_once(
+    pair: Pair, proxy: Proxy
+) -> None:
     target = replicate(pair, mode="tolerant")
     conn = warm(pair)
     proxy.set("blackhole")
@@ -176,7 +180,11 @@ def test_while_one_session_hangs_in_connecting_others_queue_within_timeout(pair:
     first, second = pair.source.connect(), pair.source.connect()
     proxy.set("blackhole")
     hanging = start(first, "INSERT INTO t VALUES (1, 'first')")
-    wait_until(lambda: pair.source.admin("SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND classid = 1952607283 AND granted"))
+    wait_until(
+        lambda: pair.source.admin(
+            "SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND classid = 1952607283 AND granted"
+        )
+    )
     with within(1 + SLACK):
         second.execute("INSERT INTO t VALUES (2, 'second')")
     assert_queues_at_once(pair, target)
@@ -211,7 +219,9 @@ def hang(pair: Pair, conn: psycopg.Connection) -> list[int]:
 
 @pytest.mark.parametrize("rows", [1, 1500])
 @pytest.mark.parametrize("healthy", ["sync", "tolerant"])
-def test_a_healthy_target_is_served_beside_a_hung_one_within_timeout(trio: Pair, healthy: str, rows: int) -> None:
+def test_a_healthy_target_is_served_beside_a_hung_one_within_timeout(
+    trio: Pair, healthy: str, rows: int
+) -> None:
     assert trio.third
     hung = replicate(trio, mode="tolerant")
     other = trio.add_target("t", trio.third_server, mode=healthy, timeout="700 ms")
@@ -294,7 +304,11 @@ def test_a_target_that_hangs_in_connecting_does_not_cost_the_healthy_one_its_tim
     proxy.set("blackhole")
     writing = start(conn, "INSERT INTO t VALUES (1, 'x')")
     # from 16 on it is the next one who ends a session that hangs in connecting
-    wait_until(lambda: trio.source.admin("SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND classid = 1952607283 AND granted"))
+    wait_until(
+        lambda: trio.source.admin(
+            "SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND classid = 1952607283 AND granted"
+        )
+    )
     with within(2 + SLACK):
         waiting.execute("INSERT INTO t VALUES (2, 'x')")
     writing.result(4)
@@ -344,7 +358,10 @@ def test_concurrent_tolerant_writers_wait_for_a_hung_target_at_the_same_time(pai
     conns = [warm_session(pair, n) for n in range(4)]
     with pair.target.frozen():
         begin = time.monotonic()
-        done = [in_background(lambda n=n, c=c: c.execute(f"UPDATE t SET v = 'x' WHERE id = {n}")) for n, c in enumerate(conns)]
+        done = [
+            in_background(lambda n=n, c=c: c.execute(f"UPDATE t SET v = 'x' WHERE id = {n}"))
+            for n, c in enumerate(conns)
+        ]
         for future in done:
             future.result(5)
         assert time.monotonic() - begin <= 0.7 + SLACK
