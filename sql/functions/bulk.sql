@@ -78,20 +78,12 @@ BEGIN
         target_id := target.target_id;
         fk_rank := source.fk_rank;
         dst_table := tbl_repl._dst_table(target);
-        dst_columns := (SELECT string_agg(quote_ident(c), ', ' ORDER BY n) FROM unnest(target.sent_columns) WITH ORDINALITY AS c (c, n));
+        dst_columns := tbl_repl._dst_columns(target);
         whole := 'T' = ANY (ops) AND NOT by_key;
         insert_only := ops = '{I}';
-        -- built-in types only: others may differ although their names are the same
-        is_binary := (target.remote ->> 'version')::integer / 10000 = current_setting('server_version_num')::integer / 10000
-            AND NOT EXISTS (
-                SELECT FROM unnest(target.sent_columns, target.sent_exprs) AS x (name, expr)
-                LEFT JOIN pg_attribute AS a ON a.attrelid = source.source_table AND x.expr = format('s.%I', a.attname)
-                                           AND a.attnum > 0 AND NOT a.attisdropped
-                LEFT JOIN LATERAL (SELECT c FROM jsonb_array_elements(target.remote -> 'columns') AS c WHERE c ->> 'name' = x.name::text) AS r ON true
-                WHERE a.atttypid IS NULL OR a.atttypid >= 16384 OR format_type(a.atttypid, -1) IS DISTINCT FROM r.c ->> 'type');
+        is_binary := tbl_repl._may_copy_binary(target, source);
         rows_query := format('SELECT %s FROM %s',
-            (SELECT string_agg(CASE WHEN is_binary THEN e ELSE format('(%s)::text', e) END, ', ' ORDER BY n)
-             FROM unnest(target.sent_exprs) WITH ORDINALITY AS e (e, n)),
+            tbl_repl._sent_list(target, is_binary),
             CASE WHEN whole THEN format('%s AS s WHERE true%s', source.source_table, kept)
                  ELSE format('%s JOIN %s AS s ON %s%s', keys, source.source_table,
                              tbl_repl._key_match(source.source_table, source.key_columns), kept) END);
@@ -113,6 +105,42 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._bulk_jobs(integer[]) IS
     'what the worker reads and runs to ship a large batch by COPY';
 
+CREATE OR REPLACE FUNCTION tbl_repl._dst_columns(target tbl_repl.target)
+RETURNS text
+LANGUAGE sql IMMUTABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT string_agg(quote_ident(c), ', ' ORDER BY n) FROM unnest(target.sent_columns) WITH ORDINALITY AS c (c, n)
+$function$;
+COMMENT ON FUNCTION tbl_repl._dst_columns(tbl_repl.target) IS 'the columns of the target''s table that are sent, quoted';
+
+CREATE OR REPLACE FUNCTION tbl_repl._sent_list(target tbl_repl.target, is_binary boolean)
+RETURNS text
+LANGUAGE sql IMMUTABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT string_agg(CASE WHEN is_binary THEN e ELSE format('(%s)::text', e) END, ', ' ORDER BY n)
+    FROM unnest(target.sent_exprs) WITH ORDINALITY AS e (e, n)
+$function$;
+COMMENT ON FUNCTION tbl_repl._sent_list(tbl_repl.target, boolean) IS 'the expressions that are sent, as a SELECT list';
+
+-- Built-in types only: others may differ although their names are the same.
+CREATE OR REPLACE FUNCTION tbl_repl._may_copy_binary(target tbl_repl.target, source tbl_repl.source)
+RETURNS boolean
+LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT (target.remote ->> 'version')::integer / 10000 = current_setting('server_version_num')::integer / 10000
+       AND NOT EXISTS (
+           SELECT FROM unnest(target.sent_columns, target.sent_exprs) AS x (name, expr)
+           LEFT JOIN pg_attribute AS a ON a.attrelid = source.source_table AND x.expr = format('s.%I', a.attname)
+                                      AND a.attnum > 0 AND NOT a.attisdropped
+           LEFT JOIN LATERAL (SELECT c FROM jsonb_array_elements(target.remote -> 'columns') AS c WHERE c ->> 'name' = x.name::text) AS r ON true
+           WHERE a.atttypid IS NULL OR a.atttypid >= 16384 OR format_type(a.atttypid, -1) IS DISTINCT FROM r.c ->> 'type')
+$function$;
+COMMENT ON FUNCTION tbl_repl._may_copy_binary(tbl_repl.target, tbl_repl.source) IS
+    'whether source and target have the same types in the same major version';
+
 -- _bulk_done(targets, snapshot, counts): the batch that was read in the snapshot is committed on the target;
 -- counts: {"target_id": rows}.  The caller holds ship of the targets.
 CREATE OR REPLACE FUNCTION tbl_repl._bulk_done(
@@ -130,7 +158,7 @@ BEGIN
     SET position = snapshot,
         rows_shipped = st.rows_shipped + coalesce((counts ->> st.target_id::text)::bigint, 0),
         last_shipped_at = clock_timestamp(),
-        next_try_at = NULL
+        next_try_at = NULL, failures = 0
     WHERE st.target_id = ANY (targets);
     PERFORM tbl_repl._back_to_ok(t) FROM unnest(targets) AS t;
     PERFORM tbl_repl._rotate();

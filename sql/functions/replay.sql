@@ -26,7 +26,8 @@ $function$;
 COMMENT ON FUNCTION tbl_repl.replay(name, integer) IS
     'ships one batch of what is queued; returns the number of rows handled, 0 when nothing is left';
 
--- retry: whether rows in quarantine get another chance once nothing else is left.
+-- retry: whether rows in quarantine get another chance once nothing else is left, and targets that have
+-- failed do not wait for their next try.
 CREATE OR REPLACE FUNCTION tbl_repl._replay(
     server   name,
     max_rows integer,
@@ -65,7 +66,8 @@ BEGIN
         FROM (SELECT t.target_id, t.server, t.owner, t.timeout, st.status, st.last_error_at, st.last_shipped_at,
                      st.copy_after IS NOT NULL OR tbl_repl._has_pending(t.target_id) AS queued
               FROM tbl_repl.target AS t JOIN tbl_repl.target_state AS st USING (target_id)
-              WHERE (_replay.server IS NULL OR t.server = _replay.server) AND st.status <> 'paused') AS w
+              WHERE (_replay.server IS NULL OR t.server = _replay.server) AND tbl_repl._may_replay(st)
+                AND (retry OR st.next_try_at IS NULL OR st.next_try_at <= clock_timestamp())) AS w
         CROSS JOIN LATERAL (SELECT retry AND EXISTS (SELECT FROM tbl_repl.quarantined AS q WHERE q.target_id = w.target_id) AS tries) AS q
         WHERE w.queued OR w.status <> 'ok' OR q.tries
         GROUP BY w.server, w.owner, w.timeout, CASE WHEN w.status = 'failed' THEN w.target_id END
@@ -84,6 +86,16 @@ END
 $function$;
 COMMENT ON FUNCTION tbl_repl._replay(name, integer, boolean) IS
     'replay, with or without another try of what is in quarantine; SECURITY DEFINER as replay';
+
+-- Not while it is paused, and not while it is being copied in pieces: a piece read earlier could be applied later.
+CREATE OR REPLACE FUNCTION tbl_repl._may_replay(state tbl_repl.target_state)
+RETURNS boolean
+LANGUAGE sql IMMUTABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT state.status <> 'paused' AND NOT (state.status = 'copying' AND state.copy_after IS NULL)
+$function$;
+COMMENT ON FUNCTION tbl_repl._may_replay(tbl_repl.target_state) IS 'whether replay may ship to a target now';
 
 -- drain(server, batch_rows): replay until nothing is left, COMMIT after each batch.  A procedure with
 -- a SET clause or SECURITY DEFINER could not commit: hence this thin shell, in which every name is qualified.
@@ -257,7 +269,7 @@ BEGIN
     PERFORM set_config('lock_timeout', old_limit, true);
     -- paused or dropped while we waited
     SELECT array_agg(st.target_id ORDER BY st.target_id) INTO targets
-    FROM tbl_repl.target_state AS st WHERE st.target_id = ANY (targets) AND st.status <> 'paused';
+    FROM tbl_repl.target_state AS st WHERE st.target_id = ANY (targets) AND tbl_repl._may_replay(st);
     IF targets IS NULL THEN
         RETURN 0;
     END IF;
@@ -344,7 +356,7 @@ BEGIN
         END IF;
         UPDATE tbl_repl.target_state AS st
         SET rows_shipped = st.rows_shipped + coalesce((failure.by_target ->> st.target_id::text)::bigint, 0),
-            last_shipped_at = clock_timestamp(), next_try_at = NULL
+            last_shipped_at = clock_timestamp(), next_try_at = NULL, failures = 0
         WHERE st.target_id IN (SELECT u.target_id FROM unnest(loads) AS u)
           AND (failure.by_target ->> st.target_id::text)::bigint > 0;
     END IF;
@@ -357,7 +369,8 @@ BEGIN
     IF batch.cut IS NOT NULL THEN
         UPDATE tbl_repl.target_state AS st
         SET position = CASE WHEN batch.complete THEN batch.snapshot
-                            ELSE tbl_repl._position_after(st.position, batch.snapshot, batch.cut, batch.remaining) END
+                            ELSE tbl_repl._position_after(st.position, batch.snapshot, batch.cut, batch.remaining) END,
+            next_try_at = NULL, failures = 0
         WHERE st.target_id = ANY (targets) AND st.copy_after IS NULL AND st.target_id <> ALL (coalesce(failure.broken, '{}'));
     END IF;
     FOR item IN SELECT p.key::integer AS target_id, jsonb_array_length(p.value) AS n, p.value ->> -1 AS last FROM jsonb_each(pages) AS p LOOP

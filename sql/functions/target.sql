@@ -836,7 +836,8 @@ BEGIN
             HINT    = 'Only a target that is paused or failed can be resumed.';
     END IF;
     UPDATE tbl_repl.target_state AS st
-    SET status = CASE WHEN st.copy_after IS NOT NULL THEN 'copying' ELSE 'queueing' END, next_try_at = NULL, failures = 0
+    SET status = CASE WHEN st.copy_after IS NOT NULL OR EXISTS (SELECT FROM tbl_repl.piece AS p WHERE p.target_id = st.target_id)
+                      THEN 'copying' ELSE 'queueing' END, next_try_at = NULL, failures = 0
     WHERE st.target_id = resume_target.target_id;
     PERFORM tbl_repl._back_to_ok(target_id);
 END

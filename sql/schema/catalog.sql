@@ -72,7 +72,7 @@ CREATE POLICY target_write ON tbl_repl.target USING (pg_catalog.pg_has_role(owne
 -- status: 'ok' | 'copying' | 'queueing' | 'paused' | 'failed'.  A hint that saves work: the truth is
 -- in the pending rows of the queue.  position: everything visible in it has been shipped.
 -- copy_after: key of the last row copied in the background ('' before the first one).
--- next_try_at: the worker leaves the target alone until then.
+-- next_try_at: the worker leaves the target alone until then; failures: how many in a row have led to it.
 CREATE TABLE tbl_repl.target_state (
     target_id         integer PRIMARY KEY REFERENCES tbl_repl.target ON DELETE CASCADE,
     status            text NOT NULL DEFAULT 'ok',
@@ -85,6 +85,7 @@ CREATE TABLE tbl_repl.target_state (
     last_error        text,
     last_error_at     timestamptz,
     next_try_at       timestamptz,
+    failures          integer NOT NULL DEFAULT 0,
     CONSTRAINT target_status_known CHECK (status IN ('ok', 'copying', 'queueing', 'paused', 'failed'))
 ) WITH (fillfactor = 50);
 COMMENT ON TABLE tbl_repl.target_state IS 'what changes while a target runs: status, position, figures';
@@ -179,6 +180,25 @@ CREATE TABLE tbl_repl.error (
 CREATE INDEX error_target_at ON tbl_repl.error (target_id, at);
 COMMENT ON TABLE tbl_repl.error IS 'what went wrong while shipping, newest thousand a target';
 SELECT pg_catalog.pg_extension_config_dump('tbl_repl.error', '');
+
+-- A copy in pieces: rows with a key after "after" ('' for the first piece) and up to "upto".
+-- state: 'todo' | 'running' | 'done'
+CREATE TABLE tbl_repl.piece (
+    target_id    integer NOT NULL REFERENCES tbl_repl.target ON DELETE CASCADE,
+    n            integer NOT NULL,
+    after        text NOT NULL,
+    upto         text NOT NULL,
+    state        text NOT NULL DEFAULT 'todo',
+    rows_planned bigint NOT NULL,
+    rows_copied  bigint NOT NULL DEFAULT 0,
+    bytes_copied bigint NOT NULL DEFAULT 0,
+    started_at   timestamptz,
+    done_at      timestamptz,
+    PRIMARY KEY (target_id, n),
+    CONSTRAINT piece_state_known CHECK (state IN ('todo', 'running', 'done'))
+);
+COMMENT ON TABLE tbl_repl.piece IS 'pieces of tables that are being copied';
+SELECT pg_catalog.pg_extension_config_dump('tbl_repl.piece', '');
 
 -- conflict_type: the names of PostgreSQL 18 (insert_exists, update_missing, ...)
 CREATE TABLE tbl_repl.conflict (

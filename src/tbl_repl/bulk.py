@@ -81,35 +81,15 @@ def ship(source: Connection, server: str, min_rows: int = MIN_ROWS) -> int | Non
 
 def _ship_lane(source: Connection, server: str, lane: Row) -> int:
     targets: list[int] = lane["targets"]
-    conninfo, settings = _way(source, server, lane)
+    conninfo, settings = way_to(source, server, lane)
     if conninfo is None:
         return 0
-    with (
-        _locked(source, targets, lane),
-        psycopg.connect(conninfo, autocommit=True, row_factory=tuple_row) as target,
-    ):
-        target.execute(settings)
-        now = target.execute("SELECT extract(epoch FROM clock_timestamp())::float8").fetchone()
-        # rounded down: the lease may end early, never late
-        offset = float(str(now[0])) - time.time() if now else 0.0
+    with _locked(source, targets, lane), open_target(conninfo, settings) as (target, offset):
         watchdog = Watchdog(target)
         try:
             snapshot, counts = _move(source, target, watchdog, lane)
             if counts:
-                timeout = float(lane["timeout"].total_seconds())
-                deadline = time.time() + timeout
-                watchdog.expect(timeout)
-                try:
-                    target.execute(
-                        sql.SQL(
-                            "SET CONSTRAINTS ALL IMMEDIATE; "
-                            "SELECT 1 / (extract(epoch FROM clock_timestamp()) < {})::int; COMMIT"
-                        ).format(sql.Literal(deadline + offset))
-                    )
-                except psycopg.OperationalError:
-                    # nobody knows what became of it: it must not come after something newer
-                    time.sleep(max(0.0, deadline - time.time()))
-                    raise
+                commit(target, watchdog, offset, float(lane["timeout"].total_seconds()))
         finally:
             watchdog.stop()
         source.execute(
@@ -118,7 +98,35 @@ def _ship_lane(source: Connection, server: str, lane: Row) -> int:
     return sum(counts.values())
 
 
-def _way(source: Connection, server: str, lane: Row) -> tuple[str | None, str]:
+@contextmanager
+def open_target(conninfo: str, settings: str) -> Iterator[tuple[Target, float]]:
+    """A connection to a target, and the offset of its clock in seconds.
+
+    The offset is rounded down: a lease may end early, never late.
+    """
+    with psycopg.connect(conninfo, autocommit=True, row_factory=tuple_row) as target:
+        target.execute(settings.encode())
+        now = target.execute("SELECT extract(epoch FROM clock_timestamp())::float8").fetchone()
+        yield target, (float(str(now[0])) - time.time() if now else 0.0)
+
+
+def commit(target: Target, watchdog: Watchdog, offset: float, timeout: float) -> None:
+    """Commit within the lease; a message whose fate is unknown is outlived before the error is raised."""
+    deadline = time.time() + timeout
+    watchdog.expect(timeout)
+    try:
+        target.execute(
+            sql.SQL(
+                "SET CONSTRAINTS ALL IMMEDIATE; "
+                "SELECT 1 / (extract(epoch FROM clock_timestamp()) < {})::int; COMMIT"
+            ).format(sql.Literal(deadline + offset))
+        )
+    except psycopg.OperationalError:
+        time.sleep(max(0.0, deadline - time.time()))
+        raise
+
+
+def way_to(source: Connection, server: str, lane: Row) -> tuple[str | None, str]:
     """Connection string and settings; None where this role may not use the owner's mapping.
 
     Opening the source's own connection first ends what a worker that has died has left there.
@@ -167,12 +175,7 @@ def _move(source: Connection, target: Target, watchdog: Watchdog, lane: Row) -> 
         jobs = source.execute("SELECT * FROM tbl_repl._bulk_jobs(%s)", (lane["targets"],)).fetchall()
         if not jobs:
             return str(row["snapshot"]), counts
-        source.execute(sql.SQL("SET LOCAL ROLE {}").format(sql.Identifier(lane["owner"])))
-        source.execute(
-            "SET LOCAL search_path = pg_catalog, pg_temp; SET LOCAL datestyle = 'ISO, MDY'; "
-            "SET LOCAL timezone = 'UTC'; SET LOCAL intervalstyle = 'postgres'; "
-            "SET LOCAL extra_float_digits = 1; SET LOCAL bytea_output = 'hex'; SET LOCAL lc_monetary = 'C'"
-        )
+        as_owner(source, lane)
         watchdog.expect(MERGE_SECONDS)
         target.execute("BEGIN; SET CONSTRAINTS ALL DEFERRED")
         emptied = ", ".join(str(job["dst_table"]) for job in jobs if job["whole"])
@@ -184,7 +187,7 @@ def _move(source: Connection, target: Target, watchdog: Watchdog, lane: Row) -> 
             counts[int(job["target_id"])] = 0
             if job["gone_query"] is not None and not job["insert_only"]:
                 table = f"pg_temp.tbl_repl_gone_{job['target_id']} (k)"
-                gone = _pump(source, target, watchdog, str(job["gone_query"]), table, binary=False)
+                gone, _ = pump(source, target, watchdog, str(job["gone_query"]), table, binary=False)
                 if gone:
                     watchdog.expect(MERGE_SECONDS)
                     target.execute(f"ANALYZE pg_temp.tbl_repl_gone_{job['target_id']}".encode())
@@ -195,40 +198,53 @@ def _move(source: Connection, target: Target, watchdog: Watchdog, lane: Row) -> 
     return str(row["snapshot"]), counts
 
 
+def as_owner(source: Connection, lane: Row) -> None:
+    """For this transaction: the target's owner, and settings under which a value has one text form."""
+    source.execute(sql.SQL("SET LOCAL ROLE {}").format(sql.Identifier(lane["owner"])))
+    source.execute(
+        "SET LOCAL search_path = pg_catalog, pg_temp; SET LOCAL datestyle = 'ISO, MDY'; "
+        "SET LOCAL timezone = 'UTC'; SET LOCAL intervalstyle = 'postgres'; "
+        "SET LOCAL extra_float_digits = 1; SET LOCAL bytea_output = 'hex'; SET LOCAL lc_monetary = 'C'"
+    )
+
+
 def _upsert(source: Connection, target: Target, watchdog: Watchdog, job: Row) -> int:
     query, binary = str(job["rows_query"]), bool(job["is_binary"])
     if job["insert_only"] or job["whole"]:
         target.execute("SAVEPOINT tbl_repl")
         try:
-            return _pump(
-                source, target, watchdog, query, f"{job['dst_table']} ({job['dst_columns']})", binary
-            )
+            into = f"{job['dst_table']} ({job['dst_columns']})"
+            return pump(source, target, watchdog, query, into, binary)[0]
         except psycopg.errors.UniqueViolation:
             # rows that the target has already
             target.execute("ROLLBACK TO tbl_repl")
-    rows = _pump(source, target, watchdog, query, f"pg_temp.tbl_repl_rows_{job['target_id']}", binary)
+    rows, _ = pump(source, target, watchdog, query, f"pg_temp.tbl_repl_rows_{job['target_id']}", binary)
     if rows:
         watchdog.expect(MERGE_SECONDS)
         target.execute(str(job["merge"]).encode())
     return rows
 
 
-def _pump(source: Connection, target: Target, watchdog: Watchdog, query: str, into: str, binary: bool) -> int:
-    """COPY a query's rows into a table; the number of rows."""
+def pump(
+    source: Connection, target: Target, watchdog: Watchdog, query: str, into: str, binary: bool
+) -> tuple[int, int]:
+    """COPY a query's rows into a table; the number of rows and of bytes."""
     form = " (FORMAT binary)" if binary else ""
     with source.cursor() as reading, target.cursor() as writing:
         with (
             reading.copy(f"COPY ({query}) TO STDOUT{form}".encode()) as rows,
             writing.copy(f"COPY {into} FROM STDIN{form}".encode()) as copy,
         ):
-            buffer = bytearray()
+            buffer, size = bytearray(), 0
             for row in rows:
                 buffer += row
                 if len(buffer) >= BUFFER_BYTES:
                     watchdog.expect()
+                    size += len(buffer)
                     copy.write(bytes(buffer))
                     buffer.clear()
             watchdog.expect(MERGE_SECONDS)
+            size += len(buffer)
             copy.write(bytes(buffer))
         # "COPY 500000"
-        return int((writing.statusmessage or "COPY 0").split()[-1])
+        return int((writing.statusmessage or "COPY 0").split()[-1]), size

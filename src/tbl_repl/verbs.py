@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import json
-import logging
 import signal
 import sys
+import threading
 import time
 from collections import deque
 from typing import Any
 
-import psycopg
 from rich.console import Group
 from rich.live import Live
 from rich.text import Text
 
-from tbl_repl.database import Connection, Row, connect, name_of, require_extension, resolve_dsn
-from tbl_repl.errors import TblReplError, UsageError
+from tbl_repl import logs
+from tbl_repl.database import Connection, Row, connect, name_of, place_of, require_extension, resolve_dsn
+from tbl_repl.errors import CannotConnect, TblReplError, UsageError
+from tbl_repl.graph import Node, mermaid
 from tbl_repl.report import as_json, console, human_seconds, lag, print_json, table
+from tbl_repl.worker import POLL_SECONDS, Batch, Observer, Options, Worker, drain_once
 
 STATUS_COLUMNS = (
     "target_id", "source_table", "server", "dst_table", "mode", "status", "pending_rows", "lag",
@@ -41,21 +42,45 @@ def target_rows(connection: Connection) -> list[Row]:
     return rows
 
 
-def _status(args: argparse.Namespace) -> int:
-    with _open(args) as connection:
-        rows = target_rows(connection)
-        if args.graph:
-            from tbl_repl.graph import mermaid
+def _node_name(connection: Connection) -> str:
+    row = connection.execute("SELECT tbl_repl.node_name() AS name").fetchone()
+    assert row is not None
+    return str(row["name"])
 
-            node = connection.execute("SELECT tbl_repl.node_name() AS name").fetchone()
-            sys.stdout.write(mermaid([(str(node["name"]) if node else "source", rows)]))
-        elif args.json:
-            print_json(rows)
-        elif rows:
-            console().print(table(rows, STATUS_COLUMNS))
-        else:
-            print("no targets; define one with SELECT tbl_repl.add_target(...)")
-    return int(any(row["status"] in ("failed", "queueing") for row in rows))
+
+def _places(connection: Connection) -> dict[str, str]:
+    """Where each foreign server leads: name -> host:port/database."""
+    return {
+        str(row["server"]): place_of(row["options"])
+        for row in connection.execute(
+            """
+            SELECT f.srvname AS server,
+                   (SELECT coalesce(jsonb_object_agg(option_name, option_value), '{}')
+                    FROM pg_options_to_table(f.srvoptions)) AS options
+            FROM pg_foreign_server AS f
+            """
+        )
+    }
+
+
+def _status(args: argparse.Namespace) -> int:
+    nodes: list[Node] = []
+    for dsn in dict.fromkeys(resolve_dsn(dsn) for dsn in (args.dsn or [None])):
+        with connect(dsn) as connection:
+            require_extension(connection)
+            rows = target_rows(connection)
+            nodes.append(Node(_node_name(connection), name_of(dsn), rows, _places(connection)))
+    several = len(nodes) > 1
+    everything = [{"node": node.name, **row} if several else row for node in nodes for row in node.targets]
+    if args.graph:
+        sys.stdout.write(mermaid(nodes))
+    elif args.json:
+        print_json(everything)
+    elif everything:
+        console().print(table(everything, ("node", *STATUS_COLUMNS) if several else STATUS_COLUMNS))
+    else:
+        print("no targets; define one with SELECT tbl_repl.add_target(...)")
+    return int(any(row["status"] in ("failed", "queueing") for row in everything))
 
 
 def _check(args: argparse.Namespace) -> int:
@@ -71,29 +96,30 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _replay(args: argparse.Namespace) -> int:
-    from tbl_repl.worker import drain_once
-
     begun = time.monotonic()
     shipped = 0
 
-    def count(batch: Any) -> None:
+    def count(batch: Batch) -> None:
         nonlocal shipped
         shipped += batch.rows
 
-    from tbl_repl.worker import Observer
-
-    left = drain_once([resolve_dsn(args.dsn)], args.batch_rows, Observer(count))
+    left = drain_once([resolve_dsn(args.dsn)], Options(args.batch_rows), Observer(count))
     seconds = time.monotonic() - begun
     if args.json:
         print_json(
-            {"rows": shipped, "seconds": seconds, "pending": sum(int(row["pending_rows"]) for row in left)}
+            {
+                "rows": shipped,
+                "seconds": round(seconds, 3),
+                "pending": sum(int(row["pending_rows"]) for row in left),
+                "quarantined": sum(int(row["held"]) for row in left),
+            }
         )
     else:
         print(f"{shipped:,} rows in {human_seconds(seconds)}")
         for row in left:
             print(
                 f"target {row['target_id']} ({row['server']}): {row['pending_rows']:,} rows left, "
-                f"status {row['status']}: {row['last_error']}",
+                f"{row['held']:,} in quarantine, status {row['status']}: {row['last_error']}",
                 file=sys.stderr,
             )
     return int(bool(left))
@@ -123,6 +149,49 @@ def _repair(args: argparse.Namespace) -> int:
     else:
         print(f"{rows:,} rows queued; the worker or tbl-repl replay ships them")
     return 0
+
+
+def _copy(args: argparse.Namespace) -> int:
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    from tbl_repl.copy import Progress, copy
+
+    dsn = resolve_dsn(args.dsn)
+    with _open(args):
+        pass
+    begun = time.monotonic()
+    last = Progress(0, 0, 0, 0, 0)
+    out = console()
+    columns = (
+        TextColumn("target {task.fields[target]}"), BarColumn(), MofNCompleteColumn(), TextColumn("rows"),
+        TextColumn("{task.fields[speed]}"), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Bar(*columns, console=out, disable=args.json or not out.is_terminal) as bar:
+        task = bar.add_task("copy", total=None, target=args.target, speed="")
+
+        def show(seen: Progress) -> None:
+            nonlocal last
+            last = seen
+            seconds = time.monotonic() - begun
+            speed = (
+                f"{seen.rows / seconds:,.0f} rows/s, {seen.bytes / seconds / 1e6:,.1f} MB/s"
+                if seconds
+                else ""
+            )
+            bar.update(task, total=seen.rows_planned, completed=seen.rows, speed=speed)
+
+        stop = threading.Event()
+        signal.signal(signal.SIGTERM, lambda *_: stop.set())
+        ended = copy(dsn, args.target, args.jobs, args.piece_rows, show, stop)
+    seconds = time.monotonic() - begun
+    if args.json:
+        print_json({"rows": last.rows, "bytes": last.bytes, "seconds": seconds, "ended": ended})
+    elif ended:
+        print(f"{last.rows:,} rows in {human_seconds(seconds)}; what was written meanwhile is queued")
+    else:
+        print("stopped; the same command goes on with it")
+    return int(not ended)
 
 
 def _top(args: argparse.Namespace) -> int:
@@ -172,56 +241,44 @@ def _top(args: argparse.Namespace) -> int:
                 live.update(view(connection), refresh=True)
 
 
-class _JsonLines(logging.Formatter):
-    """One JSON object a line, for containers."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return json.dumps(
-            {
-                "at": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
-                "level": record.levelname.lower(),
-                "logger": record.name,
-                "thread": record.threadName,
-                "message": record.getMessage(),
-            }
-        )
-
-
-def _logging(args: argparse.Namespace) -> None:
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(
-        _JsonLines()
-        if args.json
-        else logging.Formatter("%(asctime)s %(levelname)s %(threadName)s: %(message)s")
-    )
-    logging.basicConfig(level=logging.DEBUG if args.verbose else logging.INFO, handlers=[handler])
+def _serve_metrics(dsns: list[str], port: int) -> Observer:
+    """Serve Prometheus metrics; who counts the batches."""
+    try:
+        from tbl_repl.metrics import Metrics
+    except ImportError as error:
+        raise UsageError(
+            "metrics need the package prometheus-client", "pip install 'tbl-repl[metrics]'"
+        ) from error
+    metrics = Metrics(dsns)
+    try:
+        metrics.serve(port)
+    except OSError as error:
+        raise TblReplError(f"cannot serve metrics on port {port}: {error.strerror or error}") from error
+    return Observer(metrics.on_batch)
 
 
-def _worker(args: argparse.Namespace) -> int:
-    from tbl_repl.worker import Observer, Worker, drain_once
-
-    _logging(args)
-    dsns = [resolve_dsn(dsn) for dsn in (args.dsn or [None])]
-    observer = Observer()
-    if args.metrics_port is not None:
-        try:
-            from tbl_repl.metrics import Metrics
-        except ImportError as error:
-            raise UsageError(
-                "metrics need the package prometheus-client", "pip install 'tbl-repl[metrics]'"
-            ) from error
-        metrics = Metrics(dsns)
-        observer = Observer(metrics.on_batch)
-        metrics.serve(args.metrics_port)
-    if args.once:
-        return int(bool(drain_once(dsns, args.batch_rows, observer)))
+def _reachable(dsns: list[str]) -> None:
+    """Raise where the worker could serve none of the databases, or one has no tbl_repl."""
+    problems: list[CannotConnect] = []
     for dsn in dsns:
         try:
             with connect(dsn) as connection:
                 require_extension(connection)
-        except psycopg.Error as error:
-            raise TblReplError(str(error).strip()) from error
-    worker = Worker(dsns, args.batch_rows, observer)
+        except CannotConnect as error:
+            problems.append(error)
+    if len(problems) == len(dsns):
+        raise problems[0]
+
+
+def _worker(args: argparse.Namespace) -> int:
+    logs.start(args.json, args.verbose)
+    dsns = list(dict.fromkeys(resolve_dsn(dsn) for dsn in (args.dsn or [None])))
+    observer = Observer() if args.metrics_port is None else _serve_metrics(dsns, args.metrics_port)
+    options = Options(args.batch_rows, args.poll_seconds)
+    if args.once:
+        return int(bool(drain_once(dsns, options, observer)))
+    _reachable(dsns)
+    worker = Worker(dsns, options, observer)
     signals = 0
 
     def on_signal(*_: object) -> None:
@@ -231,8 +288,7 @@ def _worker(args: argparse.Namespace) -> int:
 
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)
-    worker.run()
-    return 0
+    return 0 if worker.run() else 1
 
 
 def _positive(text: str) -> int:
@@ -242,38 +298,65 @@ def _positive(text: str) -> int:
     return value
 
 
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 86400:
+        raise argparse.ArgumentTypeError("must be greater than 0, and less than a day")
+    return value
+
+
+def _port(text: str) -> int:
+    value = int(text)
+    if not 0 <= value <= 65535:
+        raise argparse.ArgumentTypeError("must be a port number")
+    return value
+
+
 def register(verbs: Any) -> None:
     """Add the verbs of this module to the command line."""
 
-    def verb(
-        name: str, run: Any, text: str, dsn_help: str = "source database (default: TBL_REPL_DSN)"
-    ) -> argparse.ArgumentParser:
+    def verb(name: str, run: Any, text: str, several: str | None = None) -> argparse.ArgumentParser:
+        dsn_help = "source database (default: TBL_REPL_DSN)"
         parser: argparse.ArgumentParser = verbs.add_parser(name, help=text, description=text)
         parser.set_defaults(run=run)
         parser.add_argument("--json", action="store_true", help="print JSON")
-        if name == "worker":
-            parser.add_argument(
-                "--dsn", action="append", metavar="D", help=dsn_help + "; several are served at once"
-            )
+        if several is not None:
+            parser.add_argument("--dsn", action="append", metavar="D", help=f"{dsn_help}; {several}")
         else:
             parser.add_argument("--dsn", metavar="D", help=dsn_help)
         return parser
 
-    worker = verb("worker", _worker, "bring what is queued to every server, all the time")
+    worker = verb(
+        "worker",
+        _worker,
+        "bring what is queued to every server, all the time",
+        several="several are served at once",
+    )
     worker.add_argument(
         "--once", action="store_true", help="drain once and end; exit code 1 if something is left"
     )
-    worker.add_argument("--metrics-port", type=int, metavar="N", help="serve Prometheus metrics on this port")
+    worker.add_argument(
+        "--metrics-port", type=_port, metavar="N", help="serve Prometheus metrics on this port"
+    )
     worker.add_argument(
         "--batch-rows", type=_positive, default=10_000, metavar="N", help="rows of a batch (10000)"
     )
+    worker.add_argument(
+        "--poll-seconds",
+        type=_seconds,
+        default=POLL_SECONDS,
+        metavar="S",
+        help=f"look at the queue so often although nobody has said anything ({POLL_SECONDS:g})",
+    )
     worker.add_argument("--verbose", action="store_true", help="log more")
 
-    status = verb("status", _status, "show every target")
+    status = verb("status", _status, "show every target", several="several are shown together")
     status.add_argument("--graph", action="store_true", help="print the topology as a Mermaid diagram")
 
     top = verb("top", _top, "show every target, live")
-    top.add_argument("--interval", type=float, default=1.0, metavar="S", help="seconds between two looks (1)")
+    top.add_argument(
+        "--interval", type=_seconds, default=1.0, metavar="S", help="seconds between two looks (1)"
+    )
     top.add_argument("--once", action="store_true", help="look once and end")
 
     verb("check", _check, "show every problem, on both sides")
@@ -285,6 +368,13 @@ def register(verbs: Any) -> None:
 
     compare = verb("compare", _compare, "compare a target with its source")
     compare.add_argument("target", type=_positive, metavar="TARGET", help="target_id")
+
+    copy = verb("copy", _copy, "copy every row of a target, in pieces, while writers go on")
+    copy.add_argument("target", type=_positive, metavar="TARGET", help="target_id")
+    copy.add_argument("--jobs", type=_positive, default=2, metavar="N", help="connections at once (2)")
+    copy.add_argument(
+        "--piece-rows", type=_positive, default=50_000, metavar="N", help="rows of a piece (50000)"
+    )
 
     repair = verb("repair", _repair, "queue what differs between a target and its source")
     repair.add_argument("target", type=_positive, metavar="TARGET", help="target_id")

@@ -1,0 +1,147 @@
+-- Copy: a whole table in pieces (table piece, view copy_progress), by several connections at once, while writers go on.
+--
+-- Capture goes on, and everything that is written queues until the copy has ended; then the queue brings the
+-- newer state.  So a piece may be read and applied at any time, twice too, as long as nothing else is shipped to the
+-- target: replay leaves a target alone that is being copied in pieces.
+
+-- _copy_begin(target_id, rows): sets the target to copying and divides the table; goes on with what an
+-- interrupted copy has left.  Returns the number of pieces to do.  Locks ship, to wait for shippers in flight.
+-- Errors: 55000 while the target is paused or failed.
+CREATE OR REPLACE FUNCTION tbl_repl._copy_begin(target_id integer, piece_rows integer)
+RETURNS integer
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    target  tbl_repl.target%ROWTYPE := tbl_repl._own_target(target_id);
+    state   record;
+    last    text;
+    page    text[];
+    n       integer := 0;
+BEGIN
+    UPDATE tbl_repl.piece AS p SET state = 'todo' WHERE p.target_id = _copy_begin.target_id AND p.state = 'running';
+    IF EXISTS (SELECT FROM tbl_repl.piece AS p WHERE p.target_id = _copy_begin.target_id) THEN
+        RETURN (SELECT count(*) FROM tbl_repl.piece AS p WHERE p.target_id = _copy_begin.target_id AND p.state <> 'done');
+    END IF;
+    PERFORM pg_advisory_xact_lock(tbl_repl._lock_ship(), target_id);
+    SELECT st.status, st.copy_after INTO state FROM tbl_repl.target_state AS st
+    WHERE st.target_id = _copy_begin.target_id FOR UPDATE;
+    IF state.status IN ('paused', 'failed') THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'object_not_in_prerequisite_state',
+            MESSAGE = format('target %s is %s', target_id, state.status),
+            HINT    = format('First: SELECT tbl_repl.resume_target(%s);', target_id);
+    END IF;
+    UPDATE tbl_repl.target_state AS st SET status = 'copying', copy_after = NULL
+    WHERE st.target_id = _copy_begin.target_id;
+    last := coalesce(state.copy_after, '');
+    LOOP
+        EXECUTE format('SELECT tbl_repl.page_%s($1, $2)', target_id) INTO page USING last, piece_rows;
+        EXIT WHEN page IS NULL;
+        n := n + 1;
+        INSERT INTO tbl_repl.piece (target_id, n, after, upto, rows_planned)
+        VALUES (target_id, n, last, page[cardinality(page)], cardinality(page));
+        last := page[cardinality(page)];
+    END LOOP;
+    RETURN n;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._copy_begin(integer, integer) IS
+    'divides a table into pieces to copy, or goes on with those that are left';
+
+-- _copy_next(target_id): claims a piece; no row: none is left.
+CREATE OR REPLACE FUNCTION tbl_repl._copy_next(target_id integer)
+RETURNS TABLE (n integer, dst_table text, dst_columns text, is_binary boolean, rows_query text, stage text, merge text)
+LANGUAGE plpgsql VOLATILE
+SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    target tbl_repl.target%ROWTYPE;
+    source tbl_repl.source%ROWTYPE;
+    piece  tbl_repl.piece%ROWTYPE;
+    parts  record;
+BEGIN
+    UPDATE tbl_repl.piece AS p SET state = 'running', started_at = clock_timestamp()
+    WHERE p.target_id = _copy_next.target_id
+      AND EXISTS (SELECT FROM tbl_repl.target_state AS st WHERE st.target_id = _copy_next.target_id AND st.status = 'copying')
+      AND p.n = (SELECT x.n FROM tbl_repl.piece AS x WHERE x.target_id = _copy_next.target_id AND x.state = 'todo'
+                 ORDER BY x.n LIMIT 1 FOR UPDATE SKIP LOCKED)
+    RETURNING p.* INTO piece;
+    IF NOT FOUND THEN
+        RETURN;
+    END IF;
+    SELECT * INTO STRICT target FROM tbl_repl.target AS t WHERE t.target_id = _copy_next.target_id;
+    SELECT * INTO STRICT source FROM tbl_repl.source AS s WHERE s.source_id = target.source_id;
+    parts := tbl_repl._upsert_parts(target);
+    n := piece.n;
+    dst_table := tbl_repl._dst_table(target);
+    dst_columns := tbl_repl._dst_columns(target);
+    is_binary := tbl_repl._may_copy_binary(target, source);
+    rows_query := format('SELECT %s FROM %s AS s WHERE %s%s%s',
+        tbl_repl._sent_list(target, is_binary), source.source_table,
+        coalesce('(' || target.filter_expr || ')', 'true'),
+        CASE WHEN piece.after <> '' THEN ' AND (' || replace(tbl_repl._key_after(source.source_table, source.key_columns), '$1', quote_literal(piece.after)) || ')' END,
+        ' AND NOT (' || replace(tbl_repl._key_after(source.source_table, source.key_columns), '$1', quote_literal(piece.upto)) || ')');
+    stage := format('CREATE TEMP TABLE tbl_repl_rows ON COMMIT DROP AS SELECT %s FROM %s WITH NO DATA', dst_columns, dst_table);
+    merge := format('%s SELECT %s FROM pg_temp.tbl_repl_rows%s', left(parts.head, length(parts.head) - length(' VALUES ')), dst_columns, parts.tail);
+    RETURN NEXT;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._copy_next(integer) IS
+    'claims a piece of a table to copy; SECURITY DEFINER, for the worker''s role';
+
+CREATE OR REPLACE FUNCTION tbl_repl._copy_done(target_id integer, n integer, rows bigint, bytes bigint)
+RETURNS void
+LANGUAGE sql VOLATILE
+SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    UPDATE tbl_repl.piece AS p
+    SET state = 'done', done_at = clock_timestamp(), rows_copied = _copy_done.rows, bytes_copied = _copy_done.bytes
+    WHERE p.target_id = _copy_done.target_id AND p.n = _copy_done.n;
+    UPDATE tbl_repl.target_state AS st
+    SET rows_copied = st.rows_copied + _copy_done.rows, rows_shipped = st.rows_shipped + _copy_done.rows,
+        last_shipped_at = clock_timestamp()
+    WHERE st.target_id = _copy_done.target_id
+$function$;
+COMMENT ON FUNCTION tbl_repl._copy_done(integer, integer, bigint, bigint) IS
+    'notes that a piece is committed on the target; SECURITY DEFINER, for the worker''s role';
+
+-- _copy_finish(target_id): whether every piece was done; if so the queue is next.
+CREATE OR REPLACE FUNCTION tbl_repl._copy_finish(target_id integer)
+RETURNS boolean
+LANGUAGE plpgsql VOLATILE
+SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+AS $function$
+BEGIN
+    IF EXISTS (SELECT FROM tbl_repl.piece AS p WHERE p.target_id = _copy_finish.target_id AND p.state <> 'done') THEN
+        RETURN false;
+    END IF;
+    DELETE FROM tbl_repl.piece AS p WHERE p.target_id = _copy_finish.target_id;
+    UPDATE tbl_repl.target_state AS st SET status = 'queueing'
+    WHERE st.target_id = _copy_finish.target_id AND st.status = 'copying' AND st.copy_after IS NULL;
+    RETURN true;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._copy_finish(integer) IS
+    'ends a copy in pieces once all are done; SECURITY DEFINER, for the worker''s role';
+
+CREATE OR REPLACE VIEW tbl_repl.copy_progress AS
+SELECT p.target_id,
+       count(*) AS pieces,
+       count(*) FILTER (WHERE p.state = 'done') AS pieces_done,
+       sum(p.rows_planned)::bigint AS rows_planned,
+       sum(p.rows_copied)::bigint AS rows_copied,
+       sum(p.bytes_copied)::bigint AS bytes_copied,
+       min(p.started_at) AS started_at,
+       round(sum(p.rows_copied) / nullif(extract(epoch FROM max(p.done_at) - min(p.started_at)), 0)) AS rows_per_second
+FROM tbl_repl.piece AS p
+GROUP BY p.target_id;
+COMMENT ON VIEW tbl_repl.copy_progress IS 'copies in pieces that are under way or were interrupted';
+
+CREATE OR REPLACE FUNCTION tbl_repl._lock_copy() RETURNS integer
+LANGUAGE sql IMMUTABLE PARALLEL SAFE RETURN 1952607286;
+COMMENT ON FUNCTION tbl_repl._lock_copy() IS
+    'class of the advisory lock copy: held by who copies a target in pieces; the second part is the target_id';

@@ -1,0 +1,150 @@
+"""Copying in pieces: parallel, interruptible, beside writers, never over something newer."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from support import Pair, wait_until
+
+ROOT = Path(__file__).parents[1]
+DDL = "CREATE TABLE item (id integer PRIMARY KEY, name text, price numeric(10,2))"
+
+
+def dsn_of(pair: Pair) -> str:
+    source = pair.source
+    return f"host=127.0.0.1 port={source.cluster.port} dbname={source.dbname} user=owner password=secret"
+
+
+def command(pair: Pair, *args: str) -> list[str]:
+    return [sys.executable, "-m", "tbl_repl", *args, "--dsn", dsn_of(pair)]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT / "src"), "PYTHONIOENCODING": "utf-8"}
+
+
+def run(pair: Pair, *args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(pair, *args), capture_output=True, text=True, timeout=60, env=environment(), check=False
+    )
+
+
+@pytest.fixture
+def filled(pair: Pair) -> Pair:
+    pair.both(DDL)
+    pair.source.sql("INSERT INTO item SELECT g, 'n' || g, g / 7.0 FROM generate_series(1, 5000) AS g")
+    return pair
+
+
+def test_copy_moves_every_row_and_the_target_returns_to_ok(filled: Pair) -> None:
+    target = filled.add_target("item", mode="sync", initial_copy="none")
+    said = run(filled, "copy", str(target), "--piece-rows", "700", "--jobs", "3", "--json")
+    assert said.returncode == 0, said.stderr
+    assert json.loads(said.stdout)["rows"] == 5000
+    filled.drain()
+    filled.assert_same("item")
+    assert filled.status(target) == "ok"
+    assert filled.source.one("SELECT count(*) FROM tbl_repl.piece") == 0
+
+
+def test_rows_that_are_there_already_are_corrected(filled: Pair) -> None:
+    filled.target.sql("INSERT INTO item SELECT g, 'old', 0 FROM generate_series(1, 2500, 3) AS g")
+    target = filled.add_target("item", initial_copy="none")
+    assert run(filled, "copy", str(target), "--piece-rows", "1000").returncode == 0
+    filled.drain()
+    filled.assert_same("item")
+
+
+def test_writers_go_on_and_what_they_write_wins(filled: Pair) -> None:
+    target = filled.add_target("item", mode="tolerant", initial_copy="none")
+    stop = threading.Event()
+    written: list[int] = []
+
+    def write() -> None:
+        with filled.source.connect() as connection:
+            n = 0
+            while not stop.is_set():
+                n += 1
+                connection.execute("UPDATE item SET name = 'w' || %s WHERE id = %s", (n, n * 37 % 5000 + 1))
+                connection.execute("DELETE FROM item WHERE id = %s", (n * 91 % 5000 + 1,))
+                connection.execute("INSERT INTO item VALUES (%s, 'new', 1)", (10_000 + n,))
+                written.append(n)
+
+    writer = threading.Thread(target=write, daemon=True)
+    writer.start()
+    try:
+        wait_until(lambda: len(written) > 5)
+        said = run(filled, "copy", str(target), "--piece-rows", "200", "--jobs", "2")
+        assert said.returncode == 0, said.stderr
+    finally:
+        stop.set()
+        writer.join()
+    filled.drain()
+    filled.assert_same("item")
+
+
+def test_replay_ships_nothing_to_a_target_that_is_being_copied(filled: Pair) -> None:
+    target = filled.add_target("item", mode="async", initial_copy="none")
+    assert filled.source.one("SELECT tbl_repl._copy_begin(%s, 1000)", (target,)) == 5
+    filled.source.sql("UPDATE item SET name = 'later' WHERE id = 1")
+    filled.drain()
+    assert filled.target.one("SELECT count(*) FROM item") == 0
+    assert filled.pending(target) == 1
+    assert run(filled, "copy", str(target)).returncode == 0
+    filled.drain()
+    filled.assert_same("item")
+
+
+def test_an_interrupted_copy_goes_on_where_it_was(filled: Pair) -> None:
+    target = filled.add_target("item", initial_copy="none")
+    assert filled.source.one("SELECT tbl_repl._copy_begin(%s, 500)", (target,)) == 10
+    piece = filled.source.one("SELECT n FROM tbl_repl._copy_next(%s)", (target,))
+    filled.source.sql("SELECT tbl_repl._copy_done(%s, %s, 500, 1)", (target, piece))
+    filled.source.sql("SELECT tbl_repl._copy_next(%s)", (target,))  # claimed by one that has died
+    said = run(filled, "copy", str(target), "--json")
+    assert said.returncode == 0, said.stderr
+    assert filled.target.one("SELECT count(*) FROM item") == 4500  # the piece that was done is not done again
+    filled.source.sql("SELECT tbl_repl.resync_target(%s)", (target,))
+    filled.drain()
+    filled.assert_same("item")
+
+
+def test_two_copies_of_one_target_do_not_meet(filled: Pair) -> None:
+    target = filled.add_target("item", initial_copy="none")
+    with filled.source.connect() as other:
+        other.execute("SELECT pg_advisory_lock(tbl_repl._lock_copy(), %s)", (target,))
+        said = run(filled, "copy", str(target))
+    assert said.returncode == 1
+    assert "is being copied by another session" in said.stderr
+
+
+def test_a_killed_copy_can_be_repeated(filled: Pair) -> None:
+    target = filled.add_target("item", mode="sync", initial_copy="none")
+    with filled.target.connect() as blocker, blocker.transaction():
+        blocker.execute("LOCK TABLE item IN ACCESS EXCLUSIVE MODE")
+        process = subprocess.Popen(
+            command(filled, "copy", str(target), "--piece-rows", "500"),
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment(),
+        )  # fmt: skip
+        wait_until(
+            lambda: filled.source.one("SELECT count(*) FROM tbl_repl.piece WHERE state = 'running'") > 0
+        )
+        process.kill()
+        process.wait()
+    said = run(filled, "copy", str(target))
+    assert said.returncode == 0, said.stderr
+    filled.drain()
+    filled.assert_same("item")
+
+
+def test_an_unknown_target_is_a_problem(filled: Pair) -> None:
+    said = run(filled, "copy", "99")
+    assert said.returncode == 1
+    assert "target 99 does not exist" in said.stderr
