@@ -249,7 +249,11 @@ BEGIN
                 RAISE;
             END IF;
             GET STACKED DIAGNOSTICS error_text = MESSAGE_TEXT, error_detail = PG_EXCEPTION_DETAIL, error_hint = PG_EXCEPTION_HINT;
-            PERFORM tbl_repl._lane_is_down(lane.server, targets, SQLSTATE, error_text, error_detail, error_hint);
+            IF SQLSTATE = '57014' THEN
+                PERFORM tbl_repl._lane_is_down(lane.server, targets, '08001', 'does not answer', NULL, NULL);
+            ELSE
+                PERFORM tbl_repl._lane_is_down(lane.server, targets, SQLSTATE, error_text, error_detail, error_hint);
+            END IF;
             RETURN 0;
         END;
     END IF;

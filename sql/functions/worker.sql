@@ -10,41 +10,62 @@ LANGUAGE sql IMMUTABLE PARALLEL SAFE RETURN 1952607285;
 COMMENT ON FUNCTION tbl_repl._lock_worker() IS
     'class of the advisory lock worker: held by the worker that serves this database';
 
--- Something that replay could ship now.  SECURITY DEFINER: the worker's role may see status only.
-CREATE OR REPLACE FUNCTION tbl_repl._anything_to_replay()
-RETURNS boolean
-LANGUAGE plpgsql VOLATILE
-SECURITY DEFINER
-SET search_path = pg_catalog, pg_temp
-AS $function$
-DECLARE
-    item record;
-BEGIN
-    FOR item IN
-        SELECT st.target_id, st.status FROM tbl_repl.target_state AS st
-        WHERE st.status <> 'paused' AND (st.next_try_at IS NULL OR st.next_try_at <= clock_timestamp())
-    LOOP
-        IF item.status <> 'ok' OR tbl_repl._has_pending(item.target_id) THEN
-            RETURN true;
-        END IF;
-    END LOOP;
-    RETURN false;
-END
-$function$;
-COMMENT ON FUNCTION tbl_repl._anything_to_replay() IS
-    'whether something is queued that may be shipped now';
-
--- SECURITY DEFINER: the worker's role may not write the tables.
-CREATE OR REPLACE FUNCTION tbl_repl._note_retry(server name, seconds double precision)
-RETURNS void
+-- _servers_to_replay(busy): every server that has targets, without those named in busy.  wait_seconds: how long
+-- until something can be shipped to it, 0: now; NULL: nothing is queued.  SECURITY DEFINER: the worker's role
+-- may see status only.
+CREATE OR REPLACE FUNCTION tbl_repl._servers_to_replay(busy name[] DEFAULT '{}')
+RETURNS TABLE (server name, wait_seconds double precision)
 LANGUAGE sql VOLATILE
 SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 AS $function$
-    UPDATE tbl_repl.target_state AS st
-    SET next_try_at = clock_timestamp() + make_interval(secs => _note_retry.seconds)
-    FROM tbl_repl.target AS t
-    WHERE t.target_id = st.target_id AND t.server = _note_retry.server AND st.status <> 'paused'
+    SELECT t.server,
+           min(CASE WHEN NOT tbl_repl._may_replay(st) THEN NULL
+                    WHEN st.copy_after IS NOT NULL OR tbl_repl._has_pending(t.target_id)
+                    THEN greatest(0, coalesce(extract(epoch FROM st.next_try_at - clock_timestamp()), 0)) END)
+    FROM tbl_repl.target AS t JOIN tbl_repl.target_state AS st USING (target_id)
+    WHERE t.server <> ALL (busy)
+    GROUP BY t.server
+    ORDER BY t.server
 $function$;
-COMMENT ON FUNCTION tbl_repl._note_retry(name, double precision) IS
-    'when the worker tries a server again, shown in target_status';
+COMMENT ON FUNCTION tbl_repl._servers_to_replay(name[]) IS
+    'servers with targets, and how long until something can be shipped to each';
+
+-- _note_retry(server, since): targets of the server that have failed since then, and have something left, wait
+-- for their next try: a tenth of a second, doubled with every failure up to half a minute, with jitter, so
+-- that many workers do not come back at once.  Returns the seconds until the first of them, NULL: none.
+-- SECURITY DEFINER: the worker's role may not write the tables.
+CREATE OR REPLACE FUNCTION tbl_repl._note_retry(server name, since timestamptz)
+RETURNS double precision
+LANGUAGE sql VOLATILE
+SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    WITH noted AS (
+        UPDATE tbl_repl.target_state AS st
+        SET failures = least(st.failures + 1, 1000),
+            next_try_at = clock_timestamp() + make_interval(secs => least(30, 0.1 * 2 ^ least(st.failures, 12)) * (0.5 + random() / 2))
+        FROM tbl_repl.target AS t
+        WHERE t.target_id = st.target_id AND t.server = _note_retry.server AND st.status <> 'paused'
+          AND st.last_error_at >= since
+          AND (st.status = 'failed' OR st.copy_after IS NOT NULL OR tbl_repl._has_pending(st.target_id))
+        RETURNING st.next_try_at
+    )
+    SELECT extract(epoch FROM min(n.next_try_at) - clock_timestamp()) FROM noted AS n
+$function$;
+COMMENT ON FUNCTION tbl_repl._note_retry(name, timestamptz) IS
+    'when the worker tries targets again that have failed, shown in target_status';
+
+-- Sessions that are connecting to a server now; who has been at it for longer than patience_seconds hangs.
+CREATE OR REPLACE FUNCTION tbl_repl._connecting()
+RETURNS TABLE (pid integer, lock_key bigint, patience_seconds double precision)
+LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT l.pid, l.objid::bigint, (SELECT extract(epoch FROM max(t.timeout)) FROM tbl_repl.target AS t)
+    FROM pg_locks AS l
+    WHERE l.locktype = 'advisory' AND l.granted AND l.classid = tbl_repl._lock_connect()::oid
+      AND l.database = (SELECT d.oid FROM pg_database AS d WHERE d.datname = current_database())
+$function$;
+COMMENT ON FUNCTION tbl_repl._connecting() IS
+    'sessions that are connecting to a server: from 16 on only the worker bounds that';

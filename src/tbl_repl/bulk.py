@@ -18,6 +18,7 @@ import psycopg
 from psycopg import sql
 from psycopg.rows import tuple_row
 
+from tbl_repl import failpoint
 from tbl_repl.database import Connection, Row
 
 log = logging.getLogger("tbl_repl.bulk")
@@ -85,16 +86,20 @@ def _ship_lane(source: Connection, server: str, lane: Row) -> int:
     if conninfo is None:
         return 0
     with _locked(source, targets, lane), open_target(conninfo, settings) as (target, offset):
+        failpoint.reached("copy locked")
         watchdog = Watchdog(target)
         try:
             snapshot, counts = _move(source, target, watchdog, lane)
+            failpoint.reached("copy moved")
             if counts:
                 commit(target, watchdog, offset, float(lane["timeout"].total_seconds()))
         finally:
             watchdog.stop()
+        failpoint.reached("copy committed")
         source.execute(
             "SELECT tbl_repl._bulk_done(%s, %s::pg_snapshot, %s)", (targets, snapshot, json.dumps(counts))
         )
+        failpoint.reached("copy done")
     return sum(counts.values())
 
 

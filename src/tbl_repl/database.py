@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import psycopg
@@ -27,13 +28,14 @@ def resolve_dsn(dsn: str | None) -> str:
     return found
 
 
-def connect(dsn: str, what: str = "cli") -> Connection:
-    """A connection in autocommit whose rows are dicts; raises CannotConnect.
+def connect(dsn: str, what: str = "cli", seconds: int = 10) -> Connection:
+    """A connection in autocommit whose rows are dicts; raises CannotConnect after so many seconds.
 
     A connection that only listens notices within half a minute that its peer is gone.
     """
     bounds = {
-        "connect_timeout": "10",
+        "connect_timeout": str(seconds),
+        "tcp_user_timeout": "30000",
         "keepalives_idle": "10",
         "keepalives_interval": "5",
         "keepalives_count": "3",
@@ -47,10 +49,27 @@ def connect(dsn: str, what: str = "cli") -> Connection:
         raise CannotConnect(str(error).strip()) from error
 
 
+def settle(connection: Connection) -> Connection:
+    """Free a connection that stays for long from what the role or the database sets for short ones."""
+    settings = {
+        "statement_timeout": "0",
+        "lock_timeout": "0",
+        "idle_session_timeout": "0",
+        "idle_in_transaction_session_timeout": "0",
+        "default_transaction_isolation": "read committed",
+        "default_transaction_read_only": "off",
+    }
+    if connection.info.server_version >= 170000:
+        settings["transaction_timeout"] = "0"
+    for name, value in settings.items():
+        connection.execute("SELECT set_config(%s, %s, false)", (name, value))
+    return connection
+
+
 def require_extension(connection: Connection) -> None:
-    """Raise TblReplError unless the extension is in this database."""
-    row = connection.execute("SELECT 1 FROM pg_extension WHERE extname = 'tbl_repl'").fetchone()
-    if row is None:
+    """Raise TblReplError unless tbl_repl is in this database, as an extension or by plain SQL."""
+    row = connection.execute("SELECT to_regclass('tbl_repl.target_state') IS NOT NULL AS found").fetchone()
+    if row is None or not row["found"]:
         raise TblReplError(
             f"extension tbl_repl is not in database {connection.info.dbname}",
             "CREATE EXTENSION tbl_repl CASCADE;",
@@ -59,5 +78,10 @@ def require_extension(connection: Connection) -> None:
 
 def name_of(dsn: str) -> str:
     """What a person reads in place of a DSN: host, port, database; never a password."""
-    parts = conninfo_to_dict(dsn)
-    return f"{parts.get('host', 'local')}:{parts.get('port', 5432)}/{parts.get('dbname', '')}"
+    return place_of(conninfo_to_dict(dsn))
+
+
+def place_of(options: Mapping[str, Any]) -> str:
+    """host:port/database of libpq's options."""
+    host = options.get("host") or options.get("hostaddr") or "local"
+    return f"{host}:{options.get('port') or 5432}/{options.get('dbname') or options.get('service') or ''}"

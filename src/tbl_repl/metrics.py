@@ -44,7 +44,7 @@ class TargetCollector(Collector):
         for dsn in self.dsns:
             database = name_of(dsn)
             try:
-                with connect(dsn, "metrics") as connection:
+                with connect(dsn, "metrics", seconds=3) as connection:
                     rows = connection.execute(
                         "SELECT s.*, (SELECT count(*) FROM tbl_repl.quarantine AS q "
                         "WHERE q.target_id = s.target_id) AS held "

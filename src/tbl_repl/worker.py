@@ -2,12 +2,14 @@
 
 One drainer (a thread with a connection of its own) for each server of each database, so that a dead
 target hurts nobody else, and one watcher for each database, which waits for changes.  What is right
-is decided in SQL: a drainer calls ``tbl_repl.replay`` until nothing is left.
+is decided in SQL: a drainer calls ``tbl_repl._replay`` until nothing is left that can be shipped now;
+which targets wait for their next try is kept there, too.
 
 Waking up.  NOTIFY takes a lock of the whole cluster at commit, so writers notify only while the
 worker sleeps.  Asleep means: the watcher holds an advisory lock that every writer tries to share.
 Writers that got it hold it to their commit, so the watcher, once it has it, has only to look at the
-queue once more: whoever comes later finds it taken and notifies.
+queue once more: whoever comes later finds it taken and notifies.  While a drainer is at work the
+watcher does not sleep, it looks at the other servers every few milliseconds.
 """
 
 from __future__ import annotations
@@ -18,12 +20,14 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 
 import psycopg
 
-from tbl_repl import bulk
-from tbl_repl.database import Connection, Row, connect, name_of, require_extension
+from tbl_repl import bulk, failpoint
+from tbl_repl.database import Connection, Row, connect, name_of, require_extension, settle
 from tbl_repl.errors import CannotConnect, TblReplError, from_psycopg
+from tbl_repl.logs import event, reason
 
 log = logging.getLogger("tbl_repl.worker")
 
@@ -36,12 +40,22 @@ QUARANTINE_SECONDS = 60.0
 BULK_PAUSE_SECONDS = 60.0
 """How long replay does everything after a COPY that did not work."""
 
+SHORTEST_LOOK_SECONDS = 0.002
+LONGEST_LOOK_SECONDS = 0.05
+"""How often a watcher that is awake looks at the servers that are idle."""
+
 FIRST_RETRY_SECONDS = 0.1
 LONGEST_RETRY_SECONDS = 30.0
 
+ABORT_SECONDS = 5.0
+"""How long an interrupted worker waits for its threads."""
+
 
 def retry_after(failures: int) -> float:
-    """Seconds to wait after so many failures in a row: doubling, with jitter, bounded."""
+    """Seconds to wait after so many failures in a row: doubling, with jitter, bounded.
+
+    For what is wrong on the source's side; ``tbl_repl._note_retry`` says the same of targets.
+    """
     longest: float = min(LONGEST_RETRY_SECONDS, FIRST_RETRY_SECONDS * 2 ** min(failures - 1, 12))
     return longest * random.uniform(0.5, 1.0)
 
@@ -57,6 +71,14 @@ class Batch:
     sqlstate: str | None = None
 
 
+@dataclass(frozen=True)
+class Options:
+    """How a worker works; the defaults are right unless measured otherwise."""
+
+    batch_rows: int = 10_000
+    poll_seconds: float = POLL_SECONDS
+
+
 @dataclass
 class Observer:
     """Who wants to know about batches (metrics, tests)."""
@@ -65,160 +87,194 @@ class Observer:
 
 
 class Drainer(threading.Thread):
-    """Drains one server of one database; sleeps until it is woken or its next try is due."""
+    """Drains one server of one database whenever it is woken."""
 
     def __init__(
-        self, dsn: str, server: str, batch_rows: int, stop: threading.Event, observer: Observer
+        self,
+        dsn: str,
+        server: str,
+        options: Options,
+        stop: threading.Event,
+        observer: Observer,
+        settled: threading.Event | None = None,
     ) -> None:
         super().__init__(name=f"drainer {server}", daemon=True)
         self.dsn = dsn
         self.server = server
-        self.batch_rows = batch_rows
+        self.options = options
         self.stop = stop
         self.observer = observer
-        self.failures = 0
-        self._lock = threading.Lock()
-        self._retrying = False
+        self.busy = False
+        self.rest_until = 0.0
+        self.pid: int | None = None
+        self._settled = settled or threading.Event()
+        self._failures = 0
+        self._due = False
+        self._fruitless = 0
         self._quarantine_due = 0.0
         self._bulk_due = 0.0
         self._wanted = threading.Event()
-        self._idle = threading.Event()
         self._connection: Connection | None = None
-        self._warning: psycopg.errors.Diagnostic | None = None
-
-    def wake(self) -> None:
-        """Something is queued, or may be; one that waits for its next try goes on waiting."""
-        with self._lock:
-            if not self._retrying:
-                self._idle.clear()
-            self._wanted.set()
+        self._warning: tuple[str, str] | None = None
 
     @property
-    def idle(self) -> bool:
-        """Nothing left when it last looked, or it waits until it may try again."""
-        return self._idle.is_set()
+    def ready(self) -> bool:
+        """Whether it would start at once if it were woken."""
+        return not self.busy and time.monotonic() >= self.rest_until
+
+    def wake(self, due: bool = False) -> None:
+        """Something may be queued; due: something is.  Called by one thread only."""
+        self._due = due
+        self.busy = True
+        self._wanted.set()
 
     def cancel(self) -> None:
         """Interrupt the batch in progress."""
         connection = self._connection
         if connection is not None:
-            connection.cancel_safe(timeout=2)
+            try:
+                connection.cancel_safe(timeout=2)
+            except psycopg.Error:
+                log.debug("nothing to cancel server=%s", self.server)
 
     def run(self) -> None:
-        while not self.stop.is_set():
+        while True:
             self._wanted.wait()
+            self._wanted.clear()
             if self.stop.is_set():
                 break
-            with self._lock:
-                self._wanted.clear()
-                self._idle.clear()
             try:
-                failed = self._drain()
+                self.drain()
+                self._failures = 0
             except (psycopg.Error, TblReplError) as error:
-                failed = True
-                self._drop()
-                log.warning(
-                    "drain failed server=%s error=%s", self.server, str(error).strip().replace("\n", " ")
-                )
-            if failed and not self.stop.is_set():
-                self._wait_for_next_try()
-            else:
-                self.failures = 0
-            self._idle.set()
-        self._idle.set()
-        self._drop()
+                self.close()
+                if not self.stop.is_set():
+                    self._rest(reason(error))
+            except Exception:
+                self.close()
+                log.exception("drainer failed server=%s", self.server)
+                self._rest("internal error")
+            self.busy = False
+            self._settled.set()
+        self.busy = False
+        self._settled.set()
+        self.close()
 
-    def _wait_for_next_try(self) -> None:
-        """Idle as far as the others are concerned."""
-        self.failures += 1
-        delay = retry_after(self.failures)
-        self._note_retry(delay)
-        log.warning("retry server=%s failures=%d in_seconds=%.1f", self.server, self.failures, delay)
-        with self._lock:
-            self._retrying = True
-            self._idle.set()
-        self.stop.wait(delay)
-        with self._lock:
-            self._retrying = False
-            self._wanted.set()
-
-    def _drain(self) -> bool:
-        """Replay until nothing is left; whether the target failed."""
+    def drain(self) -> None:
+        """Replay until nothing is left that can be shipped now."""
         connection = self._connected()
+        done = 0
         while not self.stop.is_set():
             self._warning = None
             begun = time.monotonic()
-            if begun >= self._bulk_due:
-                moved = bulk.ship(connection, self.server)
-                if moved is None:
-                    self._bulk_due = begun + BULK_PAUSE_SECONDS
-                elif moved:
-                    self._report(moved, time.monotonic() - begun, None)
-                    continue
+            moved = self._ship_by_copy(connection, begun)
+            if moved:
+                done += moved
+                continue
             retry = begun >= self._quarantine_due
+            failpoint.reached("before replay")
             row = connection.execute(
-                "SELECT tbl_repl._replay(%s, %s, %s) AS rows", (self.server, self.batch_rows, retry)
+                "SELECT clock_timestamp() AS since, tbl_repl._replay(%s, %s, %s) AS rows",
+                (self.server, self.options.batch_rows, retry),
             ).fetchone()
-            rows = int(row["rows"]) if row else 0
-            seconds = time.monotonic() - begun
-            if retry and rows == 0:
-                self._quarantine_due = begun + QUARANTINE_SECONDS
-            sqlstate = self._warning.sqlstate if self._warning is not None else None
+            assert row is not None
+            failpoint.reached("after replay")
+            rows = int(row["rows"])
+            sqlstate, why = self._warning or (None, "")
             if rows or sqlstate:
-                self._report(rows, seconds, sqlstate)
-            if rows == 0:
-                if self._warning is not None:
-                    log.warning(
-                        "target server=%s sqlstate=%s %s",
-                        self.server,
-                        sqlstate,
-                        self._warning.message_primary,
-                    )
-                return self._warning is not None
-        return False
+                self._report(rows, time.monotonic() - begun, sqlstate)
+            if rows:
+                done += rows
+                continue
+            if retry:
+                self._quarantine_due = begun + QUARANTINE_SECONDS
+            if sqlstate is not None:
+                if moved is None:
+                    self._bulk_due = 0.0  # COPY failed for the same reason
+                self._note_retry(connection, row, why)
+            elif self._due and not done:
+                # somebody else ships it, or holds it: do not ask without end
+                self._fruitless = min(self._fruitless + 1, 9)
+                self.rest_until = time.monotonic() + 0.001 * 2**self._fruitless
+                return
+            self._fruitless = 0
+            return
 
-    def _report(self, rows: int, seconds: float, sqlstate: str | None) -> None:
-        self.observer.on_batch(Batch(name_of(self.dsn), self.server, rows, seconds, sqlstate))
-        log.info("batch server=%s rows=%d seconds=%.3f", self.server, rows, seconds)
-
-    def _connected(self) -> Connection:
-        if self._connection is None or self._connection.closed:
-            self._connection = connect(self.dsn, f"worker {self.server}")
-            self._connection.add_notice_handler(self._on_notice)
-        return self._connection
-
-    def _on_notice(self, notice: psycopg.errors.Diagnostic) -> None:
-        if notice.severity_nonlocalized == "WARNING":
-            self._warning = notice
-
-    def _note_retry(self, delay: float) -> None:
-        try:
-            self._connected().execute("SELECT tbl_repl._note_retry(%s, %s)", (self.server, delay))
-        except (psycopg.Error, TblReplError):
-            self._drop()
-
-    def _drop(self) -> None:
+    def close(self) -> None:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
+
+    def _ship_by_copy(self, connection: Connection, begun: float) -> int | None:
+        """Rows shipped by COPY, 0: no batch is large enough; None: it did not work."""
+        if begun < self._bulk_due:
+            return 0
+        moved = bulk.ship(connection, self.server)
+        if moved is None:
+            self._bulk_due = begun + BULK_PAUSE_SECONDS
+        elif moved:
+            self._report(moved, time.monotonic() - begun, None)
+        return moved
+
+    def _report(self, rows: int, seconds: float, sqlstate: str | None) -> None:
+        self.observer.on_batch(Batch(name_of(self.dsn), self.server, rows, seconds, sqlstate))
+        if rows:
+            event(log, logging.INFO, "batch", server=self.server, rows=rows, seconds=round(seconds, 3))
+
+    def _connected(self) -> Connection:
+        if self._connection is None or self._connection.closed:
+            self._connection = settle(connect(self.dsn, f"worker {self.server}"))
+            self._connection.add_notice_handler(self._on_notice)
+            self.pid = self._connection.info.backend_pid
+        return self._connection
+
+    def _on_notice(self, notice: psycopg.errors.Diagnostic) -> None:
+        # the diagnostic is valid during this call only
+        if notice.severity_nonlocalized == "WARNING":
+            self._warning = (notice.sqlstate or "01000", reason(notice))
+
+    def _note_retry(self, connection: Connection, row: Row, why: str) -> None:
+        """Let the targets that have failed wait; if it is not known which, this server as a whole."""
+        noted = connection.execute(
+            "SELECT tbl_repl._note_retry(%s, %s) AS seconds", (self.server, row["since"])
+        ).fetchone()
+        if noted is None or noted["seconds"] is None:
+            self._rest(why)
+            return
+        event(
+            log, logging.WARNING, "target failed",
+            server=self.server, reason=why, retry_in_seconds=round(max(0.0, noted["seconds"]), 1),
+        )  # fmt: skip
+
+    def _rest(self, why: str) -> None:
+        self._failures += 1
+        delay = retry_after(self._failures)
+        self.rest_until = time.monotonic() + delay
+        event(
+            log, logging.WARNING, "drainer failed",
+            server=self.server, reason=why, retry_in_seconds=round(delay, 1),
+        )  # fmt: skip
 
 
 class Watcher(threading.Thread):
     """Watches one database: one worker at a time, a drainer for each server, sleep and wake-up."""
 
-    def __init__(self, dsn: str, batch_rows: int, stop: threading.Event, observer: Observer) -> None:
+    def __init__(self, dsn: str, options: Options, stop: threading.Event, observer: Observer) -> None:
         super().__init__(name=f"watcher {name_of(dsn)}", daemon=True)
         self.dsn = dsn
-        self.batch_rows = batch_rows
+        self.options = options
         self.stop = stop
         self.observer = observer
         self.drainers: dict[str, Drainer] = {}
+        self._settled = threading.Event()
+        self._connecting: dict[tuple[int, int], float] = {}
+        self._everybody_due = 0.0
 
     def run(self) -> None:
         failures = 0
         while not self.stop.is_set():
             try:
-                with connect(self.dsn, "worker") as connection:
+                with settle(connect(self.dsn, "worker")) as connection:
                     require_extension(connection)
                     if not self._take_turn(connection):
                         break
@@ -227,9 +283,9 @@ class Watcher(threading.Thread):
             except (psycopg.Error, TblReplError) as error:
                 failures += 1
                 delay = retry_after(failures)
-                log.warning(
-                    "source database=%s error=%s retry_in_seconds=%.1f",
-                    name_of(self.dsn), str(error).strip().replace("\n", " "), delay,
+                event(
+                    log, logging.WARNING, "source failed",
+                    database=name_of(self.dsn), reason=reason(error), retry_in_seconds=round(delay, 1),
                 )  # fmt: skip
                 self.stop.wait(delay)
         for drainer in self.drainers.values():
@@ -245,38 +301,64 @@ class Watcher(threading.Thread):
                 "SELECT pg_try_advisory_lock(tbl_repl._lock_worker(), 0) AS mine"
             ).fetchone()
             if row and row["mine"]:
-                log.info("serving database=%s", name_of(self.dsn))
+                event(log, logging.INFO, "serving", database=name_of(self.dsn))
                 return True
             if not said:
-                log.info("waiting database=%s reason=another worker serves it", name_of(self.dsn))
+                event(
+                    log, logging.INFO, "waiting",
+                    database=name_of(self.dsn), reason="another worker serves it",
+                )  # fmt: skip
                 said = True
             self.stop.wait(0.5)
         return False
 
     def _watch(self, connection: Connection) -> None:
         connection.execute("LISTEN tbl_repl")
-        pause = 0.002
+        pause = SHORTEST_LOOK_SECONDS
+        self._everybody_due = 0.0
         while not self.stop.is_set():
-            for drainer in self._drainers(connection):
-                drainer.wake()
-            if not self._wait_idle():
-                return
+            self._wake(connection)
+            self._cancel_hung(connection)
+            if not self._all_settled(pause):
+                pause = min(pause * 2, LONGEST_LOOK_SECONDS)
+                continue
             # From here to the unlock writers notify.
             if not self._try(connection, "pg_try_advisory_lock"):
                 self.stop.wait(pause)  # writers in flight: look again soon
-                pause = min(pause * 2, 0.05)
+                pause = min(pause * 2, LONGEST_LOOK_SECONDS)
                 continue
-            pause = 0.002
+            pause = SHORTEST_LOOK_SECONDS
             try:
-                row = connection.execute("SELECT tbl_repl._anything_to_replay() AS something").fetchone()
-                if not (row and row["something"]):
-                    self._sleep(connection)
+                wait = self._wake(connection)
+                if wait > 0:
+                    self._sleep(connection, wait)
+                    self._wake(connection)
             finally:
                 if not connection.closed:
                     self._try(connection, "pg_advisory_unlock")
 
-    def _sleep(self, connection: Connection) -> None:
-        until = time.monotonic() + POLL_SECONDS
+    def _wake(self, connection: Connection) -> float:
+        """Wake the drainers of servers that something can be shipped to; seconds until there is more to do.
+
+        Once in a while all of them: for what nobody has said, as rows in quarantine.
+        """
+        everybody = time.monotonic() >= self._everybody_due
+        if everybody:
+            self._everybody_due = time.monotonic() + self.options.poll_seconds
+        wait = self._everybody_due - time.monotonic()
+        busy = [drainer.server for drainer in self.drainers.values() if not drainer.ready]
+        for row in connection.execute("SELECT * FROM tbl_repl._servers_to_replay(%s::name[])", (busy,)):
+            if row["wait_seconds"] == 0:
+                failpoint.reached("awake")
+            if everybody or row["wait_seconds"] == 0:
+                self._drainer(str(row["server"])).wake(due=row["wait_seconds"] == 0)
+                wait = 0
+            elif row["wait_seconds"] is not None:
+                wait = min(wait, float(row["wait_seconds"]))
+        return wait
+
+    def _sleep(self, connection: Connection, seconds: float) -> None:
+        until = time.monotonic() + seconds
         while not self.stop.is_set():
             left = until - time.monotonic()
             if left <= 0 or any(connection.notifies(timeout=min(left, 0.2), stop_after=1)):
@@ -287,24 +369,45 @@ class Watcher(threading.Thread):
         row = connection.execute(f"SELECT {function}(tbl_repl._lock_sleep(), 0) AS done").fetchone()
         return bool(row and row["done"])
 
-    def _wait_idle(self) -> bool:
-        for drainer in self.drainers.values():
-            while not drainer._idle.wait(0.2):
-                if self.stop.is_set():
-                    return False
-        return not self.stop.is_set()
+    def _all_settled(self, seconds: float) -> bool:
+        """Wait until no drainer is at work, at most so long."""
+        until = time.monotonic() + seconds
+        while True:
+            self._settled.clear()
+            if not any(drainer.busy for drainer in self.drainers.values()):
+                return True
+            left = until - time.monotonic()
+            if left <= 0 or self.stop.is_set():
+                return False
+            self._settled.wait(left)
 
-    def _drainers(self, connection: Connection) -> Iterable[Drainer]:
-        servers = [
-            str(row["server"])
-            for row in connection.execute("SELECT DISTINCT server FROM tbl_repl.target_status ORDER BY 1")
-        ]
-        for server in servers:
-            if server not in self.drainers:
-                drainer = Drainer(self.dsn, server, self.batch_rows, self.stop, self.observer)
-                self.drainers[server] = drainer
-                drainer.start()
-        return [self.drainers[server] for server in servers]
+    def _cancel_hung(self, connection: Connection) -> None:
+        """From PostgreSQL 16 on nothing else bounds connecting by dblink."""
+        if connection.info.server_version < 160000 or not any(d.busy for d in self.drainers.values()):
+            self._connecting.clear()
+            return
+        now = time.monotonic()
+        seen: dict[tuple[int, int], float] = {}
+        for row in connection.execute("SELECT * FROM tbl_repl._connecting()"):
+            who = (int(row["pid"]), int(row["lock_key"]))
+            seen[who] = self._connecting.get(who, now)
+            if now - seen[who] > float(row["patience_seconds"] or 5.0):
+                event(log, logging.WARNING, "connecting hangs", pid=who[0])
+                seen[who] = now
+                ours = [d for d in self.drainers.values() if d.pid == who[0] and d.busy]
+                for drainer in ours:
+                    drainer.cancel()
+                if not ours:
+                    connection.execute("SELECT tbl_repl._cancel_connecting(%s)", (who[0],))
+        self._connecting = seen
+
+    def _drainer(self, server: str) -> Drainer:
+        drainer = self.drainers.get(server)
+        if drainer is None:
+            drainer = Drainer(self.dsn, server, self.options, self.stop, self.observer, self._settled)
+            self.drainers[server] = drainer
+            drainer.start()
+        return drainer
 
 
 class Worker:
@@ -313,18 +416,28 @@ class Worker:
     ``stop`` lets the batches in progress end; ``abort`` interrupts them.
     """
 
-    def __init__(self, dsns: list[str], batch_rows: int = 10_000, observer: Observer | None = None) -> None:
+    def __init__(
+        self, dsns: Iterable[str], options: Options | None = None, observer: Observer | None = None
+    ) -> None:
         self._stop = threading.Event()
-        self._watchers = [Watcher(dsn, batch_rows, self._stop, observer or Observer()) for dsn in dsns]
+        self._aborted_at: float | None = None
+        self._watchers = [
+            Watcher(dsn, options or Options(), self._stop, observer or Observer()) for dsn in dsns
+        ]
 
-    def run(self) -> None:
+    def run(self) -> bool:
+        """Until stopped; False if batches had to be interrupted."""
         for watcher in self._watchers:
             watcher.start()
         for watcher in self._watchers:
             while watcher.is_alive():
                 watcher.join(0.2)
+                if self._aborted_at is not None and time.monotonic() - self._aborted_at > ABORT_SECONDS:
+                    return False
+        return self._aborted_at is None
 
     def stop(self) -> None:
+        event(log, logging.INFO, "stopping")
         self._stop.set()
         for watcher in self._watchers:
             for drainer in list(watcher.drainers.values()):
@@ -332,50 +445,84 @@ class Worker:
 
     def abort(self) -> None:
         self.stop()
+        self._aborted_at = self._aborted_at or time.monotonic()
         for watcher in self._watchers:
             for drainer in list(watcher.drainers.values()):
-                drainer.cancel()
+                threading.Thread(target=drainer.cancel, daemon=True).start()
 
 
-def drain_once(dsns: list[str], batch_rows: int = 10_000, observer: Observer | None = None) -> list[Row]:
+def drain_once(
+    dsns: Iterable[str],
+    options: Options | None = None,
+    observer: Observer | None = None,
+    stop: threading.Event | None = None,
+) -> list[Row]:
     """Drain every server of every database once, all servers at a time.
 
-    Returns the rows of target_status of those targets for which something is still pending.
+    Returns the rows of target_status of those targets for which something is still pending or in
+    quarantine (``held``).  What fails is raised when everything else is drained.
     """
-    observer = observer or Observer()
+    stop = stop or threading.Event()
+    problems: list[TblReplError] = []
+    drainers: list[Drainer] = []
+    reachable: list[str] = []
     left: list[Row] = []
-    for dsn in dsns:
+
+    def attempt(call: Callable[[], None]) -> None:
+        try:
+            call()
+        except psycopg.Error as error:
+            problems.append(from_psycopg(error))
+        except TblReplError as error:
+            problems.append(error)
+
+    def drain(drainer: Drainer) -> None:
+        attempt(drainer.drain)
+        drainer.close()
+
+    def find(dsn: str) -> None:
         with connect(dsn, "worker") as connection:
             require_extension(connection)
-            servers = [
-                str(r["server"])
-                for r in connection.execute("SELECT DISTINCT server FROM tbl_repl.target_status")
-            ]
-            drainers = [Drainer(dsn, server, batch_rows, threading.Event(), observer) for server in servers]
-            errors: list[Exception] = []
+            for row in connection.execute("SELECT server FROM tbl_repl._servers_to_replay()"):
+                drainers.append(
+                    Drainer(dsn, str(row["server"]), options or Options(), stop, observer or Observer())
+                )
+        reachable.append(dsn)
 
-            def drain(drainer: Drainer, errors: list[Exception] = errors) -> None:
-                try:
-                    drainer._drain()
-                except psycopg.Error as error:
-                    errors.append(from_psycopg(error))
-                except TblReplError as error:
-                    errors.append(error)
-                finally:
-                    drainer._drop()
+    def look(dsn: str) -> None:
+        with connect(dsn, "worker") as connection:
+            left.extend(
+                connection.execute(
+                    "SELECT * FROM (SELECT s.*, (SELECT count(*) FROM tbl_repl.quarantine AS q "
+                    "                            WHERE q.target_id = s.target_id) AS held "
+                    "               FROM tbl_repl.target_status AS s) AS s "
+                    "WHERE (pending_rows > 0 OR held > 0) AND status <> 'paused' ORDER BY target_id"
+                ).fetchall()
+            )
 
-            threads = [threading.Thread(target=drain, args=(drainer,)) for drainer in drainers]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-            if errors:
-                raise errors[0]
-            left += connection.execute(
-                "SELECT * FROM tbl_repl.target_status "
-                "WHERE pending_rows > 0 AND status <> 'paused' ORDER BY target_id"
-            ).fetchall()
+    for dsn in dsns:
+        attempt(partial(find, dsn))
+    threads = [threading.Thread(target=drain, args=(drainer,), daemon=True) for drainer in drainers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        while thread.is_alive():
+            thread.join(0.2)
+    for dsn in reachable:
+        attempt(partial(look, dsn))
+    if problems:
+        raise problems[0]
     return left
 
 
-__all__ = ["Batch", "CannotConnect", "Drainer", "Observer", "Watcher", "Worker", "drain_once", "retry_after"]
+__all__ = [
+    "Batch",
+    "CannotConnect",
+    "Drainer",
+    "Observer",
+    "Options",
+    "Watcher",
+    "Worker",
+    "drain_once",
+    "retry_after",
+]
