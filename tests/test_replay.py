@@ -870,6 +870,7 @@ def same_family(pair: Pair) -> None:
 
 def test_linked_tables_are_filled_parents_first(family: Pair) -> None:
     same_family(family)
+    assert "violates foreign key" not in family.target.log()
 
 
 def test_linked_rows_are_deleted_children_first(family: Pair) -> None:
@@ -878,6 +879,7 @@ def test_linked_rows_are_deleted_children_first(family: Pair) -> None:
     )
     family.drain()
     same_family(family)
+    assert "violates foreign key" not in family.target.log()
 
 
 def test_children_move_to_a_new_parent_and_the_old_one_goes(family: Pair) -> None:
