@@ -44,7 +44,9 @@ def tables(pair: Pair) -> Pair:
     return pair
 
 
-def refused(pair: Pair, code: str, action: Callable[[], Any], *, hint: str | None = "", node: Node | None = None) -> psycopg.Error:
+def refused(
+    pair: Pair, code: str, action: Callable[[], Any], *, hint: str | None = "", node: Node | None = None
+) -> psycopg.Error:
     """The action fails with that code, in PostgreSQL's style, and nothing is left behind."""
     node = node or pair.source
     before, there = snapshot(node), pair.target.rows("t")
@@ -67,44 +69,44 @@ def refused(pair: Pair, code: str, action: Callable[[], Any], *, hint: str | Non
 
 
 ADD = {
-    "unknown server": ("42704", dict(server="nowhere"), "CREATE SERVER"),
-    "unknown mode": ("22023", dict(mode="fast"), "sync, tolerant, async"),
-    "mode null": ("22023", dict(mode=None), "sync, tolerant, async"),
-    "unknown operation": ("22023", dict(operations=["insert", "upsert"]), "insert, update, delete, truncate"),
-    "no operation": ("22023", dict(operations=[]), "insert, update, delete, truncate"),
-    "unknown policy": ("22023", dict(on_conflict="last"), "overwrite, keep, newest, error"),
-    "unknown copy": ("22023", dict(initial_copy="later"), "now, background, none"),
-    "unknown forward": ("22023", dict(forward="all"), "local, any"),
-    "timeout zero": ("22023", dict(timeout="0"), "100 ms"),
-    "timeout negative": ("22023", dict(timeout="-1 s"), "100 ms"),
-    "unknown column": ("42703", dict(columns=["id", "nope"]), "columns"),
-    "unknown key column": ("42703", dict(key_columns=["nope"]), "key_columns"),
-    "no usable key": ("42P16", dict(key_columns=["v"]), "key_columns"),
-    "key not sent": ("42P16", dict(columns=["v"]), "columns"),
-    "key transformed": ("42P16", dict(column_map={"id": "id + 1"}), "column_map"),
-    "filter syntax": ("42601", dict(row_filter="n >"), "expression"),
-    "filter column": ("42703", dict(row_filter="nope > 1"), "expression"),
-    "filter not boolean": ("42804", dict(row_filter="n"), "expression"),
-    "filter aggregate": ("42803", dict(row_filter="count(*) > 1"), "expression"),
-    "filter unknown function": ("42883", dict(row_filter="nofunc(n)"), "expression"),
-    "map syntax": ("42601", dict(column_map={"v": "upper(v"}), "expression"),
-    "map column": ("42703", dict(column_map={"v": "upper(nope)"}), "expression"),
-    "map set": ("0A000", dict(column_map={"v": "generate_series(1, 2)"}), "expression"),
-    "map window": ("42P20", dict(column_map={"v": "row_number() OVER ()"}), "expression"),
-    "map type": ("42804", dict(column_map={"n": "v || 'x'"}), "Cast it"),
-    "map target column": ("42703", dict(column_map={"nope": "v"}), "column_map"),
-    "map no text": ("22023", dict(column_map={"v": 1}), "email"),
-    "map twice": ("42701", dict(column_map={"x" * 63 + "a": "v", "x" * 63 + "b": "v"}), None),
-    "target table": ("42P01", dict(dst_table="nope"), "dst_table"),
-    "target name": ("22023", dict(dst_table="a.b.c"), "schema.table"),
-    "target name empty": ("22023", dict(dst_table=""), "schema.table"),
-    "target name unclosed": ("22023", dict(dst_table='"a'), "schema.table"),
-    "view": ("42809", dict(source_table="w"), None),
-    "inheritance": ("0A000", dict(source_table="parent"), "partitioning"),
-    "inheritance child": ("0A000", dict(source_table="child"), "partitioning"),
-    "own catalog": ("42809", dict(source_table="tbl_repl.node"), None),
-    "system catalog": ("42501", dict(source_table="pg_class"), None),
-    "no such table": ("42P01", dict(source_table="nope"), None),
+    "unknown server": ("42704", {"server": "nowhere"}, "CREATE SERVER"),
+    "unknown mode": ("22023", {"mode": "fast"}, "sync, tolerant, async"),
+    "mode null": ("22023", {"mode": None}, "sync, tolerant, async"),
+    "unknown operation": ("22023", {"operations": ["insert", "upsert"]}, "insert, update, delete, truncate"),
+    "no operation": ("22023", {"operations": []}, "insert, update, delete, truncate"),
+    "unknown policy": ("22023", {"on_conflict": "last"}, "overwrite, keep, newest, error"),
+    "unknown copy": ("22023", {"initial_copy": "later"}, "now, background, none"),
+    "unknown forward": ("22023", {"forward": "all"}, "local, any"),
+    "timeout zero": ("22023", {"timeout": "0"}, "100 ms"),
+    "timeout negative": ("22023", {"timeout": "-1 s"}, "100 ms"),
+    "unknown column": ("42703", {"columns": ["id", "nope"]}, "columns"),
+    "unknown key column": ("42703", {"key_columns": ["nope"]}, "key_columns"),
+    "no usable key": ("42P16", {"key_columns": ["v"]}, "key_columns"),
+    "key not sent": ("42P16", {"columns": ["v"]}, "columns"),
+    "key transformed": ("42P16", {"column_map": {"id": "id + 1"}}, "column_map"),
+    "filter syntax": ("42601", {"row_filter": "n >"}, "expression"),
+    "filter column": ("42703", {"row_filter": "nope > 1"}, "expression"),
+    "filter not boolean": ("42804", {"row_filter": "n"}, "expression"),
+    "filter aggregate": ("42803", {"row_filter": "count(*) > 1"}, "expression"),
+    "filter unknown function": ("42883", {"row_filter": "nofunc(n)"}, "expression"),
+    "map syntax": ("42601", {"column_map": {"v": "upper(v"}}, "expression"),
+    "map column": ("42703", {"column_map": {"v": "upper(nope)"}}, "expression"),
+    "map set": ("0A000", {"column_map": {"v": "generate_series(1, 2)"}}, "expression"),
+    "map window": ("42P20", {"column_map": {"v": "row_number() OVER ()"}}, "expression"),
+    "map type": ("42804", {"column_map": {"n": "v || 'x'"}}, "Cast it"),
+    "map target column": ("42703", {"column_map": {"nope": "v"}}, "column_map"),
+    "map no text": ("22023", {"column_map": {"v": 1}}, "email"),
+    "map twice": ("42701", {"column_map": {"x" * 63 + "a": "v", "x" * 63 + "b": "v"}}, None),
+    "target table": ("42P01", {"dst_table": "nope"}, "dst_table"),
+    "target name": ("22023", {"dst_table": "a.b.c"}, "schema.table"),
+    "target name empty": ("22023", {"dst_table": ""}, "schema.table"),
+    "target name unclosed": ("22023", {"dst_table": '"a'}, "schema.table"),
+    "view": ("42809", {"source_table": "w"}, None),
+    "inheritance": ("0A000", {"source_table": "parent"}, "partitioning"),
+    "inheritance child": ("0A000", {"source_table": "child"}, "partitioning"),
+    "own catalog": ("42809", {"source_table": "tbl_repl.node"}, None),
+    "system catalog": ("42501", {"source_table": "pg_class"}, None),
+    "no such table": ("42P01", {"source_table": "nope"}, None),
 }
 
 
@@ -134,15 +136,27 @@ def test_alter_target_refuses(tables: Pair, case: str) -> None:
 def test_same_target_twice(tables: Pair) -> None:
     tables.add_target("t")
     refused(tables, "42710", lambda: tables.add_target("t"), hint="alter_target")
-    refused(tables, "42710", lambda: tables.add_target("t", dst_table="public.t", mode="async"), hint="alter_target")
-    refused(tables, "42710", lambda: tables.add_target("t", columns=["id"], row_filter="n > 1"), hint="alter_target")
+    refused(
+        tables,
+        "42710",
+        lambda: tables.add_target("t", dst_table="public.t", mode="async"),
+        hint="alter_target",
+    )
+    refused(
+        tables,
+        "42710",
+        lambda: tables.add_target("t", columns=["id"], row_filter="n > 1"),
+        hint="alter_target",
+    )
     tables.target.sql("CREATE TABLE u (LIKE t INCLUDING ALL)")
     second = tables.add_target("t", dst_table="u")
     refused(tables, "42710", lambda: tables.call("alter_target", target_id=second, dst_table="t"), hint=None)
 
 
 def test_source_and_server_must_be_given(tables: Pair) -> None:
-    refused(tables, "22004", lambda: tables.call("add_target", source_table=None, server=tables.server), hint=None)
+    refused(
+        tables, "22004", lambda: tables.call("add_target", source_table=None, server=tables.server), hint=None
+    )
     refused(tables, "22004", lambda: tables.call("add_target", source_table="t", server=None), hint=None)
 
 
@@ -164,9 +178,14 @@ def test_server_without_mapping_or_usage(tables: Pair) -> None:
 
 def test_only_the_owner_of_the_table_may_add_a_target(tables: Pair) -> None:
     role = tables.source.role("operator_of_nothing")
-    tables.source.sql(f"SELECT tbl_repl.grant_access('{role}', 'operator'); GRANT ALL ON t TO {role}; GRANT USAGE ON FOREIGN SERVER {tables.server} TO {role}")
+    tables.source.sql(
+        f"SELECT tbl_repl.grant_access('{role}', 'operator'); GRANT ALL ON t TO {role}; GRANT USAGE ON FOREIGN SERVER {tables.server} TO {role}"
+    )
     refused(
-        tables, "42501", lambda: tables.source.sql(f"SELECT tbl_repl.add_target('t', '{tables.server}')", user=role), hint=None
+        tables,
+        "42501",
+        lambda: tables.source.sql(f"SELECT tbl_repl.add_target('t', '{tables.server}')", user=role),
+        hint=None,
     )
 
 
@@ -187,9 +206,24 @@ def test_verbs_refuse_unknown_and_foreign_targets(tables: Pair, verb: str) -> No
     role = tables.source.role("stranger")
     tables.source.sql(f"SELECT tbl_repl.grant_access('{role}', 'operator')")
     target = tables.add_target("t")
-    refused(tables, "42704", lambda: tables.source.sql(f"SELECT tbl_repl.{verb.format(4711)}"), hint="target_status")
-    refused(tables, "42704", lambda: tables.source.sql(f"SELECT tbl_repl.{verb.format('NULL')}"), hint="target_status")
-    refused(tables, "42501", lambda: tables.source.sql(f"SELECT tbl_repl.{verb.format(target)}", user=role), hint=None)
+    refused(
+        tables,
+        "42704",
+        lambda: tables.source.sql(f"SELECT tbl_repl.{verb.format(4711)}"),
+        hint="target_status",
+    )
+    refused(
+        tables,
+        "42704",
+        lambda: tables.source.sql(f"SELECT tbl_repl.{verb.format('NULL')}"),
+        hint="target_status",
+    )
+    refused(
+        tables,
+        "42501",
+        lambda: tables.source.sql(f"SELECT tbl_repl.{verb.format(target)}", user=role),
+        hint=None,
+    )
 
 
 def test_drop_target_by_name(tables: Pair) -> None:
@@ -251,7 +285,9 @@ def test_target_refuses_to_be_written(tables: Pair) -> None:
     refused(tables, "42501", lambda: tables.add_target("t", dst_table="locked"), hint="GRANT SELECT, INSERT")
     tables.target.sql("CREATE TABLE needs (id integer PRIMARY KEY, v text, n integer, more text NOT NULL)")
     refused(tables, "23502", lambda: tables.add_target("t", dst_table="needs"), hint="default")
-    tables.target.sql("CREATE TABLE made (id integer PRIMARY KEY, v text, n integer GENERATED ALWAYS AS (id) STORED)")
+    tables.target.sql(
+        "CREATE TABLE made (id integer PRIMARY KEY, v text, n integer GENERATED ALWAYS AS (id) STORED)"
+    )
     refused(tables, "428C9", lambda: tables.add_target("t", dst_table="made"), hint="columns")
     tables.target.sql("CREATE TABLE typed (id integer PRIMARY KEY, v text, n date)")
     refused(tables, "42804", lambda: tables.add_target("t", dst_table="typed"), hint="Cast it")
@@ -277,7 +313,9 @@ def test_target_out_of_reach_leaves_nothing(tables: Pair) -> None:
 
 def test_rolled_back_add_target_leaves_nothing(tables: Pair) -> None:
     before = snapshot(tables.source)
-    tables.source.sql(f"BEGIN; SELECT tbl_repl.add_target('t', '{tables.server}'); INSERT INTO t VALUES (2, 'x', 2); ROLLBACK")
+    tables.source.sql(
+        f"BEGIN; SELECT tbl_repl.add_target('t', '{tables.server}'); INSERT INTO t VALUES (2, 'x', 2); ROLLBACK"
+    )
     assert snapshot(tables.source) == before
     assert tables.target.rows("t") == []
 
@@ -293,7 +331,9 @@ def test_last_drop_target_leaves_the_table_as_it_was(pair: Pair) -> None:
         GRANT SELECT ON t TO writer;
         """
     )
-    pair.target.sql("CREATE TABLE t (id integer PRIMARY KEY, v text, n integer); CREATE TABLE u (LIKE t INCLUDING ALL); CREATE TABLE v (LIKE t INCLUDING ALL)")
+    pair.target.sql(
+        "CREATE TABLE t (id integer PRIMARY KEY, v text, n integer); CREATE TABLE u (LIKE t INCLUDING ALL); CREATE TABLE v (LIKE t INCLUDING ALL)"
+    )
 
     def state() -> list[tuple[Any, ...]]:
         # relhastriggers stays true until the next VACUUM, as after any DROP TRIGGER
@@ -305,7 +345,9 @@ def test_last_drop_target_leaves_the_table_as_it_was(pair: Pair) -> None:
         pair.add_target("t", dst_table="u", mode="async"),
         pair.add_target("p", dst_table="v", row_filter="n > 1", mode="sync"),
     ]
-    pair.source.sql("INSERT INTO t SELECT i, 'x', i FROM generate_series(1, 5) i; INSERT INTO p VALUES (1, 'x', 1), (2, 'x', 2)")
+    pair.source.sql(
+        "INSERT INTO t SELECT i, 'x', i FROM generate_series(1, 5) i; INSERT INTO p VALUES (1, 'x', 1), (2, 'x', 2)"
+    )
     assert state() != before
     for target in targets:
         pair.call("drop_target", target_id=target)
@@ -335,7 +377,17 @@ def test_drop_extension_refuses_while_targets_exist(tables: Pair) -> None:
 
 def pg_dump(node: Node, *options: str) -> str:
     cluster = node.cluster
-    command = [str(cluster.server.bindir / "pg_dump"), "-h", str(cluster.socket_dir), "-p", str(cluster.port), "-U", "owner", *options, node.dbname]
+    command = [
+        str(cluster.server.bindir / "pg_dump"),
+        "-h",
+        str(cluster.socket_dir),
+        "-p",
+        str(cluster.port),
+        "-U",
+        "owner",
+        *options,
+        node.dbname,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, env={"PGPASSWORD": "secret"}, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -356,10 +408,14 @@ def test_a_plain_dump_by_the_owner_keeps_targets_and_queue(tables: Pair) -> None
     try:
         command = [str(restored.cluster.server.bindir / "psql"), "-X", "-q", "-h", str(restored.cluster.socket_dir),
                    "-p", str(restored.cluster.port), "-U", "owner", restored.dbname]  # fmt: skip
-        done = subprocess.run(command, input=text, capture_output=True, text=True, env={"PGPASSWORD": "secret"}, check=False)
+        done = subprocess.run(
+            command, input=text, capture_output=True, text=True, env={"PGPASSWORD": "secret"}, check=False
+        )
         errors = [line for line in done.stderr.splitlines() if "ERROR" in line]
         # the extensions dblink and postgres_fdw are not the owner's, here as everywhere
-        assert [e for e in errors if not re.search(r"extension (dblink|postgres_fdw)|foreign-data wrapper", e)] == []
+        assert [
+            e for e in errors if not re.search(r"extension (dblink|postgres_fdw)|foreign-data wrapper", e)
+        ] == []
         assert restored.rows("t") == tables.source.rows("t")
         view = "SELECT target_id, source_table::text, server, dst_table, mode, status, pending_rows FROM tbl_repl.target_status ORDER BY 1"
         assert restored.sql(view) == tables.source.sql(view)
@@ -368,9 +424,17 @@ def test_a_plain_dump_by_the_owner_keeps_targets_and_queue(tables: Pair) -> None
         restored.sql(f"SELECT tbl_repl.resume_target({direct})")
         restored.sql("CALL tbl_repl.drain()")
         restored.sql("INSERT INTO t VALUES (4, 'after', 4)")
-        assert tables.target.sql("SELECT id, v FROM t ORDER BY id") == [(2, "QUEUED"), (3, "QUEUED"), (4, "AFTER")]
+        assert tables.target.sql("SELECT id, v FROM t ORDER BY id") == [
+            (2, "QUEUED"),
+            (3, "QUEUED"),
+            (4, "AFTER"),
+        ]
         restored.sql("CALL tbl_repl.drain()")
-        assert tables.target.sql("SELECT id, v FROM u ORDER BY id") == [(2, "queued"), (3, "queued"), (4, "after")]
+        assert tables.target.sql("SELECT id, v FROM u ORDER BY id") == [
+            (2, "queued"),
+            (3, "queued"),
+            (4, "after"),
+        ]
         tables.target.sql("CREATE TABLE z (LIKE t INCLUDING ALL)")
         new = restored.one(f"SELECT tbl_repl.add_target('t', '{tables.server}', 'z')")
         assert new > queued

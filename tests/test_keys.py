@@ -29,7 +29,9 @@ def write_and_compare(pair: Pair, table: str, *writes: str) -> None:
 
 def test_composite_key_comes_in_index_order_without_included_columns(pair: Pair) -> None:
     pair.both("CREATE TABLE t (a integer, b text, c date, v text, PRIMARY KEY (c, a, b) INCLUDE (v))")
-    pair.source.sql("INSERT INTO t SELECT i % 3, 'b' || i % 5, '2024-01-01'::date + i, 'v' FROM generate_series(1, 20) i")
+    pair.source.sql(
+        "INSERT INTO t SELECT i % 3, 'b' || i % 5, '2024-01-01'::date + i, 'v' FROM generate_series(1, 20) i"
+    )
     target = pair.add_target("t")
     assert key_of(pair, target) == (["c", "a", "b"], ["c", "a", "b"])
     write_and_compare(
@@ -50,16 +52,22 @@ def test_key_columns_name_a_unique_index_in_any_order(pair: Pair) -> None:
     target = pair.add_target("t", key_columns=["a", "b"])
     assert key_of(pair, target)[0] == ["b", "a"]
     pair.source.sql("INSERT INTO t SELECT i, i, -i, 'v' FROM generate_series(1, 5) i")
-    write_and_compare(pair, "t", "UPDATE t SET v = 'w', id = id + 10", "UPDATE t SET a = a + 1", "DELETE FROM t WHERE a < 4")
+    write_and_compare(
+        pair, "t", "UPDATE t SET v = 'w', id = id + 10", "UPDATE t SET a = a + 1", "DELETE FROM t WHERE a < 4"
+    )
 
 
 def test_one_table_by_two_keys(pair: Pair) -> None:
     pair.source.sql("CREATE TABLE t (id integer PRIMARY KEY, code text NOT NULL UNIQUE, v text)")
-    pair.target.sql("CREATE TABLE by_id (id integer PRIMARY KEY, v text); CREATE TABLE by_code (code text PRIMARY KEY, v text)")
+    pair.target.sql(
+        "CREATE TABLE by_id (id integer PRIMARY KEY, v text); CREATE TABLE by_code (code text PRIMARY KEY, v text)"
+    )
     pair.add_target("t", dst_table="by_id", columns=["id", "v"])
     pair.add_target("t", dst_table="by_code", columns=["code", "v"], key_columns=["code"])
     pair.source.sql("INSERT INTO t SELECT i, 'c' || i, 'v' FROM generate_series(1, 5) i")
-    pair.source.sql("UPDATE t SET code = code || 'x' WHERE id < 3; UPDATE t SET id = id + 10; DELETE FROM t WHERE id = 15")
+    pair.source.sql(
+        "UPDATE t SET code = code || 'x' WHERE id < 3; UPDATE t SET id = id + 10; DELETE FROM t WHERE id = 15"
+    )
     assert pair.target.sql("SELECT id FROM by_id ORDER BY id") == [(11,), (12,), (13,), (14,)]
     assert pair.target.sql("SELECT code FROM by_code ORDER BY code") == [("c1x",), ("c2x",), ("c3",), ("c4",)]
     pair.source.sql("TRUNCATE t")
@@ -74,8 +82,14 @@ def test_one_table_by_two_keys(pair: Pair) -> None:
         ("CREATE TABLE t (id integer UNIQUE)", ["id"]),  # may be null
         ("CREATE TABLE t (id integer NOT NULL)", ["id"]),
         ("CREATE TABLE t (id integer PRIMARY KEY, b integer NOT NULL)", ["id", "b"]),
-        ("CREATE TABLE t (id integer PRIMARY KEY, b integer NOT NULL); CREATE UNIQUE INDEX ON t (b) WHERE id > 0", ["b"]),
-        ("CREATE TABLE t (id integer PRIMARY KEY, b integer NOT NULL); CREATE UNIQUE INDEX ON t ((b + 1))", ["b"]),
+        (
+            "CREATE TABLE t (id integer PRIMARY KEY, b integer NOT NULL); CREATE UNIQUE INDEX ON t (b) WHERE id > 0",
+            ["b"],
+        ),
+        (
+            "CREATE TABLE t (id integer PRIMARY KEY, b integer NOT NULL); CREATE UNIQUE INDEX ON t ((b + 1))",
+            ["b"],
+        ),
         ("CREATE TABLE t (id integer PRIMARY KEY, b integer NOT NULL UNIQUE)", []),
         ("CREATE TABLE t (a int4range, b daterange, PRIMARY KEY (a, b WITHOUT OVERLAPS))", None),
     ],
@@ -87,6 +101,7 @@ def test_no_usable_key_is_refused(pair: Pair, ddl: str, key_columns: list[str] |
     with pytest.raises(psycopg.errors.InvalidTableDefinition) as error:
         pair.add_target("t", key_columns=key_columns)
     assert error.value.diag.message_hint
+    assert "on the target" not in str(error.value)
 
 
 def test_target_needs_a_unique_index_on_the_key(pair: Pair) -> None:
@@ -147,10 +162,14 @@ def test_odd_names_of_schema_table_and_columns(pair: Pair, kind: str) -> None:
         other = '"' + name[:15].replace('"', '""') + ' 2"'
         partition = f"PARTITION BY LIST ({quoted})" if kind == "partitioned" else ""
         pair.both(f"CREATE SCHEMA {quoted}")
-        pair.source.sql(f"CREATE TABLE {table} ({quoted} text, {other} integer, PRIMARY KEY ({quoted}, {other})) {partition}")
+        pair.source.sql(
+            f"CREATE TABLE {table} ({quoted} text, {other} integer, PRIMARY KEY ({quoted}, {other})) {partition}"
+        )
         if partition:
             pair.source.sql(f"CREATE TABLE {quoted}.p PARTITION OF {table} DEFAULT")
-        pair.target.sql(f"CREATE TABLE {table} ({quoted} text, {other} integer, PRIMARY KEY ({quoted}, {other}))")
+        pair.target.sql(
+            f"CREATE TABLE {table} ({quoted} text, {other} integer, PRIMARY KEY ({quoted}, {other}))"
+        )
         try:
             target = pair.add_target(table, row_filter=f"{quoted} <> 'no' AND {other} > 0")
             for write in (
@@ -200,9 +219,13 @@ def test_dropped_columns_and_any_order(pair: Pair) -> None:
         "CREATE TABLE t (gone1 integer, a text, id2 integer, gone2 text, id1 integer, b text, PRIMARY KEY (id1, id2));"
         "ALTER TABLE t DROP COLUMN gone1, DROP COLUMN gone2"
     )
-    pair.target.sql("CREATE TABLE t (b text, gone integer, id1 integer, a text, id2 integer, PRIMARY KEY (id2, id1)); ALTER TABLE t DROP gone")
+    pair.target.sql(
+        "CREATE TABLE t (b text, gone integer, id1 integer, a text, id2 integer, PRIMARY KEY (id2, id1)); ALTER TABLE t DROP gone"
+    )
     pair.add_target("t")
-    pair.source.sql("INSERT INTO t VALUES ('a', 2, 1, 'b'), ('c', 4, 3, 'd'); UPDATE t SET a = 'x' WHERE id2 = 4")
+    pair.source.sql(
+        "INSERT INTO t VALUES ('a', 2, 1, 'b'), ('c', 4, 3, 'd'); UPDATE t SET a = 'x' WHERE id2 = 4"
+    )
     assert pair.target.sql("SELECT id1, id2, a, b FROM t ORDER BY 1") == [(1, 2, "a", "b"), (3, 4, "x", "d")]
     pair.source.sql("ALTER TABLE t DROP COLUMN b; ALTER TABLE t ADD COLUMN c text DEFAULT 'new'")
     pair.target.sql("ALTER TABLE t DROP COLUMN b; ALTER TABLE t ADD COLUMN c text DEFAULT 'new'")

@@ -36,7 +36,9 @@ def test_columns_of_the_views(pair: Pair, view: str) -> None:
 
 @pytest.fixture
 def tables(pair: Pair) -> Pair:
-    pair.both('CREATE SCHEMA "My schema"; CREATE TABLE "My schema"."T" (id integer PRIMARY KEY, v text, n integer)')
+    pair.both(
+        'CREATE SCHEMA "My schema"; CREATE TABLE "My schema"."T" (id integer PRIMARY KEY, v text, n integer)'
+    )
     return pair
 
 
@@ -44,12 +46,25 @@ TABLE = '"My schema"."T"'
 
 
 def status(pair: Pair, target: int, *columns: str) -> tuple[object, ...]:
-    return pair.source.sql(f"SELECT {', '.join(columns)} FROM tbl_repl.target_status WHERE target_id = {target}")[0]
+    return pair.source.sql(
+        f"SELECT {', '.join(columns)} FROM tbl_repl.target_status WHERE target_id = {target}"
+    )[0]
 
 
 def test_target_status_of_a_healthy_target(tables: Pair) -> None:
     target = tables.add_target(TABLE)
-    everything = ("source_table::text", "server", "dst_table", "mode", "status", "pending_rows", "oldest_pending_at", "last_error", "last_error_at", "rows_shipped")
+    everything = (
+        "source_table::text",
+        "server",
+        "dst_table",
+        "mode",
+        "status",
+        "pending_rows",
+        "oldest_pending_at",
+        "last_error",
+        "last_error_at",
+        "rows_shipped",
+    )
     healthy = (TABLE, tables.server, TABLE, "tolerant", "ok", 0, None, None, None)
     assert status(tables, target, *everything) == (*healthy, 0)
     before = tables.source.one("SELECT clock_timestamp()")
@@ -65,7 +80,9 @@ def test_target_status_of_a_healthy_target(tables: Pair) -> None:
 
 
 def test_rows_shipped_and_last_shipped_at_move_in_every_mode(tables: Pair) -> None:
-    tables.target.sql(f'CREATE TABLE "My schema".u (LIKE {TABLE} INCLUDING ALL); CREATE TABLE "My schema".w (LIKE {TABLE} INCLUDING ALL)')
+    tables.target.sql(
+        f'CREATE TABLE "My schema".u (LIKE {TABLE} INCLUDING ALL); CREATE TABLE "My schema".w (LIKE {TABLE} INCLUDING ALL)'
+    )
     targets = {
         "tolerant": tables.add_target(TABLE),
         "sync": tables.add_target(TABLE, dst_table="u", mode="sync"),
@@ -88,14 +105,16 @@ def test_pending_names_operation_and_key(tables: Pair) -> None:
     tables.source.sql(f"DELETE FROM {TABLE} WHERE id = 3")
     tables.source.sql(f"TRUNCATE {TABLE}")
     tables.source.sql("INSERT INTO c VALUES (1, 'it''s \"')")
-    rows = tables.source.sql("SELECT op, key FROM tbl_repl.pending WHERE target_id = %s ORDER BY captured_at, key->>'id'", [target])
+    rows = tables.source.sql(
+        "SELECT op, key FROM tbl_repl.pending WHERE target_id = %s ORDER BY captured_at, key->>'id'", [target]
+    )
     assert rows == [
         ("insert", {"id": 4}), ("update", {"id": 1}), ("update", {"id": 20}), ("update", {"id": 2}),
         ("delete", {"id": 3}), ("truncate", None),
     ]  # fmt: skip
-    assert tables.source.sql("SELECT source_table::text, op, key FROM tbl_repl.pending WHERE target_id = %s", [composite]) == [
-        ("c", "insert", {"a": 1, "b": "it's \""})
-    ]
+    assert tables.source.sql(
+        "SELECT source_table::text, op, key FROM tbl_repl.pending WHERE target_id = %s", [composite]
+    ) == [("c", "insert", {"a": 1, "b": "it's \""})]
     assert status(tables, target, "pending_rows") == (6,)
     oldest = tables.source.one("SELECT min(captured_at) FROM tbl_repl.pending WHERE target_id = %s", [target])
     assert status(tables, target, "oldest_pending_at") == (oldest,)
@@ -120,7 +139,9 @@ def test_errors_are_logged_and_what_is_queued_is_shown_as_sql(tables: Pair) -> N
     assert "'11'" in log[0][4]
     tables.source.sql(f"INSERT INTO {TABLE} VALUES (2, 'it''s', 2)")
     tables.source.sql(f"DELETE FROM {TABLE} WHERE id = 2; INSERT INTO {TABLE} VALUES (3, NULL, 3)")
-    shown = tables.source.sql("SELECT id, nsp_name, table_name, dst_server, dst_query, create_time FROM tbl_repl.sync_err_rec ORDER BY id")
+    shown = tables.source.sql(
+        "SELECT id, nsp_name, table_name, dst_server, dst_query, create_time FROM tbl_repl.sync_err_rec ORDER BY id"
+    )
     assert [row[1:4] for row in shown] == [("My schema", "T", tables.server)] * len(shown)
     assert [row[0] for row in shown] == sorted({row[0] for row in shown})
     queries = [row[4] for row in shown]
@@ -130,7 +151,9 @@ def test_errors_are_logged_and_what_is_queued_is_shown_as_sql(tables: Pair) -> N
     times = [row[5] for row in shown]
     assert times == sorted(times)
     tables.drain()
-    rejected = tables.source.sql("SELECT target_id, key, attempts, sqlstate, message, first_failed_at = last_failed_at FROM tbl_repl.quarantine")
+    rejected = tables.source.sql(
+        "SELECT target_id, key, attempts, sqlstate, message, first_failed_at = last_failed_at FROM tbl_repl.quarantine"
+    )
     assert [row[:2] for row in rejected] == [(target, {"id": 1})]
     assert rejected[0][3] == "23514"
     assert tables.source.sql("TABLE tbl_repl.sync_err_rec") == []
@@ -175,12 +198,18 @@ def test_sync_err_rec_is_what_a_replay_will_run(tables: Pair) -> None:
         conn.execute("BEGIN")
         for statement in shown:
             conn.execute(statement)
-        by_hand = [conn.execute(f'SELECT r::text FROM "My schema".{t} r ORDER BY id').fetchall() for t in ("archive", "part", '"T"')]
+        by_hand = [
+            conn.execute(f'SELECT r::text FROM "My schema".{t} r ORDER BY id').fetchall()
+            for t in ("archive", "part", '"T"')
+        ]
         conn.execute("ROLLBACK")
     for target in targets:
         tables.call("resume_target", target_id=target)
     tables.drain()
-    replayed = [tables.target.sql(f'SELECT r::text FROM "My schema".{t} r ORDER BY id') for t in ("archive", "part", '"T"')]
+    replayed = [
+        tables.target.sql(f'SELECT r::text FROM "My schema".{t} r ORDER BY id')
+        for t in ("archive", "part", '"T"')
+    ]
     assert by_hand == replayed
 
 
@@ -198,7 +227,11 @@ def test_status_of_a_target_that_waits(tables: Pair) -> None:
     target = tables.add_target(TABLE)
     tables.target.stop()
     tables.source.sql(f"INSERT INTO {TABLE} VALUES (1, 'a', 1)")
-    assert status(tables, target, "status", "pending_rows", "oldest_pending_at IS NOT NULL") == ("queueing", 1, True)
+    assert status(tables, target, "status", "pending_rows", "oldest_pending_at IS NOT NULL") == (
+        "queueing",
+        1,
+        True,
+    )
     assert str(status(tables, target, "last_error")[0])[:2] in ("08", "57")
     tables.target.start()
     wait_until(lambda: tables.source.one("SELECT tbl_repl.replay()") == 0)
@@ -228,7 +261,9 @@ def test_readers_see_no_row_contents(tables: Pair) -> None:
     tables.source.sql(f"SELECT tbl_repl.grant_access('{reader}', 'reader')")
     for view in ("target_status", "pending", "quarantine", "conflict_log"):
         assert "secret" not in repr(tables.source.sql(f"TABLE tbl_repl.{view}", user=reader))
-    assert tables.source.sql("SELECT status, pending_rows FROM tbl_repl.target_status", user=reader) == [("paused", 1)]
+    assert tables.source.sql("SELECT status, pending_rows FROM tbl_repl.target_status", user=reader) == [
+        ("paused", 1)
+    ]
     for query in ("TABLE tbl_repl.sync_err_rec", "TABLE tbl_repl.error_log", f"SELECT tbl_repl.explain_target({target})",
                   "SELECT tbl_repl._pending_sql()", f"TABLE {TABLE}"):  # fmt: skip
         with pytest.raises(psycopg.errors.InsufficientPrivilege):

@@ -28,7 +28,9 @@ def test_explain_target_shows_the_sql_that_is_sent(pair: Pair, filtered: bool) -
     pair.target.admin(f"ALTER DATABASE {pair.target.dbname} SET log_statement = 'all'")
 
     def explained(key: str) -> str:
-        return "; ".join(row[0] for row in pair.source.sql(f"SELECT tbl_repl.explain_target({target}, '{key}')"))
+        return "; ".join(
+            row[0] for row in pair.source.sql(f"SELECT tbl_repl.explain_target({target}, '{key}')")
+        )
 
     # two rows at a time are sent as they are shown
     pair.source.fresh("INSERT INTO t VALUES (1, 'x''y', 'v'), (2, 'z', NULL)")
@@ -38,7 +40,10 @@ def test_explain_target_shows_the_sql_that_is_sent(pair: Pair, filtered: bool) -
     row_two = two.split(" VALUES ")[1].removesuffix(tail)
     assert row_one == "('1', 'x''y', '%s')" % ("V" if filtered else "v")
     assert row_two == "('2', 'z', NULL)"
-    assert any(s in sent(pair) for s in (f"{head} VALUES {row_one}, {row_two}{tail}", f"{head} VALUES {row_two}, {row_one}{tail}"))
+    assert any(
+        s in sent(pair)
+        for s in (f"{head} VALUES {row_one}, {row_two}{tail}", f"{head} VALUES {row_two}, {row_one}{tail}")
+    )
     # a row that is gone
     pair.source.fresh("DELETE FROM t")
     gone = explained('{"a": 1, "b": "x\'\'y"}')
@@ -60,11 +65,13 @@ def test_a_single_row_is_sent_as_the_prepared_form_of_what_is_shown(pair: Pair) 
 def test_explain_target_sends_and_changes_nothing(pair: Pair) -> None:
     pair.both("CREATE TABLE t (id integer PRIMARY KEY, v text)")
     target = pair.add_target("t")
-    assert "INSERT INTO public.t" in pair.source.one(f"SELECT tbl_repl.explain_target({target})")  # no row there yet
+    assert "INSERT INTO public.t" in pair.source.one(
+        f"SELECT tbl_repl.explain_target({target})"
+    )  # no row there yet
     pair.source.sql("INSERT INTO t VALUES (7, 'a')")
     pair.target.sql("DELETE FROM t")
     pair.target.stop()
-    explained = pair.source.sql(f"SELECT tbl_repl.explain_target({target}, '{{\"id\": \"007\"}}')")
+    explained = pair.source.sql(f'SELECT tbl_repl.explain_target({target}, \'{{"id": "007"}}\')')
     assert len(explained) == 1
     assert "('7', 'a')" in explained[0][0]
     assert pair.source.sql(f"SELECT tbl_repl.explain_target({target}, '{{\"id\": 8}}')") == [
@@ -72,7 +79,13 @@ def test_explain_target_sends_and_changes_nothing(pair: Pair) -> None:
     ]
     pair.target.start()
     assert pair.target.rows("t") == []
-    for key, code in (("{}", "22023"), ('{"nope": 1}', "22023"), ('{"id": "x"}', "22P02"), ("[1]", "22023"), ('{"id": null}', "22023")):
+    for key, code in (
+        ("{}", "22023"),
+        ('{"nope": 1}', "22023"),
+        ('{"id": "x"}', "22P02"),
+        ("[1]", "22023"),
+        ('{"id": null}', "22023"),
+    ):
         with pytest.raises(Exception) as caught:
             pair.source.sql(f"SELECT tbl_repl.explain_target({target}, '{key}')")
         assert caught.value.sqlstate == code, key  # type: ignore[attr-defined]
@@ -109,7 +122,9 @@ def test_nondeterministic_collation_on_the_target(pair: Pair) -> None:
 
 
 def test_shifted_identity_and_swapped_unique_values(pair: Pair) -> None:
-    pair.source.sql("CREATE TABLE t (id integer PRIMARY KEY, u text NOT NULL UNIQUE DEFERRABLE, v integer UNIQUE DEFERRABLE)")
+    pair.source.sql(
+        "CREATE TABLE t (id integer PRIMARY KEY, u text NOT NULL UNIQUE DEFERRABLE, v integer UNIQUE DEFERRABLE)"
+    )
     pair.target.sql("CREATE TABLE t (id integer PRIMARY KEY, u text NOT NULL UNIQUE, v integer UNIQUE)")
     target = pair.add_target("t")
     pair.source.sql("INSERT INTO t SELECT i, 'u' || i, i FROM generate_series(1, 6) i")

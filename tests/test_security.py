@@ -27,7 +27,7 @@ NASTY = [
     "E'\\x27'",
     "\\x27 \\047 U&'\\0027'",
     "NULL",
-    "{a,\"b\",NULL}",
+    '{a,"b",NULL}',
     '["json", null]',
     "‘’ʼ＇",
     "",
@@ -52,7 +52,9 @@ def test_values_cannot_break_out(victim: Pair, key: str, conforming: str) -> Non
     direct = victim.add_target("t")
     victim.add_target("t", dst_table="u", mode="async")
     conn = victim.source.connect()
-    conn.execute(f"SET standard_conforming_strings = {conforming}; SET escape_string_warning = off; SET backslash_quote = on")
+    conn.execute(
+        f"SET standard_conforming_strings = {conforming}; SET escape_string_warning = off; SET backslash_quote = on"
+    )
     for value in NASTY:
         conn.execute("INSERT INTO t VALUES (%s, %s)", [value, value])
     victim.assert_same("t")
@@ -126,7 +128,7 @@ def test_one_filter_alone_in_a_session_where_a_backslash_escapes(victim: Pair) -
 def test_server_names_and_passwords_cannot_break_out(victim: Pair) -> None:
     victim.target.sql("CREATE TABLE t (id integer PRIMARY KEY)")
     victim.source.sql("CREATE TABLE t (id integer PRIMARY KEY)")
-    password = "it's \"q\" \\ $$ %s"
+    password = 'it\'s "q" \\ $$ %s'
     role = victim.target.role("odd role")
     victim.target.admin("ALTER ROLE \"odd role\" PASSWORD 'it''s \"q\" \\ $$ %s'")
     victim.target.sql('GRANT ALL ON t TO "odd role"')
@@ -139,7 +141,9 @@ def test_server_names_and_passwords_cannot_break_out(victim: Pair) -> None:
             f"CREATE SERVER {server} FOREIGN DATA WRAPPER dblink_fdw OPTIONS (host '127.0.0.1', port '{port}', dbname '{dbname}')"
         )
         literal = password.replace("'", "''")
-        victim.source.sql(f"CREATE USER MAPPING FOR owner SERVER {server} OPTIONS (user '{role}', password '{literal}')")
+        victim.source.sql(
+            f"CREATE USER MAPPING FOR owner SERVER {server} OPTIONS (user '{role}', password '{literal}')"
+        )
         target = victim.add_target("t", server=name)
         victim.source.sql("INSERT INTO t VALUES (1)")
         assert victim.target.one("SELECT count(*) FROM t") == 1, name
@@ -183,18 +187,28 @@ def test_injection_through_expressions_is_refused(victim: Pair, mapped: bool) ->
         if text == "" and not mapped:
             continue
         try:
-            target = victim.add_target("t", **({"column_map": {"v": text}} if mapped else {"row_filter": text}))
+            target = victim.add_target(
+                "t", **({"column_map": {"v": text}} if mapped else {"row_filter": text})
+            )
         except psycopg.Error as error:
             assert (error.sqlstate or "")[:2] in ("42", "0A"), (text, error)
         else:
-            accepted.append((text, victim.source.one("SELECT coalesce(filter_expr, sent_exprs[2]) FROM tbl_repl.target")))
+            accepted.append(
+                (text, victim.source.one("SELECT coalesce(filter_expr, sent_exprs[2]) FROM tbl_repl.target"))
+            )
             victim.call("drop_target", target_id=target)
         assert unharmed(victim), text
     assert accepted == []
 
 
 @pytest.mark.parametrize(
-    "dst_table", ["t; DELETE FROM victim", "t AS d (id) VALUES (1); DELETE FROM victim; --", 't"; DELETE FROM victim; --', "t(id)"]
+    "dst_table",
+    [
+        "t; DELETE FROM victim",
+        "t AS d (id) VALUES (1); DELETE FROM victim; --",
+        't"; DELETE FROM victim; --',
+        "t(id)",
+    ],
 )
 def test_injection_through_dst_table_is_refused(victim: Pair, dst_table: str) -> None:
     victim.both("CREATE TABLE t (id integer PRIMARY KEY)")
@@ -270,10 +284,16 @@ def test_a_hostile_search_path_of_the_writer_is_not_used(victim: Pair) -> None:
     victim.add_target("t", row_filter="length(v) > 1 AND at < now() + '1 day'", column_map={"v": "upper(v)"})
     victim.target.sql("CREATE TABLE u (LIKE t INCLUDING ALL)")
     victim.add_target("t", dst_table="u", mode="async")
-    victim.source.sql("GRANT SELECT, INSERT, UPDATE, DELETE, TRUNCATE ON t TO writer; GRANT USAGE ON SCHEMA public TO writer")
-    victim.source.admin("CREATE SCHEMA hostile AUTHORIZATION writer; CREATE TABLE public.caught (who text, what text); GRANT ALL ON public.caught TO writer, owner")
+    victim.source.sql(
+        "GRANT SELECT, INSERT, UPDATE, DELETE, TRUNCATE ON t TO writer; GRANT USAGE ON SCHEMA public TO writer"
+    )
+    victim.source.admin(
+        "CREATE SCHEMA hostile AUTHORIZATION writer; CREATE TABLE public.caught (who text, what text); GRANT ALL ON public.caught TO writer, owner"
+    )
     writer = victim.source.connect("writer")
-    body = "LANGUAGE plpgsql AS $$BEGIN INSERT INTO public.caught VALUES (current_user, '{}'); RETURN {}; END$$"
+    body = (
+        "LANGUAGE plpgsql AS $$BEGIN INSERT INTO public.caught VALUES (current_user, '{}'); RETURN {}; END$$"
+    )
     for signature, kind, result in (
         ("upper(text)", "text", "'hijacked'"),
         ("length(text)", "integer", "1"),
@@ -291,7 +311,9 @@ def test_a_hostile_search_path_of_the_writer_is_not_used(victim: Pair) -> None:
         ("equal_text(text, text)", "boolean", "false"),
         ("greater_int(integer, integer)", "boolean", "false"),
     ):
-        writer.execute(f"CREATE FUNCTION hostile.{signature} RETURNS {kind} {body.format(signature.split('(')[0], result)}")
+        writer.execute(
+            f"CREATE FUNCTION hostile.{signature} RETURNS {kind} {body.format(signature.split('(')[0], result)}"
+        )
     writer.execute(
         "CREATE OPERATOR hostile.= (LEFTARG = integer, RIGHTARG = integer, FUNCTION = hostile.equal_int);"
         "CREATE OPERATOR hostile.= (LEFTARG = text, RIGHTARG = text, FUNCTION = hostile.equal_text);"
@@ -300,8 +322,12 @@ def test_a_hostile_search_path_of_the_writer_is_not_used(victim: Pair) -> None:
         "CREATE TABLE hostile.pg_class (oid oid); CREATE DOMAIN hostile.text AS pg_catalog.text CHECK (false)"
     )
     writer.execute("SET search_path = hostile, pg_catalog, public")
-    writer.execute("CREATE TEMP TABLE pg_proc (oid oid); CREATE TEMP TABLE new_rows (id integer); CREATE TEMP TABLE target (id integer)")
-    writer.execute("INSERT INTO public.t VALUES (1, 'a', '2024-01-01'), (2, 'bb', '2024-01-01'), (3, 'cc', '2024-01-01')")
+    writer.execute(
+        "CREATE TEMP TABLE pg_proc (oid oid); CREATE TEMP TABLE new_rows (id integer); CREATE TEMP TABLE target (id integer)"
+    )
+    writer.execute(
+        "INSERT INTO public.t VALUES (1, 'a', '2024-01-01'), (2, 'bb', '2024-01-01'), (3, 'cc', '2024-01-01')"
+    )
     writer.execute("UPDATE public.t SET v = 'dd', at = '2025-01-01' WHERE id OPERATOR(pg_catalog.=) 2")
     writer.execute("DELETE FROM public.t WHERE id OPERATOR(pg_catalog.=) 3")
     assert victim.target.sql("SELECT id, v FROM t") == [(2, "DD")]
@@ -332,12 +358,16 @@ def test_expressions_mean_what_they_meant_to_their_author(victim: Pair) -> None:
         "CREATE FUNCTION public.mask(text) RETURNS text LANGUAGE sql AS $$SELECT 'public ' || $1$$;"
         "CREATE FUNCTION public.wanted(integer) RETURNS boolean LANGUAGE sql AS 'SELECT false'; GRANT INSERT ON t TO writer"
     )
-    victim.source.sql("INSERT INTO t VALUES (1, 'a', 'high'), (2, 'b', 'high'), (3, 'c', 'low')", user="writer")
+    victim.source.sql(
+        "INSERT INTO t VALUES (1, 'a', 'high'), (2, 'b', 'high'), (3, 'c', 'low')", user="writer"
+    )
     assert victim.target.sql("TABLE t") == [(2, "app b", "high")]
 
 
 def test_filter_and_map_run_as_the_owner_of_the_definition(victim: Pair) -> None:
-    victim.source.sql("CREATE TABLE secret (id integer PRIMARY KEY, name text); INSERT INTO secret VALUES (1, 'one')")
+    victim.source.sql(
+        "CREATE TABLE secret (id integer PRIMARY KEY, name text); INSERT INTO secret VALUES (1, 'one')"
+    )
     victim.source.sql("CREATE FUNCTION who() RETURNS text LANGUAGE sql STABLE AS 'SELECT current_user::text'")
     victim.source.sql("CREATE TABLE t (id integer PRIMARY KEY, v text)")
     victim.target.sql("CREATE TABLE t (id integer PRIMARY KEY, v text, who text)")
@@ -358,9 +388,14 @@ def test_targets_of_two_owners_do_not_run_each_others_expressions(victim: Pair) 
     victim.source.admin(f"GRANT owner TO {helper}")
     victim.source.sql(f"GRANT USAGE ON FOREIGN SERVER {victim.server} TO {helper};"
                       f"CREATE USER MAPPING FOR {helper} SERVER {victim.server} OPTIONS (user 'owner', password 'secret')")  # fmt: skip
-    victim.source.sql("CREATE FUNCTION is_owner() RETURNS boolean LANGUAGE sql STABLE AS $$SELECT current_user = 'owner'$$")
+    victim.source.sql(
+        "CREATE FUNCTION is_owner() RETURNS boolean LANGUAGE sql STABLE AS $$SELECT current_user = 'owner'$$"
+    )
     victim.add_target("t", row_filter="is_owner()")
-    victim.source.sql(f"SELECT tbl_repl.add_target('t', '{victim.server}', 'u', row_filter => 'NOT is_owner()')", user=helper)
+    victim.source.sql(
+        f"SELECT tbl_repl.add_target('t', '{victim.server}', 'u', row_filter => 'NOT is_owner()')",
+        user=helper,
+    )
     victim.source.sql("INSERT INTO t VALUES (1, 'x')")
     victim.source.sql("UPDATE t SET v = 'y'")
     assert victim.target.sql("TABLE t") == victim.target.sql("TABLE u") == [(1, "y")]

@@ -22,21 +22,35 @@ def test_column_list(source: Pair) -> None:
     source.add_target("t", columns=["n", "id"])
     source.target.sql("UPDATE t SET more = 'local' WHERE id = 1")
     source.source.sql("UPDATE t SET n = n + 1, email = 'new'; INSERT INTO t VALUES (3, 'c@x', 30, 's')")
-    assert source.target.sql("SELECT id, n, more FROM t ORDER BY id") == [(1, 11, "local"), (2, 21, "kept"), (3, 31 - 1, "kept")]
+    assert source.target.sql("SELECT id, n, more FROM t ORDER BY id") == [
+        (1, 11, "local"),
+        (2, 21, "kept"),
+        (3, 31 - 1, "kept"),
+    ]
 
 
 def test_map_renames_transforms_and_masks(source: Pair) -> None:
-    source.target.sql('CREATE TABLE t (pk integer PRIMARY KEY, email text, "Double n" bigint, label text, secret text)')
+    source.target.sql(
+        'CREATE TABLE t (pk integer PRIMARY KEY, email text, "Double n" bigint, label text, secret text)'
+    )
     source.add_target(
         "t",
         columns=["email", "secret"],
-        column_map={"pk": "id", "email": "md5(email)", "Double n": "n * 2", "label": "format('%s: %s', id, n)", "secret": "NULL"},
+        column_map={
+            "pk": "id",
+            "email": "md5(email)",
+            "Double n": "n * 2",
+            "label": "format('%s: %s', id, n)",
+            "secret": "NULL",
+        },
     )
     source.source.sql("UPDATE t SET n = 11 WHERE id = 1; UPDATE t SET id = 5 WHERE id = 2")
     expected = source.source.sql("SELECT id, md5(email), n * 2, id || ': ' || n, NULL FROM t ORDER BY id")
     assert source.target.sql("TABLE t ORDER BY pk") == expected
     source.source.sql("DELETE FROM t WHERE id = 5; INSERT INTO t (id) VALUES (9)")
-    expected = source.source.sql("SELECT id, md5(email), n * 2, id || ': ' || coalesce(n::text, ''), NULL FROM t ORDER BY id")
+    expected = source.source.sql(
+        "SELECT id, md5(email), n * 2, id || ': ' || coalesce(n::text, ''), NULL FROM t ORDER BY id"
+    )
     assert source.target.sql("TABLE t ORDER BY pk") == expected
 
 
@@ -63,7 +77,7 @@ def test_an_expression_is_sql_not_a_name(pair: Pair) -> None:
     pair.source.sql("INSERT INTO t VALUES (1, 'column', 7)")
     assert pair.target.sql("TABLE t") == [(1, "owner", "column", 7)]
     with pytest.raises(psycopg.errors.UndefinedColumn):
-        pair.source.sql("CREATE TABLE o (\"Id\" integer PRIMARY KEY)")
+        pair.source.sql('CREATE TABLE o ("Id" integer PRIMARY KEY)')
         pair.add_target("o", dst_table="t", columns=["Id"], column_map={"id": "nope"})
 
 
@@ -91,7 +105,9 @@ def test_key_sent_twice(source: Pair) -> None:
 )
 def test_name_of_the_target_table(source: Pair, dst_table: str | None, schema: str, name: str) -> None:
     quoted = ".".join('"' + part.replace('"', '""') + '"' for part in (schema, name))
-    source.target.sql(f'CREATE SCHEMA IF NOT EXISTS "{schema}"; ' + SOURCE.replace("TABLE t", f"TABLE {quoted}"))
+    source.target.sql(
+        f'CREATE SCHEMA IF NOT EXISTS "{schema}"; ' + SOURCE.replace("TABLE t", f"TABLE {quoted}")
+    )
     source.add_target("t", dst_table=dst_table)
     source.source.sql("DELETE FROM t WHERE id = 1")
     source.assert_same("t", quoted)
@@ -107,7 +123,9 @@ def test_table_name_alone_means_the_schema_of_the_source(pair: Pair) -> None:
 
 
 def test_generated_columns_are_not_sent_unless_named(pair: Pair) -> None:
-    ddl = "CREATE TABLE t (id integer PRIMARY KEY, n integer, twice integer GENERATED ALWAYS AS (n * 2) STORED)"
+    ddl = (
+        "CREATE TABLE t (id integer PRIMARY KEY, n integer, twice integer GENERATED ALWAYS AS (n * 2) STORED)"
+    )
     pair.both(ddl)
     pair.target.sql("CREATE TABLE u (id integer PRIMARY KEY, n integer, twice integer)")
     pair.add_target("t")
@@ -123,8 +141,16 @@ def test_virtual_generated_columns(pair: Pair) -> None:
     pair.both("CREATE TABLE t (id integer PRIMARY KEY, n integer, twice integer GENERATED ALWAYS AS (n * 2))")
     pair.target.sql("CREATE TABLE u (id integer PRIMARY KEY, twice integer, thrice integer)")
     pair.add_target("t")
-    pair.add_target("t", dst_table="u", columns=["id", "twice"], column_map={"thrice": "twice + n"}, row_filter="twice < 100")
-    pair.source.sql("INSERT INTO t VALUES (1, 5), (2, 60); UPDATE t SET n = CASE id WHEN 1 THEN 7 ELSE 8 END; INSERT INTO t VALUES (3, 99)")
+    pair.add_target(
+        "t",
+        dst_table="u",
+        columns=["id", "twice"],
+        column_map={"thrice": "twice + n"},
+        row_filter="twice < 100",
+    )
+    pair.source.sql(
+        "INSERT INTO t VALUES (1, 5), (2, 60); UPDATE t SET n = CASE id WHEN 1 THEN 7 ELSE 8 END; INSERT INTO t VALUES (3, 99)"
+    )
     pair.assert_same("t")
     assert pair.target.sql("TABLE u ORDER BY id") == [(1, 14, 21), (2, 16, 24)]
 
@@ -173,7 +199,12 @@ def test_target_with_triggers_defaults_and_other_indexes(source: Pair) -> None:
     source.add_target("t")
     source.source.sql("UPDATE t SET n = 0 WHERE id = 1; DELETE FROM t WHERE id = 2")
     source.source.sql("UPDATE t SET n = 0 WHERE id = 1")  # changes nothing: costs the target nothing
-    assert source.target.sql("SELECT op, id FROM audit ORDER BY op, id") == [("DELETE", 2), ("INSERT", 1), ("INSERT", 2), ("UPDATE", 1)]
+    assert source.target.sql("SELECT op, id FROM audit ORDER BY op, id") == [
+        ("DELETE", 2),
+        ("INSERT", 1),
+        ("INSERT", 2),
+        ("UPDATE", 1),
+    ]
     assert source.target.one("SELECT seen IS NOT NULL FROM t WHERE id = 1")
 
 
@@ -187,7 +218,10 @@ def test_alter_target_changes_what_is_given(source: Pair) -> None:
     alter(row_filter="n > 15", column_map={"email": "md5(email)"})
     source.source.sql("UPDATE t SET secret = 'x'")
     # a new filter says what is sent from now on; what is there already is repair_target's business
-    assert source.target.sql("SELECT id, length(email), secret FROM t ORDER BY id") == [(1, 3, "s"), (2, 32, "x")]
+    assert source.target.sql("SELECT id, length(email), secret FROM t ORDER BY id") == [
+        (1, 3, "s"),
+        (2, 32, "x"),
+    ]
     assert source.call("repair_target", target_id=target, delete_extra=True) == 1
     source.drain()
     assert source.target.sql("SELECT id FROM t") == [(2,)]
@@ -201,7 +235,9 @@ def test_alter_target_changes_what_is_given(source: Pair) -> None:
     source.source.sql("UPDATE t SET n = 1")
     assert source.target.sql("SELECT id, n FROM u ORDER BY id") == [(1, 1), (2, 1)]
     assert source.target.sql("SELECT n FROM t") == [(0,), (0,)]
-    assert source.source.sql("SELECT mode, status, dst_table FROM tbl_repl.target_status") == [("sync", "ok", "public.u")]
+    assert source.source.sql("SELECT mode, status, dst_table FROM tbl_repl.target_status") == [
+        ("sync", "ok", "public.u")
+    ]
     assert source.source.one("SELECT timeout = '7 s' FROM tbl_repl.target") is True
 
 
