@@ -13,12 +13,12 @@ LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp
 AS $function$
 DECLARE
-    target  tbl_repl.target%ROWTYPE := tbl_repl._own_target(target_id);
-    state   record;
-    last    text;
-    page    text[];
-    n       integer := 0;
+    state record;
+    last  text;
+    page  text[];
+    n     integer := 0;
 BEGIN
+    PERFORM tbl_repl._own_target(target_id);
     UPDATE tbl_repl.piece AS p SET state = 'todo' WHERE p.target_id = _copy_begin.target_id AND p.state = 'running';
     IF EXISTS (SELECT FROM tbl_repl.piece AS p WHERE p.target_id = _copy_begin.target_id) THEN
         RETURN (SELECT count(*) FROM tbl_repl.piece AS p WHERE p.target_id = _copy_begin.target_id AND p.state <> 'done');

@@ -482,7 +482,7 @@ BEGIN
     BEGIN
         PERFORM tbl_repl._connect_alive(_apply.target_id, conn, clock_timestamp() + timeout * 2);
         BEGIN
-            shipped := tbl_repl._stream_any_way(conn, _apply.target_id, loads, false, timeout);
+            shipped := tbl_repl._stream_any_way(conn, loads, false, timeout);
             committing := true;
             PERFORM tbl_repl._commit(conn, timeout);
             SELECT jsonb_object_agg(l.target_id, shipped / cardinality(loads)) INTO by_target FROM unnest(loads) AS l;

@@ -17,11 +17,13 @@
 -- checks of their own.
 -- SET CONSTRAINTS ALL IMMEDIATE by the application makes our events fire at once, inside the statement
 -- that queues them: then we are nested, and not at commit.  Our own constraint is set back.
+-- No sequential scans: plans are made while stash and flush are small, and these two grow between two vacuums.
 CREATE OR REPLACE FUNCTION tbl_repl._flush()
 RETURNS trigger
 LANGUAGE plpgsql VOLATILE
 SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
+SET enable_seqscan = off
 AS $function$
 BEGIN
     IF pg_trigger_depth() > 1 THEN
@@ -49,12 +51,14 @@ CREATE CONSTRAINT TRIGGER flush_at_commit
 -- the extended protocol commits by itself.
 CREATE OR REPLACE FUNCTION tbl_repl._is_preparing()
 RETURNS boolean
-LANGUAGE sql STABLE
+LANGUAGE plpgsql STABLE
 SET search_path = pg_catalog, pg_temp
 AS $function$
-    SELECT coalesce(current_query() ~* E'prepare\\s+transaction'
+BEGIN
+    RETURN coalesce(current_query() ~* E'prepare\\s+transaction'
        AND regexp_replace(regexp_replace(current_query(), E'\'[^\']*\'|/\\*.*?\\*/|--[^\\n]*', ' ', 'g'), E'\\s+', ' ', 'g')
-           ~* E'(^|;)\\s*prepare transaction', false)
+           ~* E'(^|;)\\s*prepare transaction', false);
+END
 $function$;
 COMMENT ON FUNCTION tbl_repl._is_preparing() IS 'whether the command in progress is PREPARE TRANSACTION';
 
@@ -133,13 +137,9 @@ COMMENT ON FUNCTION tbl_repl._message(tbl_repl.parcel[], boolean) IS
     'the statements for one connection, in an order that foreign keys allow';
 
 -- A message that commits ends with its lease: too late on the target''s clock, it undoes itself.
-CREATE OR REPLACE FUNCTION tbl_repl._lease(deadline timestamptz)
-RETURNS text
-LANGUAGE sql IMMUTABLE
-SET search_path = pg_catalog, pg_temp
-AS $function$
-    SELECT format('; EXECUTE tbl_repl_lease(%s)', extract(epoch FROM deadline)::numeric)
-$function$;
+CREATE OR REPLACE FUNCTION tbl_repl._lease(deadline timestamptz) RETURNS text
+LANGUAGE sql STABLE
+RETURN format('; EXECUTE tbl_repl_lease(%s)', extract(epoch FROM deadline)::numeric);
 COMMENT ON FUNCTION tbl_repl._lease(timestamptz) IS 'statement that fails on the target after the deadline';
 
 -- _connect(target_id, conn, deadline, sent_until): a usable connection, opened and prepared if need be.
@@ -214,10 +214,13 @@ COMMENT ON FUNCTION tbl_repl._connect_alive(integer, text, timestamptz) IS
 -- _ship_transaction(own): routes, ships, queues what could not be shipped.  SQLSTATE of a failed sync
 -- target is the remote one.  Takes ship (shared) of each target it ships to, then queue (shared) of each
 -- it queues for, all to the end of the transaction.
+-- Nothing is planned anew at every commit; jit: where a sequential scan cannot be helped it looks very dear.
 CREATE OR REPLACE FUNCTION tbl_repl._ship_transaction(own xid8)
 RETURNS void
 LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp
+SET plan_cache_mode = force_generic_plan
+SET jit = off
 AS $function$
 DECLARE
     repeatable boolean := current_setting('transaction_isolation') = 'repeatable read';
@@ -226,14 +229,16 @@ DECLARE
     total      bigint;
     whole      boolean;
     waking     boolean;
+    changed    integer[];
+    copied     integer[];
     item       record;
     parcels    tbl_repl.parcel[] := '{}';
-    parcel     tbl_repl.parcel;
     failed     integer[] := '{}';
     queued     integer[] := '{}';
-    again      integer;
 BEGIN
-    SELECT sum(s.row_count), bool_or(s.keys IS NULL AND s.op <> 'W'), bool_or(s.op = 'W') INTO total, whole, waking
+    SELECT sum(s.row_count), bool_or(s.keys IS NULL AND s.op <> 'W'), bool_or(s.op = 'W'),
+           array_agg(s.source_id) FILTER (WHERE s.op NOT IN ('C', 'W')), array_agg(s.target_id) FILTER (WHERE s.op = 'C')
+    INTO total, whole, waking, changed, copied
     FROM tbl_repl.stash AS s WHERE s.txid = own;
     IF total IS NULL THEN
         RETURN;
@@ -248,16 +253,11 @@ BEGIN
 
     FOR item IN
         SELECT t.target_id, t.source_id, t.server, t.mode, t.timeout, s.source_table, s.fk_rank, st.status,
-               EXISTS (SELECT FROM tbl_repl.stash AS c WHERE c.txid = own AND c.op = 'C' AND c.target_id = t.target_id) AS copies,
-               format('tbl_repl_%s_%s_%s_%s', f.oid, r.oid, (extract(epoch FROM t.timeout) * 1000)::bigint, f.xmin) AS conn
+               coalesce(t.target_id = ANY (copied), false) AS copies, t.owner
         FROM tbl_repl.target AS t
         JOIN tbl_repl.target_state AS st USING (target_id)
         JOIN tbl_repl.source AS s USING (source_id)
-        JOIN pg_foreign_server AS f ON f.srvname = t.server
-        JOIN pg_roles AS r ON r.rolname = t.owner
-        WHERE EXISTS (SELECT FROM tbl_repl.stash AS c
-                      WHERE c.txid = own AND c.source_id = t.source_id
-                        AND CASE c.op WHEN 'C' THEN c.target_id = t.target_id ELSE t.mode <> 'async' END)
+        WHERE (t.source_id = ANY (changed) AND t.mode <> 'async') OR t.target_id = ANY (copied)
         ORDER BY t.target_id
     LOOP
         IF preparing AND (item.copies OR (item.mode = 'sync' AND item.status = 'ok')) THEN
@@ -267,7 +267,8 @@ BEGIN
                                  item.source_table),
                 HINT    = 'Commit it in one phase, or make the target tolerant or async.';
         ELSIF NOT preparing AND tbl_repl._may_ship(item.target_id, item.status, item.mode, item.timeout, repeatable) THEN
-            parcels := array_append(parcels, ROW(item.target_id, item.source_id, item.server, item.conn,
+            parcels := array_append(parcels, ROW(item.target_id, item.source_id, item.server,
+                tbl_repl._connection_name(item.server, item.owner, item.timeout),
                 item.mode = 'sync' OR item.copies, item.timeout, item.fk_rank, NULL, NULL, 0)::tbl_repl.parcel);
         ELSE
             queued := array_append(queued, item.target_id);
@@ -275,8 +276,8 @@ BEGIN
     END LOOP;
 
     IF cardinality(parcels) > 0 THEN
-        failed := CASE WHEN whole OR total > tbl_repl._rows_per_message()
-                       THEN tbl_repl._ship_large(parcels, own, repeatable)
+        failed := CASE WHEN whole OR total > tbl_repl._rows_per_message() THEN tbl_repl._ship_large(parcels, own, repeatable)
+                       WHEN cardinality(parcels) = 1 THEN tbl_repl._ship_one(parcels[1], own, repeatable)
                        ELSE tbl_repl._ship_small(parcels, own, repeatable) END;
     END IF;
     IF cardinality(queued) = 0 AND cardinality(failed) = 0 THEN
@@ -455,11 +456,71 @@ BEGIN
         INSERT INTO tbl_repl.shipped (target_id, pid, rows, shipped_at)
         VALUES (target_id, pg_backend_pid(), rows, clock_timestamp()) ON CONFLICT DO NOTHING;
     END IF;
-EXCEPTION WHEN serialization_failure THEN
-    NULL;  -- a figure
 END
 $function$;
 COMMENT ON FUNCTION tbl_repl._count_shipped(integer, bigint) IS 'counts rows shipped at commit by this backend';
+
+-- _ship_one(parcel, own, mine): what _ship_small does, for the usual case: one target, hence one message that commits.
+CREATE OR REPLACE FUNCTION tbl_repl._ship_one(
+    parcel tbl_repl.parcel,
+    own    xid8,
+    mine   boolean
+)
+RETURNS integer[]
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    lane     tbl_repl.lane;
+    rendered record;
+BEGIN
+    BEGIN
+        rendered := tbl_repl._render_transaction(parcel.target_id, own, mine, 'prepared');
+    EXCEPTION WHEN OTHERS THEN
+        -- a filter or map that fails on a row, a column that is gone: the target's own business
+        IF parcel.sync THEN
+            RAISE;
+        END IF;
+        PERFORM tbl_repl._log_error(parcel.target_id, NULL, SQLSTATE, SQLERRM, NULL, NULL, NULL);
+        RETURN ARRAY[parcel.target_id];
+    END;
+    parcel.deletes := nullif(rendered.deletes, '');
+    parcel.upserts := nullif(rendered.upserts, '');
+    parcel.rows := rendered.rows;
+    IF coalesce(parcel.deletes, parcel.upserts) IS NULL THEN
+        RETURN '{}';
+    END IF;
+    lane := ROW(parcel.conn, parcel.target_id, parcel.sync, clock_timestamp() + parcel.timeout, 'new', ARRAY[parcel],
+                concat_ws('; ', parcel.deletes, parcel.upserts), NULL, NULL, NULL, NULL, NULL)::tbl_repl.lane;
+    lane := tbl_repl._lane_finish(tbl_repl._lane_send(lane, false), own, mine, false);
+    IF lane.state = 'failed' THEN
+        IF parcel.sync THEN
+            PERFORM tbl_repl._raise_lane(lane);
+        END IF;
+        PERFORM tbl_repl._log_error(parcel.target_id, NULL, lane.code, lane.error, lane.detail, lane.hint, lane.message);
+        RETURN ARRAY[parcel.target_id];
+    END IF;
+    PERFORM tbl_repl._count_shipped(parcel.target_id, parcel.rows);
+    RETURN '{}';
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._ship_one(tbl_repl.parcel, xid8, boolean) IS
+    'ships few rows to the only target of a transaction';
+
+CREATE OR REPLACE FUNCTION tbl_repl._raise_lane(lane tbl_repl.lane)
+RETURNS void
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+BEGIN
+    RAISE EXCEPTION USING
+        ERRCODE = lane.code,
+        MESSAGE = lane.error,
+        DETAIL  = coalesce(lane.detail, format('Sync target on server %I.', (lane.parcels[1]).server)),
+        HINT    = coalesce(lane.hint, 'The local transaction is rolled back, because a target of mode sync failed.');
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._raise_lane(tbl_repl.lane) IS 'fails the transaction with what a sync target said';
 
 -- _ship_small(parcels, own, mine): one message a connection; sent to all, then waited for together.
 -- Returns the targets that failed and may (tolerant); raises what a sync one says.
@@ -483,7 +544,6 @@ DECLARE
     rendered  record;
     ready     tbl_repl.parcel[] := '{}';
     two_phase boolean;
-    outcome   tbl_repl.lane;
     first_bad tbl_repl.lane;
     bad       boolean := false;
     finished  integer[] := '{}';
@@ -575,11 +635,7 @@ BEGIN
                 PERFORM tbl_repl._dblink_disconnect(lanes[n].conn);
             END IF;
         END LOOP;
-        RAISE EXCEPTION USING
-            ERRCODE = first_bad.code,
-            MESSAGE = first_bad.error,
-            DETAIL  = coalesce(first_bad.detail, format('Sync target on server %I.', (first_bad.parcels[1]).server)),
-            HINT    = coalesce(first_bad.hint, 'The local transaction is rolled back, because a target of mode sync failed.');
+        PERFORM tbl_repl._raise_lane(first_bad);
     END IF;
 
     FOREACH lane IN ARRAY lanes LOOP
@@ -625,13 +681,10 @@ COMMENT ON FUNCTION tbl_repl._lane_failed(tbl_repl.lane, text, text, text, text)
 
 CREATE OR REPLACE FUNCTION tbl_repl._lane_text(lane tbl_repl.lane, two_phase boolean)
 RETURNS text
-LANGUAGE sql IMMUTABLE
-SET search_path = pg_catalog, pg_temp
-AS $function$
-    -- two_phase: what is deferred on the target has to be found out before anybody commits
-    SELECT CASE WHEN two_phase THEN format('BEGIN; %s; SET CONSTRAINTS ALL IMMEDIATE', lane.message)
-                ELSE lane.message || tbl_repl._lease(lane.deadline) END
-$function$;
+LANGUAGE sql STABLE
+-- two_phase: what is deferred on the target has to be found out before anybody commits
+RETURN CASE WHEN two_phase THEN format('BEGIN; %s; SET CONSTRAINTS ALL IMMEDIATE', lane.message)
+            ELSE lane.message || tbl_repl._lease(lane.deadline) END;
 COMMENT ON FUNCTION tbl_repl._lane_text(tbl_repl.lane, boolean) IS
     'the message of a connection: a transaction of its own, or the first half of one';
 
@@ -953,7 +1006,7 @@ BEGIN
             IF loads IS NULL THEN
                 CONTINUE;
             END IF;
-            shipped := tbl_repl._stream_any_way(lane.conn, lane.target_id, loads, mine, lane.timeout);
+            shipped := tbl_repl._stream_any_way(lane.conn, loads, mine, lane.timeout);
             IF lane.sync THEN
                 done := array_append(done, lane.conn);
             ELSE

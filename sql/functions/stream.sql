@@ -188,11 +188,10 @@ COMMENT ON FUNCTION tbl_repl._truncate(text, tbl_repl.load[], interval) IS
 -- _stream_any_way: children that move to a new parent want the rows before the deletions (23503), unique
 -- values that wander between rows want to be given up first (23505).
 CREATE OR REPLACE FUNCTION tbl_repl._stream_any_way(
-    conn      text,
-    target_id integer,
-    loads     tbl_repl.load[],
-    mine      boolean,
-    timeout   interval
+    conn    text,
+    loads   tbl_repl.load[],
+    mine    boolean,
+    timeout interval
 )
 RETURNS bigint
 LANGUAGE plpgsql VOLATILE
@@ -229,7 +228,7 @@ BEGIN
     END LOOP;
 END
 $function$;
-COMMENT ON FUNCTION tbl_repl._stream_any_way(text, integer, tbl_repl.load[], boolean, interval) IS
+COMMENT ON FUNCTION tbl_repl._stream_any_way(text, tbl_repl.load[], boolean, interval) IS
     'streams, in another order of statements where constraints of the target ask for it';
 
 CREATE OR REPLACE FUNCTION tbl_repl._commit(conn text, timeout interval)

@@ -137,7 +137,6 @@ DECLARE
     definition   text;
     parts        text[];
     error_text   text;
-    error_detail text;
 BEGIN
     BEGIN
         PERFORM set_config('search_path', path, true);
@@ -151,7 +150,7 @@ BEGIN
         EXECUTE pg_catalog.format(E'CREATE VIEW %s AS SELECT (%s\n) AS tbl_repl_x FROM %s AS s', view_name, expression, source_name);
         PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
     EXCEPTION WHEN OTHERS THEN
-        GET STACKED DIAGNOSTICS error_text = MESSAGE_TEXT, error_detail = PG_EXCEPTION_DETAIL;
+        GET STACKED DIAGNOSTICS error_text = MESSAGE_TEXT;
         RAISE EXCEPTION USING
             ERRCODE = CASE WHEN SQLSTATE = '42P11' THEN '42601' ELSE SQLSTATE END,
             MESSAGE = format('%s does not fit table %s: %s', what, source_table, error_text),
@@ -202,7 +201,7 @@ BEGIN
             'truncatable', has_table_privilege(c.oid, 'TRUNCATE'),
             'referenced', EXISTS (SELECT FROM pg_constraint AS r WHERE r.confrelid = c.oid AND r.contype = 'f' AND r.conrelid <> c.oid
                                   OR r.confrelid = c.oid AND r.contype = 'f' AND r.confdeltype <> 'a'),
-            'extension', EXISTS (SELECT FROM pg_extension AS e WHERE e.extname = 'tbl_repl'),
+            'extension', to_regclass('tbl_repl.target_state') IS NOT NULL,
             'columns', (
                 SELECT jsonb_agg(jsonb_build_object(
                     'name', a.attname, 'type', format_type(a.atttypid, -1), 'base', b.typname, 'category', b.typcategory,
@@ -266,7 +265,6 @@ DECLARE
     types     oid[] := '{}';
     expr      record;
     plain     name;
-    n         integer;
     fact      jsonb;
     category  text;
     deadline  timestamptz := clock_timestamp() + target.timeout * 2;
