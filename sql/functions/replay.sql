@@ -218,7 +218,6 @@ DECLARE
     loads     tbl_repl.load[] := '{}';
     retrying  boolean := false;
     handled   bigint;
-    shipped   bigint;
     old_limit text := current_setting('lock_timeout');
     failure   record;
     pages     jsonb := '{}';
