@@ -27,8 +27,10 @@ BEGIN
         FOR item IN
             SELECT f.oid::regprocedure AS signature
             FROM pg_proc AS f
-            JOIN pg_depend AS d ON d.classid = 'pg_proc'::regclass AND d.objid = f.oid AND d.deptype = 'e'
+            JOIN pg_roles AS r ON r.oid = f.proowner AND r.rolname = tbl_repl._owner()
             WHERE f.pronamespace = 'tbl_repl'::regnamespace
+              -- not those generated for tables and targets
+              AND f.proname !~ '_[0-9]+$'
               AND f.proname <> ALL ('{grant_access,set_node_name,_flush,_cancel_connecting}'::name[])
         LOOP
             EXECUTE format('GRANT EXECUTE ON ROUTINE %s TO %s', item.signature, grantee);
@@ -38,3 +40,13 @@ END
 $function$;
 COMMENT ON FUNCTION tbl_repl.grant_access(regrole, text) IS
     'lets a role read the views (reader) or define and run targets of its own tables (operator)';
+
+-- Where the script was run without CREATE EXTENSION there is a schema only; where both are, they have one owner.
+CREATE OR REPLACE FUNCTION tbl_repl._owner()
+RETURNS name
+LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT r.rolname FROM pg_namespace AS n JOIN pg_roles AS r ON r.oid = n.nspowner WHERE n.nspname = 'tbl_repl'
+$function$;
+COMMENT ON FUNCTION tbl_repl._owner() IS 'the role that has installed tbl_repl';

@@ -95,7 +95,7 @@ AS $function$
         SELECT string_agg(o.signature, ', ' ORDER BY o.signature) AS list FROM open AS o
     ), callers AS (
         SELECT string_agg(format('%I', c.name), ', ' ORDER BY c.name) AS list
-        FROM (SELECT r.rolname FROM pg_extension AS e JOIN pg_roles AS r ON r.oid = e.extowner WHERE e.extname = 'tbl_repl'
+        FROM (SELECT tbl_repl._owner()
               UNION SELECT t.owner FROM tbl_repl.target AS t) AS c (name)
     )
     SELECT 'warning', 'dblink_public', 'everybody may execute the functions of dblink',

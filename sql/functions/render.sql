@@ -388,8 +388,7 @@ BEGIN
     EXECUTE tbl_repl._connect_sql(target_id);
     FOREACH signature IN ARRAY tbl_repl._target_functions(target_id) LOOP
         EXECUTE format('REVOKE ALL ON FUNCTION %s FROM PUBLIC', signature);
-        EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO %I', signature,
-                       (SELECT r.rolname FROM pg_extension AS e JOIN pg_roles AS r ON r.oid = e.extowner WHERE e.extname = 'tbl_repl'));
+        EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO %I', signature, tbl_repl._owner());
     END LOOP;
 END
 $function$;

@@ -11,20 +11,36 @@ from collections.abc import Sequence
 import psycopg
 
 from tbl_repl import verbs as database_verbs
-from tbl_repl.errors import TblReplError, from_psycopg
+from tbl_repl.database import resolve_dsn
+from tbl_repl.errors import TblReplError, UsageError, from_psycopg
 from tbl_repl.script import version
 
 
 def _install(args: argparse.Namespace) -> int:
-    from tbl_repl.install import install
+    from tbl_repl.install import install, install_plain, install_tle, tle_statements
 
-    paths = install(args.pg_config)
-    if args.json:
-        print(json.dumps({"installed": [str(path) for path in paths]}))
+    if args.pg_config is not None:
+        if args.dsn is not None or args.plain or args.tle:
+            raise UsageError("--pg-config goes alone", "Files are for every database of a server.")
+        installed = [str(path) for path in install(args.pg_config)]
+        following = "next, in the database: CREATE EXTENSION tbl_repl CASCADE;"
+    elif args.plain:
+        installed = [f"schema tbl_repl, version {install_plain(resolve_dsn(args.dsn))}"]
+        following = "next: SELECT tbl_repl.add_target(...)"
+    elif args.tle and args.dsn is None:
+        print("\n".join(tle_statements()))
+        return 0
+    elif args.tle:
+        installed = [f"tbl_repl {install_tle(resolve_dsn(args.dsn))} in pg_tle"]
+        following = "next, in the database: CREATE EXTENSION tbl_repl CASCADE;"
     else:
-        for path in paths:
-            print(f"installed {path}")
-        print("next, in the database: CREATE EXTENSION tbl_repl CASCADE;")
+        raise UsageError("nothing said about where to", "Give --pg-config P, or --dsn D --plain, or --tle.")
+    if args.json:
+        print(json.dumps({"installed": installed}))
+    else:
+        for what in installed:
+            print(f"installed {what}")
+        print(following)
     return 0
 
 
@@ -45,8 +61,19 @@ def parser() -> argparse.ArgumentParser:
     demo = verbs.add_parser("demo", help="start two disposable servers and show everything on them")
     demo.set_defaults(run=_demo)
 
-    install = verbs.add_parser("install", help="put the extension's files into a server's directory")
-    install.add_argument("--pg-config", required=True, metavar="P", help="path of that server's pg_config")
+    text = "install the extension: its files into a server, or its SQL into a database"
+    install = verbs.add_parser("install", help=text, description=text)
+    install.add_argument("--pg-config", metavar="P", help="put the files into the server of that pg_config")
+    install.add_argument(
+        "--dsn", metavar="D", help="the database for --plain (default: TBL_REPL_DSN) and --tle"
+    )
+    way = install.add_mutually_exclusive_group()
+    way.add_argument(
+        "--plain", action="store_true", help="run the SQL as it is: no files, no CREATE EXTENSION"
+    )
+    way.add_argument(
+        "--tle", action="store_true", help="register with pg_tle; without --dsn, print the statements"
+    )
     install.add_argument("--json", action="store_true", help="print JSON")
     install.set_defaults(run=_install)
 

@@ -20,7 +20,10 @@ _WORST = ("failed", "paused", "queueing", "copying", "ok")
 
 @dataclass(frozen=True)
 class Node:
-    """One source database: its name, host:port/database, rows of target_status, where its servers lead."""
+    """One source database: its name, host:port/database, rows of target_status, where its servers lead.
+
+    source_table is the full name.
+    """
 
     name: str
     place: str
@@ -57,11 +60,6 @@ def _label(row: Row) -> str:
     return ", ".join(parts)
 
 
-def _full(table: str) -> str:
-    """regclass leaves the schema away where search_path finds the table; dst_table never does."""
-    return table if "." in table else f"public.{table}"
-
-
 def mermaid(nodes: Sequence[Node]) -> str:
     """A flowchart: a box for each database, in it its tables, arrows from source to target tables.
 
@@ -77,7 +75,7 @@ def mermaid(nodes: Sequence[Node]) -> str:
             server = str(row["server"])
             place = node.servers.get(server, server)
             there = boxes.setdefault(place, _Box(f"{server}: {place}" if place != server else server))
-            source, target = _full(str(row["source_table"])), str(row["dst_table"])
+            source, target = str(row["source_table"]), str(row["dst_table"])
             boxes[node.place].add(source, None)
             there.add(target, str(row["status"]))
             arrows.append((node.place, source, _SHAPES[str(row["mode"])], _label(row), place, target))

@@ -52,3 +52,14 @@ def extension_files() -> dict[str, str]:
     if (CHECKOUT / "sql" / "order").is_file():
         return build_files(CHECKOUT)
     raise FileNotFoundError(f"the extension's files are neither in {PACKAGED} nor in {CHECKOUT}")
+
+
+def plain_script(files: dict[str, str] | None = None) -> str:
+    """The install script without what only CREATE EXTENSION understands.
+
+    Runs in one transaction, with the schema of dblink in search_path.
+    """
+    files = files or extension_files()
+    text = files[f"tbl_repl--{control_version(files['tbl_repl.control'])}.sql"]
+    text = re.sub(r"^\\.*\n", "", text, flags=re.MULTILINE)
+    return re.sub(r"^SELECT pg_catalog\.pg_extension_config_dump\([^;]*\);\n", "", text, flags=re.MULTILINE)

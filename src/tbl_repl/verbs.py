@@ -10,6 +10,7 @@ import time
 from collections import deque
 from typing import Any
 
+import psycopg
 from rich.console import Group
 from rich.live import Live
 from rich.text import Text
@@ -68,6 +69,8 @@ def _status(args: argparse.Namespace) -> int:
     for dsn in dict.fromkeys(resolve_dsn(dsn) for dsn in (args.dsn or [None])):
         with connect(dsn) as connection:
             require_extension(connection)
+            if args.graph:  # tables of all nodes by their full names
+                connection.execute("SET search_path = pg_catalog")
             rows = target_rows(connection)
             nodes.append(Node(_node_name(connection), name_of(dsn), rows, _places(connection)))
     several = len(nodes) > 1
@@ -194,51 +197,77 @@ def _copy(args: argparse.Namespace) -> int:
     return int(not ended)
 
 
-def _top(args: argparse.Namespace) -> int:
-    """Refresh until interrupted; rows/s over the last few seconds."""
-    history: dict[int, deque[tuple[float, int]]] = {}
+TOP_COLUMNS = (
+    "target_id", "source_table", "server", "mode", "status", "pending_rows", "lag", "rows_per_s",
+    "last_error",
+)  # fmt: skip
 
-    def view(connection: Connection) -> Group:
-        rows = target_rows(connection)
+
+class _Top:
+    """Targets with their rates; outlives restarts of the server, keeps what it saw last meanwhile."""
+
+    def __init__(self, dsn: str, connection: Connection, interval: float) -> None:
+        self._dsn = dsn
+        self._connection = connection
+        self._interval = interval
+        self._history: dict[int, deque[tuple[float, int]]] = {}
+        self._rows: list[Row] = []
+        self.problem: str | None = None
+
+    def look(self) -> list[Row]:
+        """Every target; rows_per_s over the last few looks."""
+        try:
+            if self._connection.closed:
+                self._connection = connect(self._dsn)
+            self._rows = target_rows(self._connection)
+            self.problem = None
+        except (psycopg.OperationalError, CannotConnect) as error:
+            self._connection.close()
+            self.problem = f"cannot connect: {' '.join(str(error).split())}"
+            return self._rows
         now = time.monotonic()
-        for row in rows:
-            seen = history.setdefault(int(row["target_id"]), deque(maxlen=6))
+        for row in self._rows:
+            seen = self._history.setdefault(int(row["target_id"]), deque(maxlen=6))
             seen.append((now, int(row["rows_shipped"])))
             seconds = seen[-1][0] - seen[0][0]
             row["rows_per_s"] = round((seen[-1][1] - seen[0][1]) / seconds) if seconds > 0 else None
-        head = Text(
-            f"{name_of(args.dsn)}   {time.strftime('%H:%M:%S')}   every {args.interval:g} s, Ctrl-C ends",
-            style="dim",
-        )
-        columns = (
-            "target_id",
-            "source_table",
-            "server",
-            "mode",
-            "status",
-            "pending_rows",
-            "lag",
-            "rows_per_s",
-            "last_error",
-        )
-        return Group(head, table(rows, columns))
+        return self._rows
 
-    args.dsn = resolve_dsn(args.dsn)
-    with _open(args) as connection:
+    def view(self) -> Group:
+        rows = self.look()
+        head = f"{name_of(self._dsn)}   {time.strftime('%H:%M:%S')}   every {self._interval:g} s, Ctrl-C ends"
+        parts = [Text(head, style="dim")]
+        if self.problem:
+            parts.append(Text(self.problem, style="bold red"))
+        return Group(*parts, table(rows, TOP_COLUMNS))
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+def _top(args: argparse.Namespace) -> int:
+    """Refresh until interrupted."""
+    dsn = resolve_dsn(args.dsn)
+    top = _Top(dsn, _open(args), args.interval)
+    try:
         if args.json:
             while True:
-                print(as_json(target_rows(connection)), flush=True)
+                rows = top.look()
+                if not top.problem:
+                    print(as_json(rows), flush=True)
                 if args.once:
                     return 0
                 time.sleep(args.interval)
         out = console()
         if args.once:
-            out.print(view(connection))
+            out.print(table(top.look(), TOP_COLUMNS))
             return 0
-        with Live(view(connection), console=out, screen=out.is_terminal, auto_refresh=False) as live:
+        with Live(top.view(), console=out, screen=out.is_terminal, auto_refresh=False) as live:
             while True:
                 time.sleep(args.interval)
-                live.update(view(connection), refresh=True)
+                live.update(top.view(), refresh=True)
+    finally:
+        top.close()
 
 
 def _serve_metrics(dsns: list[str], port: int) -> Observer:

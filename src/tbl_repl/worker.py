@@ -19,6 +19,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -47,7 +48,7 @@ LONGEST_LOOK_SECONDS = 0.05
 FIRST_RETRY_SECONDS = 0.1
 LONGEST_RETRY_SECONDS = 30.0
 
-ABORT_SECONDS = 5.0
+ABORT_SECONDS = 1.0
 """How long an interrupted worker waits for its threads."""
 
 
@@ -209,7 +210,7 @@ class Drainer(threading.Thread):
         """Rows shipped by COPY, 0: no batch is large enough; None: it did not work."""
         if begun < self._bulk_due:
             return 0
-        moved = bulk.ship(connection, self.server)
+        moved = bulk.ship(connection, self.server, bulk.MIN_ROWS)
         if moved is None:
             self._bulk_due = begun + BULK_PAUSE_SECONDS
         elif moved:
@@ -398,7 +399,8 @@ class Watcher(threading.Thread):
                 for drainer in ours:
                     drainer.cancel()
                 if not ours:
-                    connection.execute("SELECT tbl_repl._cancel_connecting(%s)", (who[0],))
+                    with suppress(psycopg.errors.InsufficientPrivilege):
+                        connection.execute("SELECT tbl_repl._cancel_connecting(%s)", (who[0],))
         self._connecting = seen
 
     def _drainer(self, server: str) -> Drainer:

@@ -1,0 +1,630 @@
+"""The command line, run as a user runs it: what it prints, its exit codes, its JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from support import Node, Pair, Proxy, World, wait_until
+from support.programs import dsn_of, environment, tbl_repl
+from tbl_repl.graph import Node as GraphNode
+from tbl_repl.graph import mermaid
+from tbl_repl.install import tle_statements
+from tbl_repl.script import extension_files, plain_script, version
+
+TABLE = "CREATE TABLE t (id integer PRIMARY KEY, v text)"
+VERBS = ("status", "top", "check", "replay", "compare", "repair", "worker", "install", "demo")
+NOWHERE = "host=127.0.0.1 port=1 dbname=nowhere"
+ESCAPE = "\x1b"
+
+
+def verb(pair: Pair | Node, name: str, *args: str, code: int = 0, **env: str) -> str:
+    """What the verb prints about the source; fails when it ends otherwise."""
+    node = pair.source if isinstance(pair, Pair) else pair
+    done = tbl_repl(name, *args, "--dsn", dsn_of(node), env=env)
+    assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}{done.stderr}"
+    assert "Traceback" not in done.stderr
+    return done.stdout
+
+
+def as_json(pair: Pair | Node, name: str, *args: str, code: int = 0) -> Any:
+    return json.loads(verb(pair, name, *args, "--json", code=code))
+
+
+@pytest.fixture
+def target(pair: Pair) -> int:
+    """A tolerant target of table t; its id."""
+    pair.both(TABLE)
+    return pair.add_target("t")
+
+
+def broken(pair: Pair, proxy: Proxy) -> None:
+    """One change is queued behind an error."""
+    proxy.set("refuse")
+    proxy.cut()
+    pair.source.forget()
+    pair.source.sql("INSERT INTO t VALUES (1, 'x')")
+
+
+# --- what a person reads
+
+
+def test_status_without_targets_says_what_to_do(node: Node) -> None:
+    assert "tbl_repl.add_target" in verb(node, "status")
+    assert as_json(node, "status") == []
+
+
+def test_status_shows_every_target(pair: Pair, target: int) -> None:
+    pair.source.sql("INSERT INTO t VALUES (1, 'x')")
+    shown = verb(pair, "status")
+    for word in ("t", pair.server, "public.t", "tolerant", "ok"):
+        assert re.search(rf"(^|\s){word}(\s|$)", shown, re.M), word
+    (row,) = as_json(pair, "status")
+    assert {
+        "target_id": target,
+        "source_table": "t",
+        "server": pair.server,
+        "dst_table": "public.t",
+        "mode": "tolerant",
+        "status": "ok",
+        "pending_rows": 0,
+        "rows_shipped": 1,
+        "last_error": None,
+    }.items() <= row.items()
+
+
+def test_status_ends_with_1_while_something_is_wrong(pair: Pair, target: int, proxy: Proxy) -> None:
+    broken(pair, proxy)
+    (row,) = as_json(pair, "status", code=1)
+    assert (row["status"], row["pending_rows"]) == ("queueing", 1)
+    assert row["last_error"] and row["oldest_pending_at"]
+
+
+def test_status_of_several_databases(trio: Pair) -> None:
+    trio.both(TABLE)
+    trio.add_target("t")
+    trio.join(trio.target, trio.source, "back")
+    trio.target.sql("CREATE TABLE u (id integer PRIMARY KEY)")
+    trio.source.sql("CREATE TABLE u (id integer PRIMARY KEY)")
+    trio.call("add_target", node=trio.target, source_table="u", server="back")
+    rows = as_json(trio.source, "status", "--dsn", dsn_of(trio.target))
+    names = [node.one("SELECT tbl_repl.node_name()") for node in (trio.target, trio.source)]
+    assert [(row["node"], row["source_table"]) for row in rows] == [(names[0], "u"), (names[1], "t")]
+
+
+def test_check_shows_every_problem_and_ends_with_1(pair: Pair, target: int) -> None:
+    grants = "dblink_connect(text, text)"
+    (before,) = [row for row in as_json(pair, "check", code=1) if row["code"] == "dblink_public"]
+    assert (before["severity"], grants in before["hint"]) == ("warning", True)
+    pair.target.sql("DROP TABLE t")
+    rows = as_json(pair, "check", code=1)
+    assert {"error"} <= {row["severity"] for row in rows if row["target_id"] == target}
+    assert all(set(row) == {"target_id", "severity", "code", "message", "hint"} for row in rows)
+    assert "error" in verb(pair, "check", code=1)
+
+
+def test_check_ends_with_0_when_all_is_well(node: Node) -> None:
+    assert verb(node, "check") == "all is well\n"
+    assert as_json(node, "check") == []
+
+
+def test_replay_ships_what_is_queued(pair: Pair, target: int, proxy: Proxy) -> None:
+    broken(pair, proxy)
+    said = as_json(pair, "replay", code=1)
+    assert (said["rows"], said["pending"], said["quarantined"]) == (0, 1, 0)
+    done = tbl_repl("replay", "--dsn", dsn_of(pair.source))
+    assert done.returncode == 1
+    assert f"target {target}" in done.stderr
+    proxy.set("pass")
+    said = as_json(pair, "replay")
+    assert (said["rows"], said["pending"]) == (1, 0)
+    assert said["seconds"] >= 0
+    pair.assert_same("t")
+    assert verb(pair, "replay").startswith("0 rows in ")
+
+
+def test_compare_and_repair(pair: Pair, target: int) -> None:
+    pair.source.sql("INSERT INTO t SELECT i, 'x' FROM generate_series(1, 5) AS i")
+    assert verb(pair, "compare", str(target)) == "equal\n"
+    assert as_json(pair, "compare", str(target)) == []
+    pair.target.sql(
+        "DELETE FROM t WHERE id = 1; UPDATE t SET v = 'other' WHERE id = 2; INSERT INTO t VALUES (9, 'extra')"
+    )
+    found = as_json(pair, "compare", str(target), code=1)
+    assert sorted((row["difference"], row["key"]["id"]) for row in found) == [
+        ("different", 2),
+        ("extra_on_target", 9),
+        ("missing_on_target", 1),
+    ]
+    shown = verb(pair, "compare", str(target), code=1)
+    assert "missing_on_target" in shown and '{"id": 1}' in shown and "3 differences" in shown
+    assert as_json(pair, "repair", str(target)) == {"queued": 2}
+    verb(pair, "replay")
+    assert [row["difference"] for row in as_json(pair, "compare", str(target), code=1)] == ["extra_on_target"]
+    assert "1 rows queued" in verb(pair, "repair", str(target), "--delete-extra")
+    verb(pair, "replay")
+    assert verb(pair, "compare", str(target)) == "equal\n"
+
+
+def test_top_once_shows_every_target(pair: Pair, target: int) -> None:
+    shown = verb(pair, "top", "--once")
+    assert "tolerant" in shown and "rows per s" in shown
+    assert "Ctrl-C" not in shown
+    (row,) = as_json(pair, "top", "--once")
+    assert row["target_id"] == target
+
+
+# --- a live view in a terminal
+
+
+class Terminal:
+    """A program in a terminal of its own."""
+
+    def __init__(self, *args: str, **env: str) -> None:
+        self._master, slave = pty.openpty()
+        command = [sys.executable, "-m", "tbl_repl", *args]
+        self.process = subprocess.Popen(
+            command,
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            env=environment(TERM="xterm", COLUMNS="160", LINES="40", **env),
+            start_new_session=True,
+        )
+        os.close(slave)
+        self.text = ""
+
+    def read(self) -> str:
+        """Everything so far."""
+        while select.select([self._master], [], [], 0)[0]:
+            try:
+                data = os.read(self._master, 65536)
+            except OSError:  # the other end is closed
+                break
+            if not data:
+                break
+            self.text += data.decode("utf-8", "replace")
+        return self.text
+
+    def end(self) -> int:
+        """Its exit code; what it prints until then is read, or it could not end."""
+        wait_until(lambda: (self.read(), self.process.poll() is not None)[1], 20)
+        self.read()
+        return int(self.process.returncode)
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        os.close(self._master)
+
+
+@pytest.fixture
+def terminals() -> Iterator[list[Terminal]]:
+    started: list[Terminal] = []
+    yield started
+    for terminal in started:
+        terminal.close()
+
+
+def test_top_refreshes_and_ends_by_ctrl_c(pair: Pair, target: int, terminals: list[Terminal]) -> None:
+    top = Terminal("top", "--interval", "0.05", "--dsn", dsn_of(pair.source))
+    terminals.append(top)
+    wait_until(lambda: "tolerant" in top.read(), 20)
+    pair.call("pause_target", target_id=target)
+    wait_until(lambda: "paused" in top.read(), 20)
+    assert ESCAPE in top.text
+    top.process.send_signal(signal.SIGINT)
+    assert top.end() == 130
+    assert "Traceback" not in top.text
+    assert top.text.count(f"{ESCAPE}[?1049l") == top.text.count(f"{ESCAPE}[?1049h") == 1, (
+        "the screen is given back"
+    )
+
+
+def test_top_outlives_a_restart_of_the_server(pair: Pair, target: int, terminals: list[Terminal]) -> None:
+    top = Terminal("top", "--interval", "0.05", "--dsn", dsn_of(pair.source))
+    terminals.append(top)
+    wait_until(lambda: "tolerant" in top.read(), 20)
+    pair.source.stop()
+    wait_until(lambda: "cannot connect" in top.read(), 20)
+    pair.source.start()
+    pair.call("pause_target", target_id=target)
+    wait_until(lambda: "paused" in top.read(), 20)
+
+
+@pytest.mark.once
+def test_no_color_is_respected_in_a_terminal(pair: Pair, target: int, terminals: list[Terminal]) -> None:
+    def colours(text: str) -> list[str]:
+        return [
+            m for m in re.findall(r"\x1b\[([0-9;]*)m", text) if re.search(r"(^|;)(3[0-7]|38|9[0-7])(;|$)", m)
+        ]
+
+    plain = Terminal("status", "--dsn", dsn_of(pair.source), NO_COLOR="1")
+    coloured = Terminal("status", "--dsn", dsn_of(pair.source))
+    terminals += [plain, coloured]
+    assert (plain.end(), coloured.end()) == (0, 0)
+    assert "tolerant" in plain.text and "tolerant" in coloured.text
+    assert colours(coloured.text)
+    assert not colours(plain.text)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [("status",), ("top", "--once"), ("check",), ("compare", "1"), ("repair", "1"), ("replay",)],
+    ids=lambda a: a[0],
+)
+def test_a_pipe_gets_no_escape_sequences_and_whole_lines(
+    pair: Pair, target: int, proxy: Proxy, args: tuple[str, ...]
+) -> None:
+    pair.target.sql("INSERT INTO t VALUES (7, 'extra')")
+    done = tbl_repl(*args, "--dsn", dsn_of(pair.source), env={"TERM": "xterm-256color"})
+    assert done.returncode in (0, 1)
+    assert done.stdout
+    assert ESCAPE not in done.stdout + done.stderr
+
+
+def test_who_closes_a_pipe_early_sees_no_traceback(pair: Pair, target: int) -> None:
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "tbl_repl",
+            "top",
+            "--json",
+            "--interval",
+            "0.05",
+            "--dsn",
+            dsn_of(pair.source),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    )
+    assert process.stdout is not None and process.stderr is not None
+    assert json.loads(process.stdout.readline())[0]["target_id"] == target
+    process.stdout.close()
+    said = process.stderr.read()
+    assert process.wait(20) == 1
+    process.stderr.close()
+    assert said == ""
+
+
+# --- how it is called
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("name", VERBS)
+def test_help_says_what_a_verb_does(server: object, name: str) -> None:
+    done = tbl_repl(name, "--help")
+    assert done.returncode == 0
+    assert f"usage: tbl-repl {name}" in done.stdout
+    assert name in tbl_repl("--help").stdout
+    options = re.findall(r"^  (?:-\w, )?(--[a-z-]+)(.*)$", done.stdout, re.M)
+    assert options
+    # each option has a text, beside it or on the next line
+    for option, _ in options:
+        (text,) = re.findall(rf"^  (?:-\w, )?{option}\b[^\n]*(?:\n {{20,}}[^\n]*)*", done.stdout, re.M)[:1]
+        assert re.search(r"\s{2,}\w", text.strip()), option
+
+
+@pytest.mark.once
+def test_version_is_that_of_the_control_file(server: object) -> None:
+    assert tbl_repl("--version").stdout == f"tbl-repl {version()}\n"
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    "args",
+    [
+        (),
+        ("nonsense",),
+        ("status", "--nonsense"),
+        ("status",),  # no DSN
+        ("status", "--dsn", "host=x nonsense"),
+        ("status", "--dsn", "nonsense=1"),
+        ("worker", "--dsn", "postgresql://[::1"),
+        ("compare", "--dsn", NOWHERE),
+        ("compare", "one", "--dsn", NOWHERE),
+        ("compare", "0", "--dsn", NOWHERE),
+        ("worker", "--batch-rows", "0", "--dsn", NOWHERE),
+        ("worker", "--metrics-port", "65536", "--dsn", NOWHERE),
+        ("worker", "--poll-seconds", "0", "--dsn", NOWHERE),
+        ("top", "--interval", "-1", "--dsn", NOWHERE),
+        ("install",),
+        ("install", "--plain"),
+        ("install", "--plain", "--tle", "--dsn", NOWHERE),
+        ("install", "--plain", "--pg-config", "x"),
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_ends_with_2(server: object, args: tuple[str, ...]) -> None:
+    done = tbl_repl(*args)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr and not done.stdout
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("name", [name for name in VERBS if name not in ("install", "demo")])
+def test_without_a_connection_it_ends_with_3(server: object, name: str) -> None:
+    more = ("1",) if name in ("compare", "repair") else ()
+    done = tbl_repl(name, *more, "--dsn", NOWHERE)
+    assert done.returncode == 3, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.once
+def test_a_wrong_password_ends_with_3_and_is_not_shown(pair: Pair) -> None:
+    dsn = pair.source.cluster.dsn(pair.source.dbname, "owner", tcp=True, password="wrong-secret")
+    done = tbl_repl("status", "--dsn", dsn)
+    assert done.returncode == 3
+    assert "wrong-secret" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", ["status", "worker", "replay", "check"])
+def test_a_database_without_tbl_repl_is_told_from_one_that_is_down(world: World, name: str) -> None:
+    bare = Node(world.cluster("source"), extension=False)
+    try:
+        done = tbl_repl(name, "--dsn", dsn_of(bare))
+        assert done.returncode == 1
+        assert "extension tbl_repl is not in database" in done.stderr
+        assert "HINT: CREATE EXTENSION tbl_repl CASCADE" in done.stderr
+    finally:
+        bare.close()
+
+
+def test_an_error_of_the_server_is_shown_with_its_hint_and_ends_with_1(pair: Pair, target: int) -> None:
+    done = tbl_repl("compare", str(target + 1), "--dsn", dsn_of(pair.source))
+    assert done.returncode == 1
+    assert re.search(r"^tbl-repl: .*\b" + str(target + 1), done.stderr, re.M)
+    assert "Traceback" not in done.stderr
+
+
+def test_the_dsn_may_come_from_the_environment(pair: Pair, target: int) -> None:
+    done = tbl_repl("status", "--json", env={"TBL_REPL_DSN": dsn_of(pair.source)})
+    assert done.returncode == 0
+    assert json.loads(done.stdout)[0]["target_id"] == target
+    done = tbl_repl(
+        "status", "--json", "--dsn", dsn_of(pair.target), env={"TBL_REPL_DSN": dsn_of(pair.source)}
+    )
+    assert json.loads(done.stdout) == [], "--dsn goes before the environment"
+
+
+@pytest.mark.once
+def test_a_metrics_port_in_use_is_told(node: Node) -> None:
+    taken = node.cluster.port
+    done = tbl_repl("worker", "--once", "--metrics-port", str(taken), "--dsn", dsn_of(node))
+    assert done.returncode == 1
+    assert f"cannot serve metrics on port {taken}" in done.stderr
+
+
+# --- a picture
+
+
+def parsed(text: str) -> tuple[dict[str, dict[str, tuple[str, str]]], list[tuple[str, str, str, str]]]:
+    """A Mermaid flowchart: {title of a box: {table: (key, class)}}, [(from, arrow, label, to)].
+
+    Knows exactly what the syntax allows there, and fails on anything else.
+    """
+    first, *lines = text.splitlines()
+    assert first == "flowchart LR"
+    boxes: dict[str, dict[str, tuple[str, str]]] = {}
+    arrows = []
+    keys: set[str] = set()
+    inside: str | None = None
+    quoted = r'"([^"<>`]*)"'
+    for line in lines:
+        if m := re.fullmatch(rf"    subgraph (\w+)\[{quoted}\]", line):
+            assert inside is None and m[1] not in keys
+            keys.add(m[1])
+            inside = m[2]
+            boxes[inside] = {}
+        elif m := re.fullmatch(rf"        (\w+)\[{quoted}\](?::::(\w+))?", line):
+            assert inside is not None and m[1] not in keys
+            keys.add(m[1])
+            boxes[inside][m[2]] = (m[1], m[3] or "")
+        elif line == "    end":
+            inside = None
+        elif m := re.fullmatch(rf"    (\w+) (==>|-->|-\.->)\|{quoted}\| (\w+)", line):
+            assert {m[1], m[4]} <= keys
+            arrows.append((m[1], m[2], m[3], m[4]))
+        else:
+            assert re.fullmatch(r"    classDef \w+ fill:#\w+,stroke:#\w+,color:#\w+", line), line
+    return boxes, arrows
+
+
+def test_graph_draws_tables_modes_and_states(pair: Pair, target: int) -> None:
+    pair.source.sql(
+        'CREATE SCHEMA "odd <&> ""name"; CREATE TABLE "odd <&> ""name"."e#nd" (id integer PRIMARY KEY)'
+    )
+    pair.target.sql("CREATE TABLE plain (id integer PRIMARY KEY)")
+    second = pair.add_target('"odd <&> ""name"."e#nd"', dst_table="public.plain", mode="async")
+    pair.source.sql('INSERT INTO "odd <&> ""name"."e#nd" VALUES (1)')
+    pair.call("pause_target", target_id=second)
+    boxes, arrows = parsed(verb(pair, "status", "--graph"))
+    here, there = boxes.values()
+    assert list(here) == ["public.t", "#quot;odd #lt;#amp;#gt; #quot;#quot;name#quot;.#quot;e#35;nd#quot;"]
+    assert {name: css for name, (_, css) in there.items()} == {"public.t": "ok", "public.plain": "paused"}
+    assert [(arrow, label) for _, arrow, label, _ in arrows] == [
+        ("-->", "tolerant"),
+        ("-.->", "async, paused, 1 pending"),
+    ]
+
+
+def test_graph_of_several_databases_shows_a_ring_as_such(pair: Pair) -> None:
+    pair.both(TABLE)
+    pair.add_target("t", mode="sync")
+    pair.join(pair.target, pair.source, "back")
+    pair.call("add_target", node=pair.target, source_table="t", server="back", mode="async")
+    dsn = "host=127.0.0.1 port={} dbname={} user=owner password=secret"
+    here, there = (dsn.format(node.cluster.port, node.dbname) for node in (pair.source, pair.target))
+    done = tbl_repl("status", "--graph", "--dsn", here, "--dsn", there)
+    boxes, arrows = parsed(done.stdout)
+    names = [node.one("SELECT tbl_repl.node_name()") for node in (pair.source, pair.target)]
+    assert list(boxes) == names
+    (first,), (second,) = (box.values() for box in boxes.values())
+    assert {(a, arrow, b) for a, arrow, _, b in arrows} == {
+        (first[0], "==>", second[0]),
+        (second[0], "-.->", first[0]),
+    }
+    assert "secret" not in done.stdout
+
+
+@pytest.mark.once
+def test_graph_shows_the_worst_of_several_arrivals(server: object) -> None:
+    def row(source: str, status: str) -> dict[str, object]:
+        return {
+            "server": "s",
+            "source_table": source,
+            "dst_table": "public.d",
+            "mode": "sync",
+            "status": status,
+            "pending_rows": 0,
+        }
+
+    boxes, _ = parsed(
+        mermaid([GraphNode("n", "p", [row("a", "ok"), row("b", "failed"), row("c", "queueing")])])
+    )
+    assert boxes["s"]["public.d"][1] == "failed"
+
+
+# --- install
+
+
+@pytest.fixture
+def bare(world: World) -> Iterator[Pair]:
+    """A pair without the extension on either side, with dblink on the source in a schema of its own."""
+    pair = Pair(world, plain_source=True, plain_target=True)
+    try:
+        pair.source.admin("CREATE SCHEMA elsewhere; CREATE EXTENSION dblink SCHEMA elsewhere")
+        pair.source.admin(
+            "GRANT USAGE ON FOREIGN DATA WRAPPER dblink_fdw TO owner; GRANT USAGE ON SCHEMA elsewhere TO owner"
+        )
+        yield pair
+    finally:
+        pair.close()
+
+
+def test_plain_install_needs_no_extension_and_everything_works(bare: Pair) -> None:
+    said = verb(bare, "install", "--plain")
+    assert f"installed schema tbl_repl, version {version()}" in said
+    assert bare.source.sql("SELECT 1 FROM pg_extension WHERE extname = 'tbl_repl'") == []
+    bare.join(bare.source, bare.target, bare.server)
+    bare.both(TABLE)
+    direct = bare.add_target("t")
+    bare.source.sql("INSERT INTO t VALUES (1, 'x')")
+    bare.assert_same("t")
+    bare.both("CREATE TABLE u (id integer PRIMARY KEY)")
+    bare.add_target("u", mode="async")
+    bare.source.sql("INSERT INTO u VALUES (1)")
+    assert tbl_repl("worker", "--once", "--dsn", dsn_of(bare.source)).returncode == 0
+    bare.assert_same("u")
+    assert verb(bare, "compare", str(direct)) == "equal\n"
+    assert all(row["severity"] != "error" for row in as_json(bare, "check", code=1))
+    # what an operator may do is granted without pg_depend
+    operator = bare.source.role("plain_operator")
+    bare.source.sql(f"SELECT tbl_repl.grant_access('{operator}', 'operator')")
+    assert bare.source.sql("SELECT tbl_repl.replay()", user=operator) == [(0,)]
+    with pytest.raises(Exception, match="permission denied"):
+        bare.source.sql("SELECT tbl_repl.set_node_name('x')", user=operator)
+
+
+def test_plain_install_changes_nothing_where_it_is_already(bare: Pair) -> None:
+    verb(bare, "install", "--plain")
+    bare.source.sql("SELECT tbl_repl.set_node_name('mine')")
+    done = tbl_repl("install", "--plain", "--dsn", dsn_of(bare.source))
+    assert done.returncode == 1
+    assert "schema tbl_repl exists already" in done.stderr
+    assert bare.source.one("SELECT tbl_repl.node_name()") == "mine"
+
+
+def test_plain_install_is_all_or_nothing(bare: Pair) -> None:
+    """A role that may not do the last step leaves nothing behind."""
+    bare.source.admin(
+        """
+        CREATE FUNCTION stop_it() RETURNS event_trigger LANGUAGE plpgsql AS $$
+        BEGIN
+            IF EXISTS (SELECT FROM pg_event_trigger_ddl_commands() WHERE object_identity = 'tbl_repl.sync_err_rec') THEN
+                RAISE EXCEPTION 'not here';
+            END IF;
+        END $$;
+        CREATE EVENT TRIGGER stop_it ON ddl_command_end EXECUTE FUNCTION stop_it();
+        """
+    )
+    done = tbl_repl("install", "--plain", "--dsn", dsn_of(bare.source))
+    assert done.returncode == 1
+    assert "not here" in done.stderr
+    assert bare.source.one("SELECT to_regnamespace('tbl_repl')") is None
+
+
+def test_plain_install_says_who_must_bring_dblink(world: World) -> None:
+    bare = Node(world.cluster("source"), extension=False)
+    try:
+        done = tbl_repl("install", "--plain", "--dsn", dsn_of(bare))
+        assert done.returncode == 1
+        assert "dblink is missing" in done.stderr and "As a superuser" in done.stderr
+        assert tbl_repl("install", "--plain", "--dsn", dsn_of(bare, "postgres")).returncode == 0
+    finally:
+        bare.close()
+
+
+def test_plain_script_has_nothing_that_only_an_extension_can(server: object) -> None:
+    script = plain_script()
+    assert "pg_extension_config_dump" not in script
+    assert not re.search(r"^\\", script, re.M)
+    assert "@ext" not in script
+
+
+# pg_tle itself is not here: a function of its name and signature notes what it was called with.
+STUB = """
+CREATE SCHEMA pgtle;
+CREATE TABLE pgtle.called (name text, version text, description text, script text, requires text[]);
+CREATE FUNCTION pgtle.install_extension(name text, version text, description text, ext text, requires text[] DEFAULT NULL)
+RETURNS boolean LANGUAGE sql AS $$
+    INSERT INTO pgtle.called VALUES (name, version, description, ext, requires) RETURNING true
+$$;
+"""
+
+
+@pytest.mark.parametrize("way", ["run", "printed"])
+def test_tle_registers_the_script_as_it_is(bare: Pair, way: str) -> None:
+    if way == "run":
+        done = tbl_repl("install", "--tle", "--dsn", dsn_of(bare.source))
+        assert done.returncode == 1
+        assert "pg_tle is not in database" in done.stderr
+    bare.source.sql(STUB)
+    if way == "run":
+        assert "in pg_tle" in verb(bare, "install", "--tle")
+    else:
+        file = bare.world.workdir / "tle.sql"
+        file.write_text(tbl_repl("install", "--tle").stdout, encoding="utf-8")
+        file.chmod(0o644)
+        bare.source.cluster.psql("-f", str(file), dbname=bare.source.dbname, user="owner")
+    ((name, number, _, script, requires),) = bare.source.sql("SELECT * FROM pgtle.called")
+    assert (name, number, requires) == ("tbl_repl", version(), ["dblink"])
+    built = extension_files()[f"tbl_repl--{number}.sql"]
+    assert script == re.sub(r"\A\\echo [^\n]*\n", "", built)
+    # what pg_tle would run is what the plain installation runs, and that has been tested above
+    assert (
+        re.sub(r"^SELECT pg_catalog\.pg_extension_config_dump\([^;]*\);\n", "", script, flags=re.M)
+        == plain_script()
+    )
+
+
+@pytest.mark.once
+def test_tle_statements_are_two(server: object) -> None:
+    first, second = tle_statements()
+    assert first == "SET standard_conforming_strings = on;"
+    assert second.startswith("SELECT pgtle.install_extension(")

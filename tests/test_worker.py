@@ -1,0 +1,640 @@
+"""tbl-repl worker, as a process of its own, on real servers."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psycopg
+import pytest
+
+from support import Node, Pair, Proxy, wait_until
+from support.background import in_background
+from support.programs import WorkerProcess, dsn_of, tbl_repl
+from tbl_repl import failpoint
+from tbl_repl.worker import LONGEST_RETRY_SECONDS, retry_after
+
+TABLE = "CREATE TABLE t (id integer PRIMARY KEY, v text)"
+NEVER = ("--poll-seconds", "3600")  # who does not hear a NOTIFY waits an hour
+
+
+def count(node: Node, table: str = "t") -> int:
+    return int(node.one(f"SELECT count(*) FROM {table}"))
+
+
+def arrives(node: Node, rows: int, table: str = "t", timeout: float = 15) -> None:
+    wait_until(lambda: count(node, table) == rows, timeout, f"{rows} rows in {table}")
+
+
+def same(pair: Pair, table: str = "t", there: Node | None = None, timeout: float = 30) -> None:
+    """Wait until both tables hold the same."""
+    node = there or pair.target
+    wait_until(lambda: pair.source.rows(table) == node.rows(table), timeout, f"{table} is the same")
+
+
+def drained(pair: Pair, timeout: float = 15) -> None:
+    query = "SELECT coalesce(sum(pending_rows), 0) = 0 FROM tbl_repl.target_status"
+    wait_until(lambda: pair.source.one(query), timeout, "nothing is pending")
+
+
+def state(pair: Pair, target: int) -> dict[str, object]:
+    names = ("status", "pending_rows", "last_error", "last_error_at", "next_try_at", "failures")
+    (row,) = pair.source.sql(
+        "SELECT s.status, s.pending_rows, s.last_error, s.last_error_at, s.next_try_at, st.failures "
+        "FROM tbl_repl.target_status AS s JOIN tbl_repl.target_state AS st USING (target_id) WHERE target_id = %s",
+        [target],
+    )
+    return dict(zip(names, row, strict=True))
+
+
+def asleep(node: Node) -> bool:
+    """Whether the worker of this database sleeps: it holds the lock that writers try to share."""
+    return bool(
+        node.admin(
+            "SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND granted AND mode = 'ExclusiveLock'"
+            " AND classid = tbl_repl._lock_sleep()::oid"
+            " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+        )
+    )
+
+
+def falls_asleep(node: Node) -> None:
+    """Long enough that it is not about to wake up: two looks in a row, nothing at work."""
+    wait_until(
+        lambda: (
+            asleep(node)
+            and node.one(
+                "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
+                " AND application_name LIKE 'tbl-repl worker%' AND state = 'active'"
+            )
+            == 0
+            and asleep(node)
+        ),
+        15,
+        "the worker sleeps",
+    )
+
+
+@contextmanager
+def held(node: Node, query: str) -> Iterator[psycopg.Connection]:
+    """A session of an application that has a transaction open after this statement."""
+    with node.connect() as session:
+        session.execute("BEGIN")
+        session.execute(query)
+        yield session
+        if not session.closed:
+            session.execute("ROLLBACK")
+
+
+def waits_for_lock(node: Node) -> None:
+    """Our session on the target waits for somebody's lock."""
+    query = (
+        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
+        " AND application_name LIKE 'tbl_repl%' AND wait_event_type = 'Lock'"
+    )
+    wait_until(lambda: node.admin(query)[0][0] > 0, 15, "shipping waits for the lock")
+
+
+@pytest.fixture
+def queue(pair: Pair) -> int:
+    """An async target of table t; its id."""
+    pair.both(TABLE)
+    return pair.add_target("t", mode="async", timeout="60 s")
+
+
+# --- what it serves
+
+
+def test_every_server_of_every_database_is_drained(trio: Pair) -> None:
+    assert trio.third is not None
+    trio.both(TABLE)
+    trio.both("CREATE TABLE back (id integer PRIMARY KEY)")
+    trio.add_target("t", mode="async")
+    trio.add_target("t", trio.third_server, mode="async")
+    trio.join(trio.target, trio.source, "first")
+    trio.call("add_target", node=trio.target, source_table="back", server="first", mode="async")
+    with WorkerProcess(trio.source, trio.target):
+        trio.source.sql("INSERT INTO t SELECT i, 'x' FROM generate_series(1, 10) AS i")
+        trio.target.sql("INSERT INTO back VALUES (7)")
+        arrives(trio.target, 10)
+        arrives(trio.third, 10)
+        arrives(trio.source, 1, "back")
+
+
+def test_a_hung_server_delays_no_other(trio: Pair) -> None:
+    assert trio.third is not None
+    trio.both(TABLE)
+    trio.add_target("t", mode="async")
+    trio.add_target("t", trio.third_server, mode="async", timeout="600 s")
+    with held(trio.third, "LOCK TABLE t"), WorkerProcess(trio.source):
+        for i in range(1, 4):
+            trio.source.sql("INSERT INTO t VALUES (%s, 'x')", [i])
+            waits_for_lock(trio.third)
+            arrives(trio.target, i)
+        assert trio.third.backends("tbl_repl%")
+
+
+def test_a_dead_server_delays_no_other(trio: Pair) -> None:
+    trio.both(TABLE)
+    trio.add_target("t", mode="async")
+    dead = trio.add_target("t", trio.third_server, mode="async")
+    with WorkerProcess(trio.source):
+        trio.proxy(trio.third_server, trio.third).set("refuse")
+        for i in range(1, 6):
+            trio.source.sql("INSERT INTO t VALUES (%s, 'x')", [i])
+            arrives(trio.target, i)
+        wait_until(lambda: state(trio, dead)["next_try_at"])
+        assert trio.pending(dead) == 5
+
+
+def test_a_dead_source_delays_no_other(pair: Pair, queue: int) -> None:
+    dead = "host=127.0.0.1 port=1 dbname=nowhere"
+    with WorkerProcess(pair.source, dsns=(dead,)) as worker:
+        pair.source.sql("INSERT INTO t VALUES (1, 'x')")
+        arrives(pair.target, 1)
+        wait_until(lambda: worker.events("source failed"))
+
+
+def test_a_failed_target_delays_no_neighbour_on_its_server(pair: Pair, queue: int) -> None:
+    pair.both("CREATE TABLE bad (id integer PRIMARY KEY)")
+    bad = pair.add_target("bad", mode="async")
+    pair.target.sql("DROP TABLE bad")
+    with WorkerProcess(pair.source):
+        pair.source.sql("INSERT INTO bad VALUES (1)")
+        wait_until(lambda: pair.status(bad) == "failed" and state(pair, bad)["next_try_at"])
+        # as after many failures
+        pair.source.sql(
+            "UPDATE tbl_repl.target_state SET next_try_at = clock_timestamp() + '1 h' WHERE target_id = %s",
+            [bad],
+        )
+        pair.source.sql("INSERT INTO t VALUES (1, 'x')")
+        arrives(pair.target, 1)
+        assert pair.status(bad) == "failed"
+
+
+def test_targets_come_and_go_while_it_runs(pair: Pair) -> None:
+    pair.both(TABLE)
+    pair.both("CREATE TABLE u (id integer PRIMARY KEY)")
+    with WorkerProcess(pair.source) as worker:
+        first = pair.add_target("t", mode="async")
+        pair.source.sql("INSERT INTO t VALUES (1, 'x')")
+        arrives(pair.target, 1)
+        second = pair.join(pair.source, pair.target, "another")
+        pair.add_target("u", second, mode="async")
+        pair.source.sql("INSERT INTO u VALUES (1)")
+        arrives(pair.target, 1, "u")
+        pair.call("drop_target", target_id=first)
+        pair.source.sql(f"DROP SERVER {pair.server} CASCADE")
+        pair.source.sql("INSERT INTO t VALUES (2, 'y')")
+        pair.source.sql("INSERT INTO u VALUES (2)")
+        arrives(pair.target, 2, "u")
+        falls_asleep(pair.source)
+        assert count(pair.target) == 1
+        assert not worker.events("drainer failed")
+
+
+def test_an_initial_copy_in_the_background_is_made(pair: Pair) -> None:
+    pair.both(TABLE)
+    pair.source.sql("INSERT INTO t SELECT i, 'x' FROM generate_series(1, 50) AS i")
+    with WorkerProcess(pair.source, options=("--batch-rows", "20")):
+        target = pair.add_target("t", mode="tolerant", initial_copy="background")
+        wait_until(lambda: pair.status(target) == "ok", 15)
+        pair.assert_same("t")
+
+
+def test_a_paused_target_is_left_alone_and_its_neighbours_are_not(pair: Pair, queue: int) -> None:
+    pair.both("CREATE TABLE u (id integer PRIMARY KEY)")
+    pair.add_target("u", mode="async")
+    pair.call("pause_target", target_id=queue)
+    with WorkerProcess(pair.source):
+        pair.source.sql("INSERT INTO t VALUES (1, 'x')")
+        pair.source.sql("INSERT INTO u VALUES (1)")
+        arrives(pair.target, 1, "u")
+        falls_asleep(pair.source)
+        assert (pair.status(queue), pair.pending(queue), count(pair.target)) == ("paused", 1, 0)
+        pair.call("resume_target", target_id=queue)
+        arrives(pair.target, 1)
+
+
+# --- waking up
+
+
+def test_a_commit_wakes_a_sleeping_worker(pair: Pair, queue: int) -> None:
+    with WorkerProcess(pair.source, options=NEVER):
+        for i in range(1, 6):
+            falls_asleep(pair.source)
+            pair.source.sql("INSERT INTO t VALUES (%s, 'x')", [i])
+            arrives(pair.target, i)
+
+
+def test_what_nobody_has_announced_is_found_by_polling(pair: Pair, queue: int) -> None:
+    """PREPARE TRANSACTION does not allow NOTIFY, so the worker is not told."""
+    with WorkerProcess(pair.source, options=("--poll-seconds", "0.2")):
+        falls_asleep(pair.source)
+        pair.source.sql("BEGIN; INSERT INTO t VALUES (1, 'x'); PREPARE TRANSACTION 'p'")
+        pair.source.sql("COMMIT PREPARED 'p'")
+        arrives(pair.target, 1)
+
+
+def test_serializable_writers_succeed_while_it_sleeps_and_arrive(pair: Pair, queue: int) -> None:
+    with WorkerProcess(pair.source, options=("--poll-seconds", "0.2")):
+        for i in range(1, 4):
+            falls_asleep(pair.source)
+            pair.source.sql(f"BEGIN ISOLATION LEVEL SERIALIZABLE; INSERT INTO t VALUES ({i}, 'x'); COMMIT")
+        arrives(pair.target, 3)
+
+
+def test_a_worker_at_work_is_not_notified(pair: Pair, queue: int) -> None:
+    """NOTIFY takes a lock of the whole cluster at commit: it is for the one who sleeps."""
+    with pair.source.connect() as listener, WorkerProcess(pair.source, options=NEVER):
+        listener.execute("LISTEN tbl_repl")
+        with held(pair.target, "LOCK TABLE t"):
+            pair.source.sql("INSERT INTO t VALUES (0, 'wakes it')")
+            waits_for_lock(pair.target)
+            heard = len(list(listener.notifies(timeout=0)))
+            assert heard > 0
+            wait_until(lambda: not asleep(pair.source))
+            for i in range(1, 21):
+                pair.source.sql("INSERT INTO t VALUES (%s, 'x')", [i])
+            assert list(listener.notifies(timeout=0)) == []
+        arrives(pair.target, 21)
+
+
+def test_another_server_is_served_while_one_is_at_work(trio: Pair) -> None:
+    """The watcher neither sleeps nor waits then."""
+    assert trio.third is not None
+    trio.both(TABLE)
+    trio.both("CREATE TABLE u (id integer PRIMARY KEY)")
+    trio.add_target("t", trio.third_server, mode="async", timeout="600 s")
+    trio.add_target("u", mode="async")
+    with held(trio.third, "LOCK TABLE t"), WorkerProcess(trio.source, options=NEVER):
+        trio.source.sql("INSERT INTO t VALUES (1, 'x')")
+        waits_for_lock(trio.third)
+        for i in range(1, 4):
+            trio.source.sql("INSERT INTO u VALUES (%s)", [i])
+            arrives(trio.target, i, "u")
+
+
+# --- what fails
+
+
+def test_waiting_doubles_with_jitter_up_to_a_bound() -> None:
+    waits = [[retry_after(n) for _ in range(50)] for n in range(1, 40)]
+    assert all(0.05 <= wait <= 0.1 for wait in waits[0])
+    assert all(0.8 <= wait <= 1.6 for wait in waits[4])
+    assert all(LONGEST_RETRY_SECONDS / 2 <= wait <= LONGEST_RETRY_SECONDS for wait in waits[-1])
+    assert all(len(set(row)) > 1 for row in waits)
+
+
+def test_waiting_for_the_next_try_is_shown_grows_and_ends_with_success(
+    pair: Pair, queue: int, proxy: Proxy
+) -> None:
+    with WorkerProcess(pair.source) as worker:
+        proxy.set("refuse")
+        pair.source.sql("INSERT INTO t VALUES (1, 'x')")
+        wait_until(lambda: state(pair, queue)["failures"] == 4, 20)
+        seen = state(pair, queue)
+        assert "08" in str(seen["last_error"])
+        # 0.1 s doubled three times, from half of it on
+        (waited,) = pair.source.sql(
+            "SELECT next_try_at - last_error_at BETWEEN '0.4 s' AND '1.2 s' FROM tbl_repl.target_status"
+        )
+        assert waited == (True,)
+        proxy.set("pass")
+        arrives(pair.target, 1)
+        wait_until(lambda: state(pair, queue)["next_try_at"] is None)
+        assert state(pair, queue)["failures"] == 0
+        failed = worker.events("target failed")
+        assert {line["server"] for line in failed} == {pair.server}
+        assert all(line["retry_in_seconds"] >= 0 and line["reason"].startswith("08") for line in failed)
+
+
+def test_two_that_fail_together_do_not_come_back_together(pair: Pair, queue: int) -> None:
+    """Jitter: each target waits for a time of its own."""
+    pair.both("CREATE TABLE u (id integer PRIMARY KEY)")
+    pair.add_target("u", mode="async")
+    pair.source.sql("INSERT INTO t VALUES (1, 'x')")
+    pair.source.sql("INSERT INTO u VALUES (1)")
+    pair.source.sql("UPDATE tbl_repl.target_state SET last_error_at = clock_timestamp()")
+    for _ in range(9):
+        pair.source.sql("SELECT tbl_repl._note_retry(%s, '-infinity')", [pair.server])
+    query = "SELECT extract(epoch FROM next_try_at - clock_timestamp())::float FROM tbl_repl.target_state"
+    waits = [row[0] for row in pair.source.sql(query)]
+    assert len(set(waits)) == 2
+    assert all(11 <= wait <= 26 for wait in waits)
+
+
+def test_connecting_that_hangs_is_given_up_shown_and_tried_again(pair: Pair, proxy: Proxy) -> None:
+    pair.both(TABLE)
+    target = pair.add_target("t", mode="async", timeout="1 s")
+    with WorkerProcess(pair.source) as worker:
+        proxy.set("blackhole")
+        proxy.cut()
+        pair.source.sql("INSERT INTO t VALUES (1, 'x')")
+        wait_until(lambda: state(pair, target)["next_try_at"], 20)
+        assert "08" in str(state(pair, target)["last_error"])
+        assert not worker.events("drainer failed")
+        proxy.set("pass")
+        proxy.cut()
+        arrives(pair.target, 1, timeout=30)
+
+
+def test_rows_in_quarantine_are_tried_again_only_once_in_a_while(pair: Pair, queue: int) -> None:
+    pair.target.sql("ALTER TABLE t ADD CHECK (v <> 'bad')")
+    attempts = "SELECT attempts FROM tbl_repl.quarantine"
+    with WorkerProcess(pair.source, options=("--poll-seconds", "0.1")):
+        # the minute begins when the worker looks for the first time
+        pair.source.sql("INSERT INTO t VALUES (0, 'first')")
+        arrives(pair.target, 1)
+        falls_asleep(pair.source)
+        pair.source.sql("INSERT INTO t VALUES (1, 'bad')")
+        wait_until(lambda: pair.source.one(attempts))
+        for i in range(2, 12):
+            pair.source.sql("INSERT INTO t VALUES (%s, 'good')", [i])
+            arrives(pair.target, i)
+        assert pair.source.one(attempts) == 1
+    with WorkerProcess(pair.source, options=("--poll-seconds", "0.1"), constants={"QUARANTINE_SECONDS": 0.2}):
+        wait_until(lambda: pair.source.one(attempts) > 3)
+        pair.target.sql("ALTER TABLE t DROP CONSTRAINT t_v_check")
+        arrives(pair.target, 12)
+    assert pair.source.sql(attempts) == []
+
+
+# --- ending
+
+
+def test_sigterm_lets_the_batch_end(pair: Pair, queue: int) -> None:
+    with WorkerProcess(pair.source) as worker:
+        with held(pair.target, "LOCK TABLE t"):
+            pair.source.sql("INSERT INTO t VALUES (1, 'x')")
+            waits_for_lock(pair.target)
+            worker.send(signal.SIGTERM)
+            wait_until(lambda: worker.events("stopping"))
+            assert worker.alive
+        assert worker.ended() == 0
+    assert (count(pair.target), pair.pending(queue)) == (1, 0)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
+def test_a_second_signal_interrupts_the_batch(pair: Pair, queue: int, signum: signal.Signals) -> None:
+    with WorkerProcess(pair.source) as worker, held(pair.target, "LOCK TABLE t"):
+        pair.source.sql("INSERT INTO t VALUES (1, 'x')")
+        waits_for_lock(pair.target)
+        worker.send(signum)
+        wait_until(lambda: worker.events("stopping"))
+        worker.send(signum)
+        assert worker.ended() == 1
+        assert pair.pending(queue) == 1
+    pair.drain()
+    pair.assert_same("t")
+
+
+def test_it_ends_at_once_while_it_sleeps(pair: Pair, queue: int) -> None:
+    with WorkerProcess(pair.source, options=NEVER) as worker:
+        falls_asleep(pair.source)
+        worker.send(signal.SIGTERM)
+        assert worker.ended() == 0
+
+
+def test_a_second_worker_waits_and_takes_over(pair: Pair, queue: int) -> None:
+    with (
+        WorkerProcess(pair.source) as first,
+        WorkerProcess(pair.source, options=NEVER, wait=False) as second,
+    ):
+        wait_until(lambda: second.events("waiting"))
+        pair.source.sql("INSERT INTO t VALUES (1, 'x')")
+        arrives(pair.target, 1)
+        assert not second.events("batch")
+        first.kill()
+        wait_until(lambda: second.events("serving"))
+        falls_asleep(pair.source)
+        pair.source.sql("INSERT INTO t VALUES (2, 'y')")
+        arrives(pair.target, 2)
+        assert second.events("batch")
+
+
+def test_once_drains_and_ends(pair: Pair, queue: int) -> None:
+    pair.source.sql("INSERT INTO t SELECT i, 'x' FROM generate_series(1, 30) AS i")
+    done = tbl_repl("worker", "--once", "--json", "--batch-rows", "10", "--dsn", dsn_of(pair.source))
+    assert done.returncode == 0, done.stderr
+    pair.assert_same("t")
+
+
+def test_once_says_by_its_exit_code_that_something_is_left(trio: Pair) -> None:
+    trio.both(TABLE)
+    trio.add_target("t", trio.third_server, mode="async")
+    trio.add_target("t", mode="async")
+    trio.source.sql("INSERT INTO t VALUES (1, 'x')")
+    proxy = trio.proxy(trio.third_server, trio.third)
+    proxy.set("refuse")
+    dead = "host=127.0.0.1 port=1 dbname=nowhere"
+    program = ("worker", "--once", "--dsn")
+    assert tbl_repl(*program, dsn_of(trio.source)).returncode == 1
+    assert count(trio.target) == 1, "what can be shipped is"
+    trio.source.sql("INSERT INTO t VALUES (2, 'x')")
+    assert tbl_repl(*program, dead, "--dsn", dsn_of(trio.source)).returncode == 3
+    assert count(trio.target) == 2, "what can be shipped is"
+    proxy.set("pass")
+    trio.target.sql("ALTER TABLE t ADD CHECK (id < 3)")
+    trio.source.sql("INSERT INTO t VALUES (3, 'rejected')")
+    assert tbl_repl(*program, dsn_of(trio.source)).returncode == 1
+    trio.target.sql("ALTER TABLE t DROP CONSTRAINT t_id_check")
+    assert tbl_repl(*program, dsn_of(trio.source)).returncode == 0
+
+
+# --- surviving
+
+
+class Load:
+    """Writers that go on whatever happens to the servers."""
+
+    def __init__(self, pair: Pair) -> None:
+        self._dsn = dsn_of(pair.source)
+        self._stop = threading.Event()
+        self.commits = 0
+        self._done = in_background(self._run)
+
+    def _run(self) -> None:
+        i = 0
+        while not self._stop.is_set():
+            try:
+                with psycopg.connect(self._dsn, autocommit=True) as session:
+                    while not self._stop.is_set():
+                        i += 1
+                        session.execute(
+                            "INSERT INTO t VALUES (%s, 'x') ON CONFLICT (id) DO UPDATE SET v = t.v || 'y'",
+                            [i % 50],
+                        )
+                        self.commits += 1
+                        if i % 7 == 0:
+                            session.execute("DELETE FROM t WHERE id = %s", [i * 3 % 50])
+            except psycopg.OperationalError:
+                self._stop.wait(0.02)
+
+    def goes_on(self) -> None:
+        before = self.commits
+        wait_until(lambda: self.commits > before + 20, 20, "writers go on")
+
+    def end(self) -> None:
+        self._stop.set()
+        self._done.result(20)
+
+
+@pytest.mark.parametrize("side", ["source", "target"])
+def test_it_survives_the_crash_of_either_server_under_load(pair: Pair, side: str) -> None:
+    pair.both(TABLE)
+    pair.add_target("t", mode="async")
+    node = pair.source if side == "source" else pair.target
+    with WorkerProcess(pair.source) as worker:
+        load = Load(pair)
+        try:
+            load.goes_on()
+            node.stop("immediate")
+            node.start()
+            load.goes_on()
+        finally:
+            load.end()
+        same(pair)
+        drained(pair)
+        assert worker.alive
+
+
+def test_it_survives_a_cut_line_under_load(pair: Pair, proxy: Proxy) -> None:
+    pair.both(TABLE)
+    pair.add_target("t", mode="async", timeout="1 s")
+    with WorkerProcess(pair.source):
+        load = Load(pair)
+        try:
+            for mode in ("reset", "refuse"):
+                load.goes_on()
+                proxy.set(mode)  # type: ignore[arg-type]
+                proxy.cut()
+                load.goes_on()
+                proxy.set("pass")
+        finally:
+            load.end()
+        same(pair)
+
+
+def test_it_survives_the_end_of_its_sessions(pair: Pair, queue: int) -> None:
+    with WorkerProcess(pair.source) as worker:
+        for i in range(1, 4):
+            pair.source.admin(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                " WHERE datname = current_database() AND application_name LIKE 'tbl-repl worker%'"
+            )
+            pair.source.sql("INSERT INTO t VALUES (%s, 'x')", [i])
+            arrives(pair.target, i)
+        assert worker.alive
+
+
+def test_settings_of_the_role_do_not_hold_it_up(pair: Pair, queue: int) -> None:
+    for setting in (
+        "default_transaction_isolation = 'serializable'",
+        "default_transaction_read_only = on",
+        "statement_timeout = '300ms'",
+        "idle_session_timeout = '300ms'",
+    ):
+        pair.source.admin(f"ALTER ROLE owner IN DATABASE {pair.source.dbname} SET {setting}")
+    with WorkerProcess(pair.source) as worker:
+        with held(pair.target, "LOCK TABLE t"):
+            pair.source.admin("INSERT INTO t VALUES (1, 'x')")
+            waits_for_lock(pair.target)
+            # longer than statement_timeout: seen from the target's clock
+            began = pair.target.one("SELECT clock_timestamp()")
+            wait_until(
+                lambda: pair.target.one("SELECT clock_timestamp() > %s::timestamptz + '0.5 s'", [began])
+            )
+        arrives(pair.target, 1)
+        assert not worker.events("drainer failed")
+        assert not worker.events("source failed")
+
+
+@pytest.mark.parametrize("point", [name for name in failpoint.POINTS if not name.startswith("copy")])
+def test_killed_at_any_step_the_tables_become_equal(pair: Pair, queue: int, point: str) -> None:
+    with WorkerProcess(pair.source, env={"TBL_REPL_FAIL_AT": point}, wait=False) as worker:
+        pair.source.sql("INSERT INTO t SELECT i, 'x' FROM generate_series(1, 100) AS i")
+        pair.source.sql("UPDATE t SET v = 'y' WHERE id <= 50; DELETE FROM t WHERE id > 90")
+        assert worker.ended() == -signal.SIGKILL
+    pair.source.sql("UPDATE t SET v = 'z' WHERE id <= 10; INSERT INTO t VALUES (95, 'again')")
+    with WorkerProcess(pair.source):
+        same(pair)
+        drained(pair)
+
+
+def test_killed_in_the_middle_of_a_batch_the_tables_become_equal(pair: Pair, queue: int) -> None:
+    with WorkerProcess(pair.source) as worker, held(pair.target, "LOCK TABLE t"):
+        pair.source.sql("INSERT INTO t SELECT i, 'x' FROM generate_series(1, 100) AS i")
+        waits_for_lock(pair.target)
+        worker.kill()
+        pair.source.sql("UPDATE t SET v = 'newer'")
+    with WorkerProcess(pair.source):
+        same(pair)
+        drained(pair)
+
+
+@pytest.mark.parametrize("point", [name for name in failpoint.POINTS if name.startswith("copy")])
+def test_killed_at_any_step_of_a_copy_the_tables_become_equal(pair: Pair, queue: int, point: str) -> None:
+    """A large batch; and nothing is applied over what is newer."""
+    pair.source.sql("INSERT INTO t SELECT i, 'x' FROM generate_series(1, 300) AS i")
+    constants = {"bulk.MIN_ROWS": 100}
+    with WorkerProcess(
+        pair.source, env={"TBL_REPL_FAIL_AT": point}, constants=constants, wait=False
+    ) as worker:
+        assert worker.ended() == -signal.SIGKILL
+    pair.source.sql("UPDATE t SET v = 'newer' WHERE id <= 150; DELETE FROM t WHERE id > 290")
+    with WorkerProcess(pair.source, constants=constants):
+        same(pair)
+        drained(pair)
+
+
+# --- what it says, what it needs
+
+
+@pytest.mark.parametrize("as_json", [True, False], ids=["json", "text"])
+def test_log_lines_carry_no_row_contents(pair: Pair, queue: int, as_json: bool) -> None:
+    """Not in errors of the target either, which quote values."""
+    pair.target.sql(
+        """
+        CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$
+        BEGIN
+            IF NEW.v LIKE '%state%' THEN RAISE EXCEPTION 'no: %', NEW.v USING ERRCODE = '55000'; END IF;
+            IF NEW.v LIKE '%value%' THEN RAISE EXCEPTION 'no: %', NEW.v USING ERRCODE = '22023'; END IF;
+            RETURN NEW;
+        END $$;
+        CREATE TRIGGER refuse BEFORE INSERT OR UPDATE ON t FOR EACH ROW EXECUTE FUNCTION refuse();
+        """
+    )
+    with WorkerProcess(pair.source, options=("--verbose",), as_json=as_json, wait=False) as worker:
+        pair.source.sql("INSERT INTO t VALUES (1, 'sesame good'), (2, 'sesame value')")
+        wait_until(
+            lambda: count(pair.target) == 1 and pair.source.one("SELECT count(*) FROM tbl_repl.quarantine")
+        )
+        pair.source.sql("INSERT INTO t VALUES (3, 'sesame state')")
+        wait_until(lambda: state(pair, queue)["next_try_at"])
+        wait_until(lambda: "55000" in worker.output)
+        worker.send(signal.SIGTERM)
+        assert worker.ended() == 0
+        assert "sesame" in str(state(pair, queue)["last_error"]), "the target did quote a value"
+        assert "sesame" not in worker.output
+        if as_json:
+            (batch, *_) = worker.events("batch")
+            assert batch["server"] == pair.server
+            assert (batch["rows"], batch["level"]) == (1, "info") or batch["rows"] == 2
+            assert len(worker.lines) == sum(line.startswith("{") for line in worker.lines)
+        else:
+            assert f"batch server={pair.server} rows=" in worker.output
+
+
+def test_memory_does_not_grow_with_the_backlog(pair: Pair) -> None:
+    pair.both(TABLE)
+    pair.add_target("t", mode="async", timeout="60 s")
+    with WorkerProcess(pair.source) as worker:
+        pair.source.sql("INSERT INTO t SELECT i, repeat('x', 1000) FROM generate_series(1, 1000) AS i")
+        arrives(pair.target, 1000)
+        small = worker.rss()
+        pair.source.sql("INSERT INTO t SELECT i, repeat('x', 1000) FROM generate_series(1001, 100000) AS i")
+        arrives(pair.target, 100000, timeout=60)
+        assert worker.rss() - small < 30_000_000, "a hundred megabytes have passed through"
