@@ -349,9 +349,9 @@ class Storm:
 
         def down() -> None:
             nonlocal admin
-            target.cluster.stop(random_.choice(["fast", "immediate"]))
+            target.stop(random_.choice(["fast", "immediate"]))
             self.stop.wait(0.1)
-            target.cluster.start()
+            target.start()
             admin = target.connect("postgres")
 
         def freeze() -> None:
