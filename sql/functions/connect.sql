@@ -450,12 +450,14 @@ COMMENT ON FUNCTION tbl_repl._is_alive(text, timestamptz) IS
 
 CREATE OR REPLACE FUNCTION tbl_repl._connection_name(server name, owner name, timeout interval)
 RETURNS text
-LANGUAGE sql STABLE
+LANGUAGE plpgsql STABLE
 SET search_path = pg_catalog, pg_temp
 AS $function$
-    SELECT format('tbl_repl_%s_%s_%s_%s', s.oid, r.oid, ceil(extract(epoch FROM timeout) * 1000), s.xmin)
-    FROM pg_foreign_server AS s, pg_roles AS r
-    WHERE s.srvname = server AND r.rolname = owner
+BEGIN
+    RETURN (
+        SELECT format('tbl_repl_%s_%s_%s_%s', s.oid, to_regrole(quote_ident(owner))::oid, ceil(extract(epoch FROM timeout) * 1000), s.xmin)
+        FROM pg_foreign_server AS s WHERE s.srvname = server);
+END
 $function$;
 COMMENT ON FUNCTION tbl_repl._connection_name(name, name, interval) IS
     'name of the dblink connection: server, owner, timeout in ms, version of the server''s definition';
