@@ -513,6 +513,7 @@ BEGIN
     PERFORM tbl_repl._rebuild_target(target.target_id);
     PERFORM tbl_repl._rebuild_capture(source.source_id);
     PERFORM tbl_repl._rebuild_neighbours(target);
+    PERFORM tbl_repl._prepare_now(target);
     PERFORM tbl_repl._rank_sources();
     IF initial_copy = 'now' THEN
         -- By the flush at our commit: were we to roll back, nothing may be there.
@@ -568,6 +569,23 @@ END
 $function$;
 COMMENT ON FUNCTION tbl_repl._rebuild_neighbours(tbl_repl.target) IS
     'rebuilds the triggers of the other tables that are replicated into the same one';
+
+-- The connection over which the target was looked at serves this session's writes from now on; other
+-- sessions prepare when they connect, or when the target does not know a statement.
+CREATE OR REPLACE FUNCTION tbl_repl._prepare_now(target tbl_repl.target)
+RETURNS void
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+BEGIN
+    IF target.mode <> 'async' THEN
+        PERFORM tbl_repl._call(tbl_repl._connection_name(target.server, current_user, target.timeout),
+                               tbl_repl._prepare_sql(target), clock_timestamp() + target.timeout);
+    END IF;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._prepare_now(tbl_repl.target) IS
+    'prepares the single-row statements of a target over this session''s connection';
 
 -- Referenced tables get smaller ranks; cycles end at a bound, for their constraints have to be deferrable anyway.
 CREATE OR REPLACE FUNCTION tbl_repl._rank_sources()
@@ -691,7 +709,8 @@ BEGIN
     EXECUTE format('LOCK TABLE %s IN SHARE ROW EXCLUSIVE MODE', source.source_table);
     PERFORM tbl_repl._check_only_once(target, source.source_table);
     target := tbl_repl._define(target, source, path);
-    target.generation := target.generation + 1;
+    -- never one that a transaction rolled back has used: some session may have prepared its statements
+    target.generation := ((extract(epoch FROM clock_timestamp()) * 1000)::bigint % 2147483647)::integer;
     UPDATE tbl_repl.target AS t
     SET dst_schema = target.dst_schema, dst_name = target.dst_name, mode = target.mode, columns = target.columns,
         column_map = target.column_map, row_filter = target.row_filter, operations = target.operations,
@@ -705,6 +724,7 @@ BEGIN
     PERFORM tbl_repl._rebuild_target(target_id);
     PERFORM tbl_repl._rebuild_capture(source.source_id);
     PERFORM tbl_repl._rebuild_neighbours(target);
+    PERFORM tbl_repl._prepare_now(target);
     PERFORM tbl_repl._rank_sources();
 END
 $function$;
