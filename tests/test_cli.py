@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,8 +23,9 @@ from tbl_repl.graph import mermaid
 from tbl_repl.install import tle_statements
 from tbl_repl.script import extension_files, plain_script, version
 
+ROOT = Path(__file__).parents[1]
 TABLE = "CREATE TABLE t (id integer PRIMARY KEY, v text)"
-VERBS = ("status", "top", "check", "replay", "compare", "repair", "worker", "install", "demo")
+VERBS = ("status", "top", "check", "replay", "compare", "repair", "copy", "worker", "install", "demo")
 NOWHERE = "host=127.0.0.1 port=1 dbname=nowhere"
 ESCAPE = "\x1b"
 
@@ -320,6 +322,16 @@ def test_help_says_what_a_verb_does(server: object, name: str) -> None:
 
 
 @pytest.mark.once
+def test_the_reference_names_every_verb_and_option(server: object) -> None:
+    page = (ROOT / "docs" / "reference" / "cli.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^    (\w+) ", tbl_repl("--help").stdout, re.M)) == set(VERBS)
+    for name in VERBS:
+        (section,) = re.findall(rf"^## {name}\n(.*?)(?=^## |\Z)", page, re.M | re.S)
+        known = set(re.findall(r"(--[a-z][a-z-]+)", tbl_repl(name, "--help").stdout)) - {"--help", "--json"}
+        assert known - {"--dsn"} == set(re.findall(r"(--[a-z][a-z-]+)", section)) - {"--dsn", "--json"}, name
+
+
+@pytest.mark.once
 def test_version_is_that_of_the_control_file(server: object) -> None:
     assert tbl_repl("--version").stdout == f"tbl-repl {version()}\n"
 
@@ -359,7 +371,7 @@ def test_wrong_usage_ends_with_2(server: object, args: tuple[str, ...]) -> None:
 @pytest.mark.once
 @pytest.mark.parametrize("name", [name for name in VERBS if name not in ("install", "demo")])
 def test_without_a_connection_it_ends_with_3(server: object, name: str) -> None:
-    more = ("1",) if name in ("compare", "repair") else ()
+    more = ("1",) if name in ("compare", "repair", "copy") else ()
     done = tbl_repl(name, *more, "--dsn", NOWHERE)
     assert done.returncode == 3, done.stderr
     assert "Traceback" not in done.stderr
