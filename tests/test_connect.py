@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from psycopg import errors
 
@@ -46,8 +48,8 @@ def test_single_rows_go_through_prepared_statements(pair: Pair) -> None:
     conn.execute("UPDATE t SET v = 'y'")
     conn.execute("DELETE FROM t")
     log = pair.target.cluster.log(mark)
-    assert "EXECUTE tbl_repl_u1_1 ('1', 'y')" in log
-    assert "EXECUTE tbl_repl_d1_1 ('1')" in log
+    assert re.search(r"EXECUTE tbl_repl_u1_\d+ \('1', 'y'\)", log)
+    assert re.search(r"EXECUTE tbl_repl_d1_\d+ \('1'\)", log)
     assert "statement: PREPARE" not in log
 
 

@@ -501,7 +501,7 @@ BEGIN
     target.version_column := version_column;
     target.forward := forward;
     target.timeout := timeout;
-    target.generation := 1;
+    target.generation := tbl_repl._new_generation();
     PERFORM tbl_repl._check_only_once(target, source_table);
     target := tbl_repl._define(target, source, path);
     target.target_id := nextval('tbl_repl.target_target_id_seq');
@@ -569,6 +569,17 @@ END
 $function$;
 COMMENT ON FUNCTION tbl_repl._rebuild_neighbours(tbl_repl.target) IS
     'rebuilds the triggers of the other tables that are replicated into the same one';
+
+-- Part of the names of prepared statements: never one that was used before, by a transaction that was rolled
+-- back or an extension that was dropped, for some session may still have prepared it.
+CREATE OR REPLACE FUNCTION tbl_repl._new_generation()
+RETURNS integer
+LANGUAGE sql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT ((extract(epoch FROM clock_timestamp()) * 1000)::bigint % 2147483647)::integer
+$function$;
+COMMENT ON FUNCTION tbl_repl._new_generation() IS 'a number that no definition of a target has had';
 
 -- The connection over which the target was looked at serves this session's writes from now on; other
 -- sessions prepare when they connect, or when the target does not know a statement.
@@ -709,8 +720,7 @@ BEGIN
     EXECUTE format('LOCK TABLE %s IN SHARE ROW EXCLUSIVE MODE', source.source_table);
     PERFORM tbl_repl._check_only_once(target, source.source_table);
     target := tbl_repl._define(target, source, path);
-    -- never one that a transaction rolled back has used: some session may have prepared its statements
-    target.generation := ((extract(epoch FROM clock_timestamp()) * 1000)::bigint % 2147483647)::integer;
+    target.generation := tbl_repl._new_generation();
     UPDATE tbl_repl.target AS t
     SET dst_schema = target.dst_schema, dst_name = target.dst_name, mode = target.mode, columns = target.columns,
         column_map = target.column_map, row_filter = target.row_filter, operations = target.operations,

@@ -53,7 +53,7 @@ CREATE TABLE tbl_repl.target (
     filter_expr    text,
     dst_keys       name[] NOT NULL,
     remote         jsonb NOT NULL,
-    generation     integer NOT NULL DEFAULT 1,
+    generation     integer NOT NULL,
     CONSTRAINT target_only_once UNIQUE (source_id, server, dst_schema, dst_name),
     CONSTRAINT target_mode_known CHECK (mode IN ('sync', 'tolerant', 'async')),
     CONSTRAINT target_on_conflict_known CHECK (on_conflict IN ('overwrite', 'keep', 'newest', 'error')),
