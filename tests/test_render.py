@@ -59,7 +59,7 @@ def test_a_single_row_is_sent_as_the_prepared_form_of_what_is_shown(pair: Pair) 
     shown = pair.source.one(f"SELECT tbl_repl.explain_target({target})")
     prepared = next(s for s in sent(pair) if s.startswith("PREPARE tbl_repl_u"))
     assert shown.replace("('1', 'a')", "($1, $2)") in prepared
-    assert f"EXECUTE tbl_repl_u{target}_1 ('1', 'a')" in "\n".join(sent(pair))
+    assert re.search(rf"EXECUTE tbl_repl_u{target}_\d+ \('1', 'a'\)", "\n".join(sent(pair)))
 
 
 def test_explain_target_sends_and_changes_nothing(pair: Pair) -> None:
