@@ -228,7 +228,12 @@ def test_a_drainer_that_dies_after_the_remote_commit_ships_again(pair: Pair, tol
     assert conn.execute("SELECT tbl_repl.replay()").fetchone() == (2,)
     assert pair.target.rows("t") == ["(1,first)", "(3,x)"]
     pair.source.admin("SELECT pg_terminate_backend(%s)", [conn.info.backend_pid])
-    wait_until(lambda: pair.source.one("SELECT count(*) FROM pg_stat_activity WHERE pid = %s", [conn.info.backend_pid]) == 0)
+    wait_until(
+        lambda: (
+            pair.source.one("SELECT count(*) FROM pg_stat_activity WHERE pid = %s", [conn.info.backend_pid])
+            == 0
+        )
+    )
     pair.source.sql("UPDATE t SET v = 'second' WHERE id = 1; INSERT INTO t VALUES (2, 'back')")
     pair.drain()
     pair.assert_same("t")
@@ -297,7 +302,9 @@ class Storm:
         what = random_.choices("iudkm", [5, 5, 3, 1, 1])[0]
         touched |= {key, other}
         if what == "i":
-            conn.execute("INSERT INTO t VALUES (%s, %s) ON CONFLICT (id) DO UPDATE SET v = excluded.v", [key, value])
+            conn.execute(
+                "INSERT INTO t VALUES (%s, %s) ON CONFLICT (id) DO UPDATE SET v = excluded.v", [key, value]
+            )
         elif what == "u":
             conn.execute("UPDATE t SET v = %s WHERE id = %s", [value, key])
         elif what == "d":
@@ -412,7 +419,9 @@ def storm(pair: Pair, proxy: Proxy, mode: str, columns: str, seed: int) -> None:
     doubtful = ",".join(str(key) for key in sorted(weather.in_doubt)) or "NULL"
     where = f"id NOT IN ({doubtful})" if weather.in_doubt else "true"
     ours, theirs = pair.source.rows("t", where=where), pair.target.rows("t", where=where)
-    assert ours == theirs, f"missing or old: {sorted(set(ours) - set(theirs))}, extra: {sorted(set(theirs) - set(ours))}"
+    assert ours == theirs, (
+        f"missing or old: {sorted(set(ours) - set(theirs))}, extra: {sorted(set(theirs) - set(ours))}"
+    )
     assert pair.source.sql("SELECT * FROM tbl_repl.quarantine") == []
     pair.source.sql("INSERT INTO t VALUES (-1, 0)")
     pair.drain()

@@ -271,7 +271,9 @@ def test_the_first_replay_after_a_restart_of_the_target_ships(pair: Pair) -> Non
     pair.source.sql("INSERT INTO t VALUES (1, 'x')")
     pair.drain()
     pair.source.sql("INSERT INTO t VALUES (2, 'x')")
-    pair.target.admin("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name LIKE 'tbl_repl%'")
+    pair.target.admin(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name LIKE 'tbl_repl%'"
+    )
     assert replay(pair) == 1
     pair.assert_same("t")
     assert pair.source.one("SELECT count(*) FROM tbl_repl.error_log WHERE target_id = %s", [target_id]) == 0
