@@ -41,7 +41,13 @@ CREATE TABLE child_1 PARTITION OF child DEFAULT;
 CREATE TABLE alone_0 PARTITION OF alone FOR VALUES FROM (MINVALUE) TO (4);
 CREATE TABLE alone_1 PARTITION OF alone DEFAULT;
 """
-THERE = 'CREATE TABLE "Alone there" (v integer, hidden text, extra text DEFAULT \'kept\', key integer PRIMARY KEY);'
+THERE = "CREATE TABLE \"Alone there\" (v integer, hidden text, extra text DEFAULT 'kept', key integer PRIMARY KEY);"
+
+ROWS = """
+INSERT INTO parent SELECT g, CASE WHEN g < 4 THEN 'x' ELSE 'y' END, g, g FROM generate_series(0, 5) g;
+INSERT INTO child SELECT g, g % 4, 'x', g FROM generate_series(0, 6) g;
+INSERT INTO alone SELECT g, g, 'word' FROM generate_series(0, 6) g;
+"""
 
 ALONE_OPTIONS: dict[str, Any] = {
     "dst_table": '"Alone there"',
@@ -71,10 +77,17 @@ class Scene:
         self.pair.source.sql(PARTS if self.capture == "row" else PLAIN + ALONE)
         self.pair.target.sql(PLAIN.replace("UNIQUE", "") if self.capture == "row" else PLAIN)
         self.pair.target.sql(THERE)
+        self.pair.source.sql(ROWS)
+        self.pair.source.sql("BEGIN")  # one copy of linked tables, so that their order does not matter
         self.targets = [
             self.pair.add_target(table, mode=self.mode, timeout="2 s", **options)
-            for table, options in (("child", {"row_filter": "v <> 3"}), ("alone", ALONE_OPTIONS), ("parent", {}))
+            for table, options in (
+                ("child", {"row_filter": "v <> 3"}),
+                ("alone", ALONE_OPTIONS),
+                ("parent", {}),
+            )
         ]
+        self.pair.source.sql("COMMIT")
         self.conn = self.pair.source.connect()
         self.in_transaction = self.savepoint = False
 
