@@ -2,7 +2,7 @@
 
 A machine does what comes to its mind on three tables (two linked ones, one with a filter, a map and another
 name over there), inside and outside transactions, while the line goes and comes; every drain point compares.
-Histories that went wrong once are kept below as tests with a name.
+A history that goes wrong is to be kept below, as a test with a name.
 """
 
 from __future__ import annotations
@@ -314,12 +314,6 @@ class Machine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         self.scene.check()
-
-
-@pytest.fixture
-def scene(pair: Pair, proxy: Proxy, request: pytest.FixtureRequest) -> Scene:
-    mode, capture = getattr(request, "param", ("tolerant", "statement"))
-    return Scene(pair, proxy, mode, capture)
 
 
 @pytest.mark.slow
