@@ -77,6 +77,15 @@ def falls_asleep(node: Node) -> None:
     )
 
 
+def has_settled(node: Node, server: str) -> None:
+    """That drainer has looked again after its last batch, and found nothing."""
+    query = (
+        "SELECT bool_and(state = 'idle' AND clock_timestamp() - state_change > '30 ms') FROM pg_stat_activity"
+        " WHERE datname = current_database() AND application_name = %s"
+    )
+    wait_until(lambda: node.one(query, [f"tbl-repl worker {server}"]), 15, f"the drainer of {server} is idle")
+
+
 @contextmanager
 def held(node: Node, query: str) -> Iterator[psycopg.Connection]:
     """A session of an application that has a transaction open after this statement."""
@@ -133,7 +142,8 @@ def test_a_hung_server_delays_no_other(trio: Pair) -> None:
             trio.source.sql("INSERT INTO t VALUES (%s, 'x')", [i])
             waits_for_lock(trio.third)
             arrives(trio.target, i)
-        assert trio.third.backends("tbl_repl%")
+            has_settled(trio.source, trio.server)
+        waits_for_lock(trio.third)
 
 
 def test_a_dead_server_delays_no_other(trio: Pair) -> None:
@@ -145,6 +155,7 @@ def test_a_dead_server_delays_no_other(trio: Pair) -> None:
         for i in range(1, 6):
             trio.source.sql("INSERT INTO t VALUES (%s, 'x')", [i])
             arrives(trio.target, i)
+            has_settled(trio.source, trio.server)
         wait_until(lambda: state(trio, dead)["next_try_at"])
         assert trio.pending(dead) == 5
 
@@ -291,6 +302,7 @@ def test_another_server_is_served_while_one_is_at_work(trio: Pair) -> None:
         for i in range(1, 4):
             trio.source.sql("INSERT INTO u VALUES (%s)", [i])
             arrives(trio.target, i, "u")
+            has_settled(trio.source, trio.server)
 
 
 # --- what fails
