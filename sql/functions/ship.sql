@@ -224,7 +224,7 @@ SET jit = off
 AS $function$
 DECLARE
     repeatable boolean := current_setting('transaction_isolation') = 'repeatable read';
-    preparing  boolean;
+    preparing  boolean := false;
     entered    boolean;
     total      bigint;
     whole      boolean;
@@ -233,52 +233,60 @@ DECLARE
     copied     integer[];
     item       record;
     parcels    tbl_repl.parcel[] := '{}';
-    failed     integer[] := '{}';
+    failed     integer[];
     queued     integer[] := '{}';
 BEGIN
-    SELECT sum(s.row_count), bool_or(s.keys IS NULL AND s.op <> 'W'), bool_or(s.op = 'W'),
-           array_agg(s.source_id) FILTER (WHERE s.op NOT IN ('C', 'W')), array_agg(s.target_id) FILTER (WHERE s.op = 'C')
-    INTO total, whole, waking, changed, copied
-    FROM tbl_repl.stash AS s WHERE s.txid = own;
-    IF total IS NULL THEN
-        RETURN;
-    END IF;
-    preparing := tbl_repl._is_preparing();
-    IF waking AND NOT preparing THEN
-        NOTIFY tbl_repl;
-    END IF;
-    IF total = 0 THEN
+    failed := tbl_repl._ship_quickly(own);
+    IF failed = '{}' THEN
         RETURN;
     END IF;
 
-    FOR item IN
-        SELECT t.target_id, t.source_id, t.server, t.mode, t.timeout, s.source_table, s.fk_rank, st.status,
-               coalesce(t.target_id = ANY (copied), false) AS copies, t.owner
-        FROM tbl_repl.target AS t
-        JOIN tbl_repl.target_state AS st USING (target_id)
-        JOIN tbl_repl.source AS s USING (source_id)
-        WHERE (t.source_id = ANY (changed) AND t.mode <> 'async') OR t.target_id = ANY (copied)
-        ORDER BY t.target_id
-    LOOP
-        IF preparing AND (item.copies OR (item.mode = 'sync' AND item.status = 'ok')) THEN
-            RAISE EXCEPTION USING
-                ERRCODE = 'feature_not_supported',
-                MESSAGE = format('cannot PREPARE a transaction that has written table %s, which has a sync target, or has added a target to it',
-                                 item.source_table),
-                HINT    = 'Commit it in one phase, or make the target tolerant or async.';
-        ELSIF NOT preparing AND tbl_repl._may_ship(item.target_id, item.status, item.mode, item.timeout, repeatable) THEN
-            parcels := array_append(parcels, ROW(item.target_id, item.source_id, item.server,
-                tbl_repl._connection_name(item.server, item.owner, item.timeout),
-                item.mode = 'sync' OR item.copies, item.timeout, item.fk_rank, NULL, NULL, 0)::tbl_repl.parcel);
-        ELSE
-            queued := array_append(queued, item.target_id);
+    IF failed IS NULL THEN
+        SELECT sum(s.row_count), bool_or(s.keys IS NULL AND s.op <> 'W'), bool_or(s.op = 'W'),
+               array_agg(s.source_id) FILTER (WHERE s.op NOT IN ('C', 'W')), array_agg(s.target_id) FILTER (WHERE s.op = 'C')
+        INTO total, whole, waking, changed, copied
+        FROM tbl_repl.stash AS s WHERE s.txid = own;
+        IF total IS NULL THEN
+            RETURN;
         END IF;
-    END LOOP;
+        preparing := tbl_repl._is_preparing();
+        IF waking AND NOT preparing THEN
+            NOTIFY tbl_repl;
+        END IF;
+        IF total = 0 THEN
+            RETURN;
+        END IF;
 
-    IF cardinality(parcels) > 0 THEN
-        failed := CASE WHEN whole OR total > tbl_repl._rows_per_message() THEN tbl_repl._ship_large(parcels, own, repeatable)
-                       WHEN cardinality(parcels) = 1 THEN tbl_repl._ship_one(parcels[1], own, repeatable)
-                       ELSE tbl_repl._ship_small(parcels, own, repeatable) END;
+        FOR item IN
+            SELECT t.target_id, t.source_id, t.server, t.mode, t.timeout, s.source_table, s.fk_rank, st.status,
+                   coalesce(t.target_id = ANY (copied), false) AS copies, t.owner
+            FROM tbl_repl.target AS t
+            JOIN tbl_repl.target_state AS st USING (target_id)
+            JOIN tbl_repl.source AS s USING (source_id)
+            WHERE (t.source_id = ANY (changed) AND t.mode <> 'async') OR t.target_id = ANY (copied)
+            ORDER BY t.target_id
+        LOOP
+            IF preparing AND (item.copies OR (item.mode = 'sync' AND item.status = 'ok')) THEN
+                RAISE EXCEPTION USING
+                    ERRCODE = 'feature_not_supported',
+                    MESSAGE = format('cannot PREPARE a transaction that has written table %s, which has a sync target, or has added a target to it',
+                                     item.source_table),
+                    HINT    = 'Commit it in one phase, or make the target tolerant or async.';
+            ELSIF NOT preparing AND tbl_repl._may_ship(item.target_id, item.status, item.mode, item.timeout, repeatable) THEN
+                parcels := array_append(parcels, ROW(item.target_id, item.source_id, item.server,
+                    tbl_repl._connection_name(item.server, item.owner, item.timeout),
+                    item.mode = 'sync' OR item.copies, item.timeout, item.fk_rank, NULL, NULL, 0)::tbl_repl.parcel);
+            ELSE
+                queued := array_append(queued, item.target_id);
+            END IF;
+        END LOOP;
+
+        IF cardinality(parcels) > 0 THEN
+            failed := CASE WHEN whole OR total > tbl_repl._rows_per_message() THEN tbl_repl._ship_large(parcels, own, repeatable)
+                           ELSE tbl_repl._ship_small(parcels, own, repeatable) END;
+        ELSE
+            failed := '{}';
+        END IF;
     END IF;
     IF cardinality(queued) = 0 AND cardinality(failed) = 0 THEN
         RETURN;
@@ -342,6 +350,102 @@ END
 $function$;
 COMMENT ON FUNCTION tbl_repl._enter_queue(integer) IS
     'takes the lock queue for a writer that is going to queue; whether it got it';
+
+-- _ship_quickly(own): the usual case, one row of a table with one direct target, in READ COMMITTED.  No lists, and
+-- nothing looked up twice; the rules are those of _ship_transaction.  NULL: it is another case, or anything was
+-- unusual before the message was sent; nothing has happened then.  Else the targets that failed and may.
+CREATE OR REPLACE FUNCTION tbl_repl._ship_quickly(own xid8)
+RETURNS integer[]
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    usual        boolean;
+    item         record;
+    rendered     record;
+    message      text;
+    deadline     timestamptz;
+    lane         tbl_repl.lane;
+    sending      boolean := false;
+    answered     boolean := false;
+    shipped      boolean := false;
+    error_text   text;
+    error_detail text;
+    error_hint   text;
+BEGIN
+    FOR item IN
+        SELECT c.keys, c.row_count = 1 AND c.op IN ('I', 'U', 'D') AND cardinality(c.keys) = 1 AND st.status = 'ok'
+                       AND t.operations @> '{insert,update,delete,truncate}' AS usual,
+               t.target_id, t.source_id, t.server, t.timeout, t.mode = 'sync' AS sync,
+               format('tbl_repl_%s_%s_%s_%s', f.oid, to_regrole(quote_ident(t.owner))::oid, ceil(extract(epoch FROM t.timeout) * 1000), f.xmin) AS conn
+        FROM tbl_repl.stash AS c
+        LEFT JOIN tbl_repl.target AS t ON t.source_id = c.source_id AND t.mode <> 'async'
+        LEFT JOIN tbl_repl.target_state AS st ON st.target_id = t.target_id
+        LEFT JOIN pg_foreign_server AS f ON f.srvname = t.server
+        WHERE c.txid = own
+    LOOP
+        usual := usual IS NULL AND item.usual;
+        EXIT WHEN usual IS NOT TRUE;
+    END LOOP;
+    IF usual IS NOT TRUE OR current_setting('transaction_isolation') <> 'read committed' OR tbl_repl._is_preparing()
+       OR NOT coalesce(item.conn = ANY (tbl_repl._dblink_connections()), false)
+       OR NOT pg_try_advisory_xact_lock_shared(tbl_repl._lock_ship(), item.target_id)
+    THEN
+        RETURN NULL;
+    END IF;
+    BEGIN
+        EXECUTE format('SELECT * FROM tbl_repl.render_%s($1, false, true, ''prepared'')', item.target_id)
+        INTO rendered USING item.keys;
+        message := concat_ws('; ', nullif(rendered.deletes, ''), nullif(rendered.upserts, ''));
+        IF message = '' THEN
+            RETURN '{}';
+        END IF;
+        IF tbl_repl._dblink_is_busy(item.conn) <> 0 OR tbl_repl._dblink_error(item.conn) <> 'OK' THEN
+            RETURN NULL;
+        END IF;
+        deadline := clock_timestamp() + item.timeout;
+        sending := true;
+        IF tbl_repl._dblink_send(item.conn, message || tbl_repl._lease(deadline)) <> 1 THEN
+            RETURN NULL;
+        END IF;
+        answered := true;
+        IF tbl_repl._receive(item.conn, deadline, true) IS NULL THEN
+            RAISE EXCEPTION USING
+                ERRCODE = 'connection_failure',
+                MESSAGE = 'the target has got no message';
+        END IF;
+        shipped := true;
+    EXCEPTION WHEN query_canceled OR OTHERS THEN
+        IF NOT sending THEN
+            RETURN NULL;
+        END IF;
+        GET STACKED DIAGNOSTICS error_text = MESSAGE_TEXT, error_detail = PG_EXCEPTION_DETAIL, error_hint = PG_EXCEPTION_HINT;
+        lane := ROW(item.conn, item.target_id, item.sync, deadline, 'sent', NULL, message, NULL, NULL, NULL, NULL, NULL)::tbl_repl.lane;
+        SELECT ARRAY[ROW(item.target_id, item.source_id, item.server, item.conn, item.sync, item.timeout, s.fk_rank,
+                         nullif(rendered.deletes, ''), nullif(rendered.upserts, ''), 1)::tbl_repl.parcel]
+        INTO lane.parcels
+        FROM tbl_repl.source AS s WHERE s.source_id = item.source_id;
+        IF answered THEN
+            lane := tbl_repl._lane_failed(lane, SQLSTATE, error_text, error_detail, error_hint);
+            lane.state := 'refused';
+        END IF;
+    END;
+    IF NOT shipped THEN
+        lane := tbl_repl._lane_finish(lane, own, false, false);
+        shipped := lane.state = 'done';
+    END IF;
+    IF shipped THEN
+        PERFORM tbl_repl._count_shipped(item.target_id, 1);
+        RETURN '{}';
+    ELSIF item.sync THEN
+        PERFORM tbl_repl._raise_lane(lane);
+    END IF;
+    PERFORM tbl_repl._log_error(item.target_id, NULL, lane.code, lane.error, lane.detail, lane.hint, message);
+    RETURN ARRAY[item.target_id];
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._ship_quickly(xid8) IS
+    'ships a single row to its only direct target, if there is nothing unusual about it';
 
 CREATE OR REPLACE FUNCTION tbl_repl._rows_per_message() RETURNS integer
 LANGUAGE sql IMMUTABLE PARALLEL SAFE RETURN 1000;
@@ -459,53 +563,6 @@ BEGIN
 END
 $function$;
 COMMENT ON FUNCTION tbl_repl._count_shipped(integer, bigint) IS 'counts rows shipped at commit by this backend';
-
--- _ship_one(parcel, own, mine): what _ship_small does, for the usual case: one target, hence one message that commits.
-CREATE OR REPLACE FUNCTION tbl_repl._ship_one(
-    parcel tbl_repl.parcel,
-    own    xid8,
-    mine   boolean
-)
-RETURNS integer[]
-LANGUAGE plpgsql VOLATILE
-SET search_path = pg_catalog, pg_temp
-AS $function$
-DECLARE
-    lane     tbl_repl.lane;
-    rendered record;
-BEGIN
-    BEGIN
-        rendered := tbl_repl._render_transaction(parcel.target_id, own, mine, 'prepared');
-    EXCEPTION WHEN OTHERS THEN
-        -- a filter or map that fails on a row, a column that is gone: the target's own business
-        IF parcel.sync THEN
-            RAISE;
-        END IF;
-        PERFORM tbl_repl._log_error(parcel.target_id, NULL, SQLSTATE, SQLERRM, NULL, NULL, NULL);
-        RETURN ARRAY[parcel.target_id];
-    END;
-    parcel.deletes := nullif(rendered.deletes, '');
-    parcel.upserts := nullif(rendered.upserts, '');
-    parcel.rows := rendered.rows;
-    IF coalesce(parcel.deletes, parcel.upserts) IS NULL THEN
-        RETURN '{}';
-    END IF;
-    lane := ROW(parcel.conn, parcel.target_id, parcel.sync, clock_timestamp() + parcel.timeout, 'new', ARRAY[parcel],
-                concat_ws('; ', parcel.deletes, parcel.upserts), NULL, NULL, NULL, NULL, NULL)::tbl_repl.lane;
-    lane := tbl_repl._lane_finish(tbl_repl._lane_send(lane, false), own, mine, false);
-    IF lane.state = 'failed' THEN
-        IF parcel.sync THEN
-            PERFORM tbl_repl._raise_lane(lane);
-        END IF;
-        PERFORM tbl_repl._log_error(parcel.target_id, NULL, lane.code, lane.error, lane.detail, lane.hint, lane.message);
-        RETURN ARRAY[parcel.target_id];
-    END IF;
-    PERFORM tbl_repl._count_shipped(parcel.target_id, parcel.rows);
-    RETURN '{}';
-END
-$function$;
-COMMENT ON FUNCTION tbl_repl._ship_one(tbl_repl.parcel, xid8, boolean) IS
-    'ships few rows to the only target of a transaction';
 
 CREATE OR REPLACE FUNCTION tbl_repl._raise_lane(lane tbl_repl.lane)
 RETURNS void
@@ -669,6 +726,11 @@ LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp
 AS $function$
 BEGIN
+    IF code = '22012' AND clock_timestamp() > lane.deadline - interval '50 milliseconds' THEN
+        -- the lease, not a division of the target's own
+        code := '08006';
+        error := 'the target did not answer in time';
+    END IF;
     lane.state := 'failed';
     lane.code := _lane_failed.code;
     lane.error := _lane_failed.error;
@@ -732,7 +794,8 @@ END
 $function$;
 COMMENT ON FUNCTION tbl_repl._lane_send(tbl_repl.lane, boolean) IS 'sends a connection its message';
 
--- _lane_finish(lane, own, mine, two_phase): waits for the answer; where an order of statements or a
+-- _lane_finish(lane, own, mine, two_phase): waits for the answer (state 'refused': it was an error, code and so on
+-- say which); where an order of statements or a
 -- missing prepared statement was the reason, tries another way; after a loss, once more over a new connection, for
 -- the old session is known to be gone then.  Gives up when the lease is over, not before.
 CREATE OR REPLACE FUNCTION tbl_repl._lane_finish(
@@ -755,30 +818,31 @@ DECLARE
     cleared      tbl_repl.parcel[] := '{}';
     rendered     record;
     first_error  tbl_repl.lane;
+    answered     boolean := lane.state = 'refused';
 BEGIN
-    IF lane.state <> 'sent' THEN
+    IF lane.state NOT IN ('sent', 'refused') THEN
         RETURN tbl_repl._lane_by_parts(lane, own, mine, two_phase);
     END IF;
     LOOP
-        BEGIN
-            IF tbl_repl._receive(lane.conn, lane.deadline, true) IS NULL THEN
-                RAISE EXCEPTION USING
-                    ERRCODE = 'connection_failure',
-                    MESSAGE = 'the target has got no message';
-            END IF;
-            lane.state := 'done';
-            RETURN lane;
-        EXCEPTION WHEN query_canceled OR OTHERS THEN
-            GET STACKED DIAGNOSTICS error_text = MESSAGE_TEXT, error_detail = PG_EXCEPTION_DETAIL, error_hint = PG_EXCEPTION_HINT;
-            code := SQLSTATE;
-            IF code = '22012' AND clock_timestamp() > lane.deadline - interval '50 milliseconds' THEN
-                -- the lease, not a division of the target's own
-                code := '08006';
-                error_text := 'the target did not answer in time';
-            END IF;
-            lane := tbl_repl._lane_failed(lane, code, error_text, error_detail, error_hint);
-            EXIT WHEN clock_timestamp() > lane.deadline;
-        END;
+        IF answered THEN
+            lane.state := 'failed';
+            answered := false;
+        ELSE
+            BEGIN
+                IF tbl_repl._receive(lane.conn, lane.deadline, true) IS NULL THEN
+                    RAISE EXCEPTION USING
+                        ERRCODE = 'connection_failure',
+                        MESSAGE = 'the target has got no message';
+                END IF;
+                lane.state := 'done';
+                RETURN lane;
+            EXCEPTION WHEN query_canceled OR OTHERS THEN
+                GET STACKED DIAGNOSTICS error_text = MESSAGE_TEXT, error_detail = PG_EXCEPTION_DETAIL, error_hint = PG_EXCEPTION_HINT;
+                lane := tbl_repl._lane_failed(lane, SQLSTATE, error_text, error_detail, error_hint);
+            END;
+        END IF;
+        code := lane.code;
+        EXIT WHEN clock_timestamp() > lane.deadline;
         IF first_error.code IS NULL OR first_error.code = '26000' THEN
             first_error := lane;
         END IF;

@@ -230,7 +230,7 @@ CREATE TYPE tbl_repl.parcel AS (
 );
 COMMENT ON TYPE tbl_repl.parcel IS 'what is sent to one target at one commit';
 
--- One connection at one commit: state 'new' | 'sent' | 'done' | 'committing' | 'failed'.
+-- One connection at one commit: state 'new' | 'sent' | 'refused' | 'done' | 'committing' | 'failed'.
 -- left_out: tolerant targets that were left to the queue so that the sync ones could be shipped to.
 CREATE TYPE tbl_repl.lane AS (
     conn      text,
