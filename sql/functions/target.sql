@@ -201,7 +201,8 @@ BEGIN
             'truncatable', has_table_privilege(c.oid, 'TRUNCATE'),
             'referenced', EXISTS (SELECT FROM pg_constraint AS r WHERE r.confrelid = c.oid AND r.contype = 'f' AND r.conrelid <> c.oid
                                   OR r.confrelid = c.oid AND r.contype = 'f' AND r.confdeltype <> 'a'),
-            'extension', to_regclass('tbl_repl.target_state') IS NOT NULL,
+            'extension', EXISTS (SELECT FROM pg_class AS e JOIN pg_namespace AS x ON x.oid = e.relnamespace
+                                 WHERE x.nspname = 'tbl_repl' AND e.relname = 'target_state'),
             'columns', (
                 SELECT jsonb_agg(jsonb_build_object(
                     'name', a.attname, 'type', format_type(a.atttypid, -1), 'base', b.typname, 'category', b.typcategory,
