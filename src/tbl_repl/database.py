@@ -68,7 +68,7 @@ def settle(connection: Connection) -> Connection:
 
 def require_extension(connection: Connection) -> None:
     """Raise TblReplError unless tbl_repl is in this database, as an extension or by plain SQL."""
-    row = connection.execute("SELECT to_regclass('tbl_repl.target_state') IS NOT NULL AS found").fetchone()
+    row = connection.execute("SELECT to_regnamespace('tbl_repl') IS NOT NULL AS found").fetchone()
     if row is None or not row["found"]:
         raise TblReplError(
             f"extension tbl_repl is not in database {connection.info.dbname}",
