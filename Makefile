@@ -20,6 +20,8 @@ PG_CONFIG ?= pg_config
 PYTHON    ?= python3
 VENV      ?= .venv
 PYTEST_ARGS ?=
+# One process for each server that is tested: each has clusters of its own.
+TEST_PARALLEL ?= -n 2 --dist loadgroup
 
 .DEFAULT_GOAL := all
 
@@ -85,7 +87,7 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.test
 	@echo "==> running the tests on every server found"
-	@$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	@$(VENV)/bin/python -m pytest $(TEST_PARALLEL) $(PYTEST_ARGS)
 
 test-long: $(VENV)/.test
 	@TBL_REPL_LONG=1 $(VENV)/bin/python -m pytest $(PYTEST_ARGS)

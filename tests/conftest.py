@@ -53,6 +53,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("server", servers, ids=str, indirect=True, scope="session")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """In parallel, all tests of one server go to one process."""
+    for item in items:
+        callspec = getattr(item, "callspec", None)
+        name = str(callspec.params["server"]) if callspec and "server" in callspec.params else "none"
+        item.add_marker(pytest.mark.xdist_group(name))
+
+
 @pytest.fixture(scope="session")
 def server(request: pytest.FixtureRequest) -> Server:
     """The PostgreSQL installation that the test runs on."""
