@@ -31,7 +31,7 @@ SELECT kind, name, privilege FROM (
 """
 
 # What may be done with nothing but 'reader': no row contents, no effect on anything.
-READABLE = {"target_status", "pending", "quarantine", "conflict_log", "node"}
+READABLE = {"target_status", "pending", "quarantine", "conflict_log", "copy_progress", "node"}
 
 
 def rights(node: Node, role: str) -> set[tuple[str, str, str]]:
