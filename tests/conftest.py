@@ -20,8 +20,12 @@ settings.load_profile("long" if os.environ.get("TBL_REPL_LONG") else "short")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """SIGTERM ends the run as Ctrl-C does: the servers go with it."""
+    """SIGTERM ends the run as Ctrl-C does: the servers go with it.
+
+    Ctrl-C is ignored in what a shell starts in the background; programs under test must not inherit that.
+    """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

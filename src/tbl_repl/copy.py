@@ -86,6 +86,9 @@ def copy(
                 stop.set()
             for thread in threads:
                 thread.join()
+        seen = progress(source, target_id)
+        if seen is not None:
+            on_progress(seen)
         if failures:
             raise failures[0]
         done = source.execute("SELECT tbl_repl._copy_finish(%s) AS done", (target_id,)).fetchone()
