@@ -265,6 +265,11 @@ LANGUAGE sql IMMUTABLE PARALLEL SAFE RETURN 1952607283;
 COMMENT ON FUNCTION tbl_repl._lock_connect() IS
     'class of the advisory locks connect: held while a session opens a connection';
 
+CREATE OR REPLACE FUNCTION tbl_repl._lock_spin() RETURNS integer
+LANGUAGE sql IMMUTABLE PARALLEL SAFE RETURN 1952607287;
+COMMENT ON FUNCTION tbl_repl._lock_spin() IS
+    'class of the advisory lock spin: held by the one session that waits for an answer without sleeping';
+
 -- _send(conn, message): sends without waiting.  Error 08006 when the connection is known to be dead,
 -- in which case nothing has been sent.
 CREATE OR REPLACE FUNCTION tbl_repl._send(conn text, message text)
@@ -302,7 +307,8 @@ DECLARE
     line     text;
     turn     timestamptz := clock_timestamp();
     previous timestamptz := turn;
-    spinning timestamptz := turn + interval '2 milliseconds';
+    spinning timestamptz := turn + interval '700 microseconds';
+    may_spin boolean := pg_try_advisory_lock(tbl_repl._lock_spin(), 0);
     canceled boolean := false;
     code     text;
 BEGIN
@@ -313,8 +319,9 @@ BEGIN
                     turn := clock_timestamp();
                     IF turn > deadline THEN
                         EXIT;
-                    ELSIF turn > spinning OR turn - previous > interval '300 microseconds' THEN
-                        -- a long turn means that somebody else needed the processor
+                    ELSIF NOT may_spin OR turn > spinning OR turn - previous > interval '1 millisecond' THEN
+                        -- one session spins, or they take the processors from those they wait for; a long
+                        -- turn means that somebody else needed this one
                         spinning := turn;
                         PERFORM pg_sleep(0.0005);
                         turn := clock_timestamp();
@@ -326,6 +333,10 @@ BEGIN
                 canceled := true;
             END;
         END LOOP;
+        IF may_spin THEN
+            may_spin := false;
+            PERFORM pg_advisory_unlock(tbl_repl._lock_spin(), 0);
+        END IF;
         IF turn > deadline AND tbl_repl._dblink_is_busy(conn) = 1 THEN
             PERFORM tbl_repl._dblink_disconnect(conn);
             RAISE EXCEPTION USING

@@ -195,7 +195,8 @@ AS $function$
     ), outside AS (
         SELECT DISTINCT x::text::numeric AS x
         FROM (SELECT pg_snapshot_xip(snapshot) UNION SELECT unnest(remaining)) AS o (x), bound
-        WHERE x::text::numeric < bound.xmax
+        -- what is pending for a neighbour may have been shipped here before
+        WHERE x::text::numeric < bound.xmax AND NOT pg_visible_in_snapshot(x, old)
     )
     SELECT format('%s:%s:%s', coalesce((SELECT min(x) FROM outside), xmax), xmax,
                   (SELECT string_agg(x::text, ',' ORDER BY x) FROM outside))::pg_snapshot
