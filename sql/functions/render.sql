@@ -481,9 +481,9 @@ LANGUAGE sql IMMUTABLE
 SET search_path = pg_catalog, pg_temp
 AS $function$
     SELECT ARRAY[format('tbl_repl.render_%s(text[], boolean, boolean, text)', target_id),
-                 format('tbl_repl.row_%s(text, numeric)', target_id),
                  format('tbl_repl.page_%s(text, integer)', target_id),
-                 format('tbl_repl.connect_%s(text, timestamptz, timestamptz)', target_id)]
+                 format('tbl_repl.connect_%s(text, timestamptz, timestamptz)', target_id),
+                 format('tbl_repl.row_%s(text, numeric)', target_id)]
 $function$;
 COMMENT ON FUNCTION tbl_repl._target_functions(integer) IS
     'signatures of the functions generated for a target';
