@@ -278,6 +278,7 @@ def test_a_worker_at_work_is_not_notified(pair: Pair, queue: int) -> None:
     with pair.source.connect() as listener, WorkerProcess(pair.source, options=NEVER):
         listener.execute("LISTEN tbl_repl")
         with held(pair.target, "LOCK TABLE t"):
+            wait_until(lambda: asleep(pair.source))
             pair.source.sql("INSERT INTO t VALUES (0, 'wakes it')")
             waits_for_lock(pair.target)
             heard = len(list(listener.notifies(timeout=0)))
