@@ -148,6 +148,9 @@ def test_same_target_twice(tables: Pair) -> None:
         lambda: tables.add_target("t", columns=["id"], row_filter="n > 1"),
         hint="alter_target",
     )
+    for node in tables.nodes:
+        node.sql("ALTER TABLE t ADD other integer NOT NULL DEFAULT 0, ADD UNIQUE (id, other)")
+    refused(tables, "42710", lambda: tables.add_target("t", key_columns=["id", "other"]), hint="alter_target")
     tables.target.sql("CREATE TABLE u (LIKE t INCLUDING ALL)")
     second = tables.add_target("t", dst_table="u")
     refused(tables, "42710", lambda: tables.call("alter_target", target_id=second, dst_table="t"), hint=None)

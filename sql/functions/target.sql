@@ -533,8 +533,9 @@ LANGUAGE plpgsql STABLE
 SET search_path = pg_catalog, pg_temp
 AS $function$
 BEGIN
-    IF EXISTS (SELECT FROM tbl_repl.target AS t
-               WHERE t.source_id = target.source_id AND t.server = target.server AND t.dst_schema = target.dst_schema
+    -- also not by another key
+    IF EXISTS (SELECT FROM tbl_repl.target AS t JOIN tbl_repl.source AS s USING (source_id)
+               WHERE s.source_table = _check_only_once.source_table AND t.server = target.server AND t.dst_schema = target.dst_schema
                  AND t.dst_name = target.dst_name AND t.target_id IS DISTINCT FROM target.target_id) THEN
         RAISE EXCEPTION USING
             ERRCODE = 'duplicate_object',
