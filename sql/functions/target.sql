@@ -701,6 +701,12 @@ DECLARE
     parts  text[];
 BEGIN
     SELECT * INTO STRICT source FROM tbl_repl.source AS s WHERE s.source_id = target.source_id;
+    IF NOT EXISTS (SELECT FROM pg_class AS c WHERE c.oid = source.source_table) THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'undefined_table',
+            MESSAGE = format('the source table of target %s does not exist any more', target_id),
+            HINT    = format('End its replication: SELECT tbl_repl.drop_target(%s);', target_id);
+    END IF;
     target.mode := coalesce(mode, target.mode);
     target.operations := coalesce(operations, target.operations);
     target.on_conflict := coalesce(on_conflict, target.on_conflict);
