@@ -158,7 +158,7 @@ def test_same_target_twice(tables: Pair) -> None:
 
 def test_alter_target_of_a_table_that_was_dropped(tables: Pair) -> None:
     target = tables.add_target("t")
-    tables.source.sql("DROP TABLE t")
+    tables.source.sql("DROP TABLE t CASCADE")
     refused(tables, "42P01", lambda: tables.call("alter_target", target_id=target), hint="drop_target")
     tables.call("drop_target", target_id=target)
     assert tables.source.sql("SELECT * FROM tbl_repl.target_status") == []
