@@ -67,7 +67,7 @@ SET search_path = pg_catalog, pg_temp
 AS $function$
 BEGIN
     RETURN coalesce(current_query() ~* E'prepare\\s+transaction'
-       AND regexp_replace(regexp_replace(current_query(), E'\'[^\']*\'|/\\*.*?\\*/|--[^\\n]*', ' ', 'g'), E'\\s+', ' ', 'g')
+       AND regexp_replace(regexp_replace(current_query(), E'''[^'']*''|/\\*.*?\\*/|--[^\\n]*', ' ', 'g'), E'\\s+', ' ', 'g')
            ~* E'(^|;)\\s*prepare transaction', false);
 END
 $function$;
