@@ -265,6 +265,29 @@ def test_a_dead_server_does_not_hold_up_the_others(trio: Pair) -> None:
     assert trio.source.one("SELECT count(*) FROM tbl_repl.error_log WHERE target_id = %s", [well]) == 0
 
 
+@pytest.mark.parametrize("copy", ["none", "background"])
+def test_a_table_locked_on_the_source_is_left_for_later_and_hurts_no_other(pair: Pair, copy: str) -> None:
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY); CREATE TABLE free (id integer PRIMARY KEY)")
+    pair.source.sql("INSERT INTO t VALUES (0)")
+    locked = pair.add_target("t", mode="async", initial_copy=copy)
+    pair.add_target("free", mode="async")
+    pair.source.sql("DELETE FROM t; INSERT INTO t VALUES (1); INSERT INTO free VALUES (1)")
+    conn = pair.source.connect()
+    heard = notices(conn)
+    with transaction(pair.source) as other:
+        other.execute("LOCK TABLE t")
+        conn.execute("SET statement_timeout = '20 s'")  # so that a failure ends
+        assert conn.execute("SELECT tbl_repl.replay()").fetchone() == (1,)
+        assert pair.target.rows("free") == ["(1)"]
+        assert pair.target.rows("t") == []
+    assert heard == [f"WARNING 55P03: target {locked}: the table is locked on the source"]
+    assert pair.source.one("SELECT last_error FROM tbl_repl.target_status WHERE target_id = %s", [locked]) == (
+        "55P03: the table is locked on the source"
+    )
+    pair.drain()
+    pair.assert_same("t")
+
+
 def test_the_first_replay_after_a_restart_of_the_target_ships(pair: Pair) -> None:
     """The session's connection has died unnoticed."""
     target_id = async_table(pair)

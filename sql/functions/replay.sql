@@ -223,6 +223,7 @@ DECLARE
     failure   record;
     pages     jsonb := '{}';
     page      text[];
+    locked    integer[];
     listing   text;
     started   timestamptz := clock_timestamp();
     error_text   text;
@@ -299,6 +300,14 @@ BEGIN
     WHERE t.target_id = ANY (targets) AND st.copy_after IS NULL;
     EXECUTE listing INTO batch USING max_rows;
     handled := coalesce(batch.rows, 0);
+    locked := tbl_repl._lock_sources(ARRAY(SELECT st.target_id FROM tbl_repl.target_state AS st
+                                           WHERE st.target_id = ANY (targets)
+                                             AND (st.copy_after IS NOT NULL OR batch.ops ? st.target_id::text)
+                                           ORDER BY st.target_id), lane.timeout);
+    IF cardinality(locked) > 0 THEN
+        targets := ARRAY(SELECT x FROM unnest(targets) AS x WHERE x <> ALL (locked));
+        RETURN CASE WHEN cardinality(targets) = 0 THEN 0 ELSE tbl_repl._replay_lane(targets, max_rows, retry) END;
+    END IF;
     IF batch.cut IS NOT NULL THEN
         SELECT coalesce(array_agg(l), '{}') INTO loads
         FROM tbl_repl.target AS t
@@ -398,6 +407,48 @@ END
 $function$;
 COMMENT ON FUNCTION tbl_repl._replay_lane(integer[], integer, boolean) IS
     'ships one batch to the targets behind one connection';
+
+-- Locks the targets' source tables for reading, to the end of the transaction; returns the targets that are
+-- locked out.  An open TRUNCATE or an ALTER TABLE may hold a table for as long as its transaction likes, and may
+-- itself wait for the lock ship that we hold: so we wait for a part of timeout only, and once, before anything is
+-- sent.  Nothing that is read later has to wait, and the neighbours of such a table go on without it.
+CREATE OR REPLACE FUNCTION tbl_repl._lock_sources(targets integer[], timeout interval)
+RETURNS integer[]
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    target_id integer;
+    old_limit text := current_setting('lock_timeout');
+    locked    integer[] := '{}';
+BEGIN
+    PERFORM set_config('lock_timeout', least(1000, ceil(extract(epoch FROM timeout) * 250))::text, true);
+    FOREACH target_id IN ARRAY targets LOOP
+        BEGIN
+            -- who owns the target may read the table, we may not
+            EXECUTE format('SELECT tbl_repl.page_%s('''', 0)', target_id);
+        EXCEPTION
+            WHEN lock_not_available OR deadlock_detected THEN
+                locked := array_append(locked, target_id);
+            WHEN OTHERS THEN
+                NULL;  -- what else is wrong is found out, and told, where the rows are read
+        END;
+    END LOOP;
+    PERFORM set_config('lock_timeout', old_limit, true);
+    FOREACH target_id IN ARRAY locked LOOP
+        PERFORM tbl_repl._log_error(target_id, NULL, '55P03', 'the table is locked on the source', 'Another transaction holds it exclusively.',
+                                    'Its changes stay queued, and are shipped by the next replay after that transaction.', NULL);
+        RAISE WARNING USING
+            ERRCODE = 'lock_not_available',
+            MESSAGE = format('target %s: the table is locked on the source', target_id),
+            DETAIL  = 'Another transaction holds it exclusively.',
+            HINT    = 'Its changes stay queued, and are shipped by the next replay after that transaction.';
+    END LOOP;
+    RETURN locked;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._lock_sources(integer[], interval) IS
+    'locks the source tables of targets for reading, bounded; returns those that are locked by others';
 
 CREATE OR REPLACE FUNCTION tbl_repl._lane_is_down(
     server  name,
