@@ -679,6 +679,72 @@ def test_resync_queues_every_row_behind_what_is_queued(pair: Pair) -> None:
     assert pair.status(target_id) == "ok"
 
 
+# --- a target that is slow
+
+SLOW = """
+CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep({seconds}); RETURN NEW; END $$;
+CREATE TRIGGER slow BEFORE INSERT OR UPDATE ON t FOR EACH ROW WHEN (NEW.v = 'slow') EXECUTE FUNCTION slow();
+"""
+
+
+@pytest.mark.parametrize("mode", ["tolerant", "async"])
+def test_a_batch_too_slow_for_the_timeout_goes_in_smaller_messages(pair: Pair, mode: str) -> None:
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY, v text)")
+    target_id = pair.add_target("t", mode=mode, timeout="0.5 s")
+    pair.target.sql(SLOW.format(seconds=0.002))
+    pair.source.sql("INSERT INTO t SELECT g, 'slow' FROM generate_series(1, 1200) g")
+    pair.drain()
+    pair.assert_same("t")
+    assert quarantined(pair) == []
+    assert (pair.status(target_id), pair.pending(target_id)) == ("ok", 0)
+
+
+def test_a_row_too_slow_for_the_timeout_goes_into_quarantine(pair: Pair) -> None:
+    target_id = async_table(pair, timeout="0.3 s")
+    pair.target.sql(SLOW.format(seconds=20))
+    pair.source.sql("INSERT INTO t SELECT g, CASE g WHEN 77 THEN 'slow' ELSE 'x' END FROM generate_series(1, 1200) g")
+    pair.source.sql("INSERT INTO t VALUES (5000, 'slow')")
+    pair.drain()
+    pair.assert_same("t", where="v <> 'slow'")
+    assert [row[:2] for row in quarantined(pair)] == [({"id": 5000}, "57014"), ({"id": 77}, "57014")]
+    assert (pair.status(target_id), pair.pending(target_id)) == ("ok", 0)
+    pair.source.sql("UPDATE t SET v = 'x' WHERE id = 77")
+    pair.drain()
+    assert [row[0] for row in quarantined(pair)] == [{"id": 5000}]
+    pair.target.sql("DROP TRIGGER slow ON t")
+    pair.drain()
+    assert quarantined(pair) == []
+    pair.assert_same("t")
+
+
+def test_rows_too_slow_are_tried_again_one_by_one(pair: Pair) -> None:
+    async_table(pair, timeout="0.2 s")
+    pair.target.sql(SLOW.format(seconds=20))
+    for i in range(2):
+        pair.source.sql("INSERT INTO t VALUES (%s, 'slow')", [i])
+        pair.drain()
+    before = sum(row[2] for row in quarantined(pair))
+    assert replay(pair) == 0
+    assert sum(row[2] for row in quarantined(pair)) == before + 1
+
+
+def test_a_target_too_slow_for_any_row_fails_and_its_neighbours_go_on(pair: Pair) -> None:
+    target_id = async_table(pair, timeout="0.2 s")
+    pair.both("CREATE TABLE n (id integer PRIMARY KEY)")
+    pair.add_target("n", mode="async", timeout="0.2 s")
+    pair.target.sql(SLOW.format(seconds=20))
+    pair.source.sql("INSERT INTO t SELECT g, 'slow' FROM generate_series(1, 60) g; INSERT INTO n VALUES (1)")
+    pair.drain()
+    pair.assert_same("n")
+    assert (pair.status(target_id), pair.pending(target_id)) == ("failed", 60)
+    assert quarantined(pair) == []
+    assert "57014" in pair.source.one("SELECT last_error FROM tbl_repl.target_status WHERE target_id = %s", [target_id])
+    pair.target.sql("DROP TRIGGER slow ON t")
+    pair.drain()
+    pair.assert_same("t")
+    assert pair.status(target_id) == "ok"
+
+
 # --- rows that the target rejects
 
 
