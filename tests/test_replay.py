@@ -1068,6 +1068,55 @@ def test_truncate_of_one_of_two_sources_leaves_the_rows_of_the_other(pair: Pair)
     assert pair.target.rows("t") == []
 
 
+@pytest.mark.parametrize("mode", ["tolerant", "async"])
+@pytest.mark.parametrize("change", ["filter", "second source", "moved there"])
+def test_a_queued_truncate_is_not_lost_to_a_filter_or_a_second_source(pair: Pair, mode: str, change: str) -> None:
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY, v text)")
+    pair.source.sql("CREATE TABLE b (id integer PRIMARY KEY, v text); INSERT INTO b VALUES (100, 'b')")
+    pair.source.sql("INSERT INTO t SELECT g, 'x' FROM generate_series(1, 5) g")
+    target_id = pair.add_target("t", mode=mode)
+    pair.target.sql("CREATE TABLE elsewhere (id integer PRIMARY KEY, v text)")
+    if change == "moved there":
+        other = pair.add_target("b", dst_table="elsewhere", mode="async")
+    pair.drain()
+    pair.call("pause_target", target_id=target_id)
+    pair.source.sql("TRUNCATE t; INSERT INTO t VALUES (7, 'x')")
+
+    def alter() -> None:
+        if change == "filter":
+            pair.call("alter_target", target_id=target_id, row_filter="id < 50")
+        elif change == "second source":
+            pair.add_target("b", dst_table="t", mode="async", initial_copy="background")
+        else:
+            pair.call("alter_target", target_id=other, dst_table="t")
+            pair.call("resync_target", target_id=other)
+
+    with pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState) as caught:
+        alter()
+    assert "drain" in str(caught.value.diag.message_hint)
+    pair.call("resume_target", target_id=target_id)
+    pair.drain()
+    alter()
+    pair.source.sql("INSERT INTO t VALUES (8, 'x')")
+    pair.drain()
+    pair.source.sql("TRUNCATE t")  # from now on with its keys
+    alter_again = {"filter": "id < 60"}.get(change)
+    if alter_again:
+        pair.call("alter_target", target_id=target_id, row_filter=alter_again)
+    pair.drain()
+    assert pair.target.rows("t") == ([] if change == "filter" else ["(100,b)"])
+
+
+def test_a_truncate_of_the_same_transaction_is_not_lost_to_a_filter(pair: Pair) -> None:
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY)")
+    target_id = pair.add_target("t")
+    pair.source.sql("INSERT INTO t VALUES (1)")
+    with pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState), transaction(pair.source) as conn:
+        conn.execute("TRUNCATE t")
+        conn.execute("SELECT tbl_repl.alter_target(%s, row_filter => 'id < 50')", [target_id])
+    pair.assert_same("t")
+
+
 def test_truncate_of_a_leaf_leaves_the_other_partitions(pair: Pair) -> None:
     pair.both(
         "CREATE TABLE t (id integer PRIMARY KEY, v text) PARTITION BY RANGE (id);"
