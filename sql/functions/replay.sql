@@ -848,9 +848,6 @@ BEGIN
     PERFORM tbl_repl._log_error(p.target_id, p.key, p.code, p.message, NULL,
                                 'The row is in quarantine; it is tried again when it changes, or by replay.', NULL)
     FROM (SELECT DISTINCT ON (u.target_id, u.key) u.* FROM unnest(poison) AS u LIMIT 100) AS p;
-    DELETE FROM tbl_repl.error AS e
-    WHERE e.target_id IN (SELECT u.target_id FROM unnest(poison) AS u)
-      AND e.at < (SELECT x.at FROM tbl_repl.error AS x WHERE x.target_id = e.target_id ORDER BY x.at DESC OFFSET 1000 LIMIT 1);
 END
 $function$;
 COMMENT ON FUNCTION tbl_repl._release(tbl_repl.load[], tbl_repl.poison[]) IS

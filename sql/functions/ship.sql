@@ -536,6 +536,10 @@ AS $function$
 BEGIN
     INSERT INTO tbl_repl.error (target_id, key, sqlstate, message, detail, hint, statement)
     VALUES (target_id, key, code, message, nullif(detail, ''), nullif(hint, ''), left(statement, 10000));
+    -- One call in sixteen clears up, for it looks at a thousand rows: by the clock, for random() is the application's.
+    IF extract(microseconds FROM clock_timestamp())::integer % 16 = 0 THEN
+        PERFORM tbl_repl._trim_errors(target_id);
+    END IF;
     BEGIN
         UPDATE tbl_repl.target_state AS st SET last_error = format('%s: %s', code, message), last_error_at = clock_timestamp()
         WHERE st.target_id IN (SELECT l.target_id FROM tbl_repl.target_state AS l
@@ -547,6 +551,22 @@ END
 $function$;
 COMMENT ON FUNCTION tbl_repl._log_error(integer, text, text, text, text, text, text) IS
     'keeps an error of a target for error_log and target_status';
+
+-- SKIP LOCKED: who fails beside us clears up the same rows, to its commit.
+CREATE OR REPLACE FUNCTION tbl_repl._trim_errors(target_id integer)
+RETURNS void
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+BEGIN
+    DELETE FROM tbl_repl.error AS e
+    WHERE e.ctid = ANY (ARRAY(SELECT x.ctid FROM tbl_repl.error AS x WHERE x.target_id = _trim_errors.target_id
+                              ORDER BY x.at DESC OFFSET 1000 FOR UPDATE SKIP LOCKED));
+EXCEPTION WHEN serialization_failure THEN
+    NULL;  -- under REPEATABLE READ: others have cleared up since our snapshot
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._trim_errors(integer) IS 'forgets all but the newest thousand errors of a target';
 
 CREATE OR REPLACE FUNCTION tbl_repl._count_shipped(target_id integer, rows bigint)
 RETURNS void
