@@ -292,6 +292,7 @@ def test_a_worker_at_work_is_not_notified(pair: Pair, queue: int) -> None:
     """NOTIFY takes a lock of the whole cluster at commit: it is for the one who sleeps."""
     with pair.source.connect() as listener, WorkerProcess(pair.source, options=NEVER):
         listener.execute("LISTEN tbl_repl")
+        falls_asleep(pair.source)
         with held(pair.target, "LOCK TABLE t"):
             pair.source.sql("INSERT INTO t VALUES (0, 'wakes it')")
             waits_for_lock(pair.target)
@@ -429,6 +430,8 @@ def test_a_second_signal_interrupts_the_batch(pair: Pair, queue: int, signum: si
         wait_until(lambda: worker.events("stopping"))
         worker.send(signum)
         assert worker.ended() == 1
+        # nor does its session on the source go on waiting, for the timeout of the target
+        wait_until(lambda: pair.source.backends("tbl-repl worker%") == [], 5)
         assert pair.pending(queue) == 1
     pair.drain()
     pair.assert_same("t")

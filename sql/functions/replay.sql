@@ -783,10 +783,10 @@ BEGIN
                 RETURN '{}';
             END IF;
             sent := true;
-            PERFORM tbl_repl._call(conn, concat_ws('; ', 'SAVEPOINT tbl_repl; SET CONSTRAINTS ALL DEFERRED', rendered.deletes, rendered.upserts,
-                                                   'SET CONSTRAINTS ALL IMMEDIATE; RELEASE tbl_repl'),
-                                   -- each of the three that may take long is bounded there
-                                   clock_timestamp() + timeout * 3);
+            PERFORM tbl_repl._send(conn, concat_ws('; ', 'SAVEPOINT tbl_repl; SET CONSTRAINTS ALL DEFERRED', rendered.deletes, rendered.upserts,
+                                                   'SET CONSTRAINTS ALL IMMEDIATE; RELEASE tbl_repl'));
+            -- each of the three that may take long is bounded there
+            PERFORM tbl_repl._receive(conn, clock_timestamp() + timeout * 3, false, true);
             RETURN '{}';
         EXCEPTION WHEN query_canceled OR OTHERS THEN
             GET STACKED DIAGNOSTICS context = PG_EXCEPTION_CONTEXT;
