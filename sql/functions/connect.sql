@@ -299,11 +299,13 @@ COMMENT ON FUNCTION tbl_repl._send(text, text) IS 'sends a message over a connec
 -- connection is then closed.  An error of the target leaves the connection usable.
 -- A cancel that comes while we wait is kept back until the fate of the message is known, or its lease is
 -- over: given up earlier, the message could still take effect after something newer.  At commit it is
--- dropped, elsewhere raised afterwards.
+-- dropped, elsewhere raised afterwards.  harmless: the message commits nothing, so that a cancel ends the waiting at
+-- once, and with the connection everything that was sent in this remote transaction.
 CREATE OR REPLACE FUNCTION tbl_repl._receive(
     conn      text,
     deadline  timestamptz,
-    at_commit boolean DEFAULT false
+    at_commit boolean DEFAULT false,
+    harmless  boolean DEFAULT false
 )
 RETURNS text
 LANGUAGE plpgsql VOLATILE
@@ -346,11 +348,16 @@ BEGIN
                 EXIT;
             EXCEPTION WHEN query_canceled THEN
                 canceled := true;
+                EXIT WHEN harmless;
             END;
         END LOOP;
         IF may_spin THEN
             may_spin := false;
             PERFORM pg_advisory_unlock(tbl_repl._lock_spin(), 0);
+        END IF;
+        IF canceled AND harmless THEN
+            PERFORM tbl_repl._dblink_disconnect(conn);
+            EXIT;
         END IF;
         IF turn > deadline AND tbl_repl._dblink_is_busy(conn) = 1 THEN
             PERFORM tbl_repl._dblink_disconnect(conn);
@@ -381,7 +388,7 @@ BEGIN
     RETURN answer;
 END
 $function$;
-COMMENT ON FUNCTION tbl_repl._receive(text, timestamptz, boolean) IS
+COMMENT ON FUNCTION tbl_repl._receive(text, timestamptz, boolean, boolean) IS
     'waits for the answer to the message sent last, until the deadline';
 
 -- After an error the rest of the answer has to be read, or the connection stays busy.

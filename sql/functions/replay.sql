@@ -287,6 +287,7 @@ DECLARE
     failure   record;
     pages     jsonb := '{}';
     page      text[];
+    locked    integer[];
     started   timestamptz := clock_timestamp();
     error_text   text;
     error_detail text;
@@ -341,6 +342,16 @@ BEGIN
         RETURN 0;
     END IF;
 
+    -- before the snapshot: its cursors lock what they read
+    locked := tbl_repl._lock_sources(ARRAY(SELECT st.target_id FROM tbl_repl.target_state AS st
+                                           WHERE st.target_id = ANY (targets)
+                                             AND (st.copy_after IS NOT NULL OR tbl_repl._has_pending(st.target_id))
+                                           ORDER BY st.target_id), lane.timeout);
+    IF cardinality(locked) > 0 THEN
+        targets := ARRAY(SELECT x FROM unnest(targets) AS x WHERE x <> ALL (locked));
+        RETURN CASE WHEN cardinality(targets) = 0 THEN 0 ELSE tbl_repl._replay_lane(targets, max_rows, retry) END;
+    END IF;
+
     batch := tbl_repl._open_batch(targets, max_rows);
     loads := batch.loads;
     handled := coalesce(batch.rows, 0);
@@ -367,11 +378,13 @@ BEGIN
     -- Nothing else to do: what is in quarantine gets another chance.
     IF retry AND cardinality(loads) = 0 AND batch.cut IS NULL THEN
         SELECT coalesce(array_agg(ROW(q.target_id, s.fk_rank, format(
-                   'SELECT array_agg(q.key) AS keys FROM (SELECT key FROM tbl_repl.quarantined WHERE target_id = %s ORDER BY last_failed_at LIMIT %s) AS q HAVING count(*) > 0',
-                   -- together: they may be in each other's way
-                   q.target_id, greatest(max_rows, tbl_repl._rows_per_message())), true, false)::tbl_repl.load), '{}')
+                   'SELECT array_agg(q.key) AS keys FROM (SELECT key FROM tbl_repl.quarantined WHERE target_id = %s AND (sqlstate = ''57014'') = %L '
+                   'ORDER BY last_failed_at LIMIT %s) AS q HAVING count(*) > 0',
+                   -- together: they may be in each other's way; but those that take too long one by one, and in turn
+                   q.target_id, q.slow, CASE WHEN q.slow THEN 1 ELSE greatest(max_rows, tbl_repl._rows_per_message()) END), true, false)::tbl_repl.load), '{}')
         INTO loads
-        FROM (SELECT DISTINCT x.target_id FROM tbl_repl.quarantined AS x WHERE x.target_id = ANY (targets)) AS q
+        FROM (SELECT DISTINCT ON (x.target_id) x.target_id, x.sqlstate = '57014' AS slow
+              FROM tbl_repl.quarantined AS x WHERE x.target_id = ANY (targets) ORDER BY x.target_id, x.last_failed_at) AS q
         JOIN tbl_repl.target AS t USING (target_id) JOIN tbl_repl.source AS s USING (source_id);
         retrying := true;
     END IF;
@@ -436,6 +449,48 @@ END
 $function$;
 COMMENT ON FUNCTION tbl_repl._replay_lane(integer[], integer, boolean) IS
     'ships one batch to the targets behind one connection';
+
+-- Locks the targets' source tables for reading, to the end of the transaction; returns the targets that are
+-- locked out.  An open TRUNCATE or an ALTER TABLE may hold a table for as long as its transaction likes, and may
+-- itself wait for the lock ship that we hold: so we wait for a part of timeout only, and once, before anything is
+-- sent.  Nothing that is read later has to wait, and the neighbours of such a table go on without it.
+CREATE OR REPLACE FUNCTION tbl_repl._lock_sources(targets integer[], timeout interval)
+RETURNS integer[]
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    target_id integer;
+    old_limit text := current_setting('lock_timeout');
+    locked    integer[] := '{}';
+BEGIN
+    PERFORM set_config('lock_timeout', least(1000, ceil(extract(epoch FROM timeout) * 250))::text, true);
+    FOREACH target_id IN ARRAY targets LOOP
+        BEGIN
+            -- who owns the target may read the table, we may not
+            EXECUTE format('SELECT tbl_repl.page_%s('''', 0)', target_id);
+        EXCEPTION
+            WHEN lock_not_available OR deadlock_detected THEN
+                locked := array_append(locked, target_id);
+            WHEN OTHERS THEN
+                NULL;  -- what else is wrong is found out, and told, where the rows are read
+        END;
+    END LOOP;
+    PERFORM set_config('lock_timeout', old_limit, true);
+    FOREACH target_id IN ARRAY locked LOOP
+        PERFORM tbl_repl._log_error(target_id, NULL, '55P03', 'the table is locked on the source', 'Another transaction holds it exclusively.',
+                                    'Its changes stay queued, and are shipped by the next replay after that transaction.', NULL);
+        RAISE WARNING USING
+            ERRCODE = 'lock_not_available',
+            MESSAGE = format('target %s: the table is locked on the source', target_id),
+            DETAIL  = 'Another transaction holds it exclusively.',
+            HINT    = 'Its changes stay queued, and are shipped by the next replay after that transaction.';
+    END LOOP;
+    RETURN locked;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._lock_sources(integer[], interval) IS
+    'locks the source tables of targets for reading, bounded; returns those that are locked by others';
 
 CREATE OR REPLACE FUNCTION tbl_repl._lane_is_down(
     server  name,
@@ -514,6 +569,7 @@ AS $function$
 DECLARE
     halves     record;
     committing boolean := false;
+    context    text;
 BEGIN
     broken := '{}';
     by_target := '{}';
@@ -521,15 +577,17 @@ BEGIN
     BEGIN
         PERFORM tbl_repl._connect_alive(_apply.target_id, conn, clock_timestamp() + timeout * 2);
         BEGIN
-            shipped := tbl_repl._stream_any_way(conn, loads, false, timeout, variants);
+            -- twice the timeout: it bounds each statement there, and a message may hold two
+            shipped := tbl_repl._stream_any_way(conn, loads, false, timeout * 2, variants);
             committing := true;
             PERFORM tbl_repl._commit(conn, timeout);
             SELECT jsonb_object_agg(l.target_id, shipped / cardinality(loads)) INTO by_target FROM unnest(loads) AS l;
             PERFORM tbl_repl._release(loads, '{}');
             RETURN;
-        EXCEPTION WHEN OTHERS THEN
+        EXCEPTION WHEN query_canceled OR OTHERS THEN
+            GET STACKED DIAGNOSTICS context = PG_EXCEPTION_CONTEXT;
             -- 22012: the lease was over, or some expression divides by zero
-            IF tbl_repl._is_transient(SQLSTATE) AND (SQLSTATE <> '22012' OR committing) THEN
+            IF tbl_repl._is_transient(SQLSTATE) AND (committing OR NOT (SQLSTATE = '22012' OR tbl_repl._is_too_slow(SQLSTATE, context, conn))) THEN
                 RAISE;
             END IF;
             IF conn = ANY (tbl_repl._dblink_connections()) THEN
@@ -541,17 +599,15 @@ BEGIN
         shipped := halves.shipped;
         by_target := halves.by_target;
         broken := halves.broken;
-    EXCEPTION
-    WHEN query_canceled THEN
+    EXCEPTION WHEN query_canceled OR OTHERS THEN
+        GET STACKED DIAGNOSTICS code = RETURNED_SQLSTATE, message = MESSAGE_TEXT, detail = PG_EXCEPTION_DETAIL,
+            hint = PG_EXCEPTION_HINT, context = PG_EXCEPTION_CONTEXT;
         -- this session goes on, and must not find a remote transaction open
         IF conn = ANY (tbl_repl._dblink_connections()) THEN
             PERFORM tbl_repl._dblink_disconnect(conn);
         END IF;
-        RAISE;
-    WHEN OTHERS THEN
-        GET STACKED DIAGNOSTICS code = RETURNED_SQLSTATE, message = MESSAGE_TEXT, detail = PG_EXCEPTION_DETAIL, hint = PG_EXCEPTION_HINT;
-        IF conn = ANY (tbl_repl._dblink_connections()) THEN
-            PERFORM tbl_repl._dblink_disconnect(conn);
+        IF code = '57014' AND NOT tbl_repl._is_too_slow(code, context, conn) THEN
+            RAISE;
         END IF;
     END;
 END
@@ -569,6 +625,18 @@ AS $function$
 $function$;
 COMMENT ON FUNCTION tbl_repl._is_transient(text) IS
     'whether an error says something about the target rather than about a row; 22012 is a lease that was over, 42704 a missing mapping';
+
+-- A statement that the target has cancelled (its statement_timeout), not one that was cancelled here: only what dblink
+-- raises names the connection in its context, in every language.
+CREATE OR REPLACE FUNCTION tbl_repl._is_too_slow(code text, context text, conn text)
+RETURNS boolean
+LANGUAGE sql IMMUTABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT code = '57014' AND strpos(context, conn) > 0
+$function$;
+COMMENT ON FUNCTION tbl_repl._is_too_slow(text, text, text) IS
+    'whether an error says that a statement took too long on the target: with fewer rows it may not';
 
 -- A definition that no longer fits: no row can help it.
 CREATE OR REPLACE FUNCTION tbl_repl._is_definition_error(code text)
@@ -596,6 +664,9 @@ DECLARE
     item     record;
     portal   refcursor;
     keys     text[];
+    size     integer;
+    slow     integer;
+    began    timestamptz;
     rejected    tbl_repl.poison[];
     poison   tbl_repl.poison[] := '{}';
     left_bad tbl_repl.poison[];
@@ -629,19 +700,41 @@ BEGIN
     END IF;
     FOR item IN SELECT l.* FROM unnest(loads) AS l ORDER BY l.fk_rank, l.target_id LOOP
         counted := 0;
+        slow := 0;
+        size := tbl_repl._rows_per_message();
         OPEN portal FOR EXECUTE item.chunks;
         LOOP
-            FETCH portal INTO keys;
-            EXIT WHEN NOT FOUND;
-            rejected := tbl_repl._apply_keys(conn, timeout, item.target_id, item.absent, keys, true);
+            IF coalesce(cardinality(keys), 0) = 0 THEN
+                FETCH portal INTO keys;
+                EXIT WHEN NOT FOUND;
+            END IF;
+            began := clock_timestamp();
+            rejected := tbl_repl._apply_keys(conn, timeout, item.target_id, item.absent, keys[:size], true);
+            IF cardinality(rejected) > 0 AND rejected[1].key IS NULL AND rejected[1].code = '57014' THEN
+                -- Each miss costs nearly timeout, so by eighths, and larger again as soon as there is room.
+                size := greatest(1, least(size, cardinality(keys)) / 8);
+                CONTINUE;
+            END IF;
+            slow := slow + (SELECT count(*) FROM unnest(rejected) AS r WHERE r.code = '57014');
+            IF slow > tbl_repl._slow_rows() THEN
+                -- it is not the rows, and each try costs all others the time
+                rejected[1].key := NULL;
+                rejected[1].message := format('more than %s rows take too long, each by itself', tbl_repl._slow_rows());
+            END IF;
             IF cardinality(rejected) > 0 AND rejected[1].key IS NULL THEN
                 -- the definition is at fault: a person is needed, the queue is kept
                 broken := array_append(broken, item.target_id);
                 PERFORM tbl_repl._target_failed(item.target_id, rejected[1].code, rejected[1].message);
+                poison := ARRAY(SELECT p FROM unnest(poison) AS p WHERE p.target_id <> item.target_id);
+                keys := NULL;
                 EXIT;
             END IF;
             poison := poison || rejected;
-            counted := counted + cardinality(keys) - cardinality(rejected);
+            counted := counted + least(size, cardinality(keys)) - cardinality(rejected);
+            keys := keys[size + 1:];
+            IF clock_timestamp() - began < timeout / 5 THEN
+                size := least(size * 2, tbl_repl._rows_per_message());
+            END IF;
         END LOOP;
         CLOSE portal;
         shipped := shipped + counted;
@@ -695,7 +788,13 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._target_failed(integer, text, text) IS
     'notes that the definition of a target does not fit its table any more';
 
--- _apply_keys: the keys that the target rejects.  A single one without key: the definition is at fault.
+CREATE OR REPLACE FUNCTION tbl_repl._slow_rows() RETURNS integer
+LANGUAGE sql IMMUTABLE PARALLEL SAFE RETURN 5;
+COMMENT ON FUNCTION tbl_repl._slow_rows() IS
+    'how many rows of a batch may be too slow, each by itself, before the target is taken for failed';
+
+-- _apply_keys: the keys that the target rejects.  A single one without key: the definition is at fault, or (57014) so
+-- many rows take too long.
 CREATE OR REPLACE FUNCTION tbl_repl._apply_keys(
     conn      text,
     timeout   interval,
@@ -715,6 +814,7 @@ DECLARE
     half     integer := cardinality(keys) / 2;
     ends     tbl_repl.poison[];
     sent     boolean;
+    context  text;
 BEGIN
     FOREACH form IN ARRAY '{plain,clear}'::text[] LOOP
         sent := false;
@@ -724,11 +824,14 @@ BEGIN
                 RETURN '{}';
             END IF;
             sent := true;
-            PERFORM tbl_repl._call(conn, concat_ws('; ', 'SAVEPOINT tbl_repl; SET CONSTRAINTS ALL DEFERRED', rendered.deletes, rendered.upserts,
-                                                   'SET CONSTRAINTS ALL IMMEDIATE; RELEASE tbl_repl'), clock_timestamp() + timeout);
+            PERFORM tbl_repl._send(conn, concat_ws('; ', 'SAVEPOINT tbl_repl; SET CONSTRAINTS ALL DEFERRED', rendered.deletes, rendered.upserts,
+                                                   'SET CONSTRAINTS ALL IMMEDIATE; RELEASE tbl_repl'));
+            -- each of the three that may take long is bounded there
+            PERFORM tbl_repl._receive(conn, clock_timestamp() + timeout * 3, false, true);
             RETURN '{}';
-        EXCEPTION WHEN OTHERS THEN
-            IF tbl_repl._is_transient(SQLSTATE) AND SQLSTATE <> '22012' THEN
+        EXCEPTION WHEN query_canceled OR OTHERS THEN
+            GET STACKED DIAGNOSTICS context = PG_EXCEPTION_CONTEXT;
+            IF tbl_repl._is_transient(SQLSTATE) AND NOT (SQLSTATE = '22012' OR tbl_repl._is_too_slow(SQLSTATE, context, conn)) THEN
                 RAISE;
             END IF;
             bad := ROW(_apply_keys.target_id, keys[1], _apply_keys.absent, SQLSTATE, SQLERRM)::tbl_repl.poison;
@@ -751,6 +854,9 @@ BEGIN
         END IF;
     END IF;
     IF cardinality(keys) = 1 THEN
+        RETURN ARRAY[bad];
+    ELSIF outermost AND bad.code = '57014' THEN
+        bad.key := NULL;
         RETURN ARRAY[bad];
     END IF;
     RETURN tbl_repl._apply_keys(conn, timeout, target_id, absent, keys[:half], false)
@@ -783,9 +889,6 @@ BEGIN
     PERFORM tbl_repl._log_error(p.target_id, p.key, p.code, p.message, NULL,
                                 'The row is in quarantine; it is tried again when it changes, or by replay.', NULL)
     FROM (SELECT DISTINCT ON (u.target_id, u.key) u.* FROM unnest(poison) AS u LIMIT 100) AS p;
-    DELETE FROM tbl_repl.error AS e
-    WHERE e.target_id IN (SELECT u.target_id FROM unnest(poison) AS u)
-      AND e.at < (SELECT x.at FROM tbl_repl.error AS x WHERE x.target_id = e.target_id ORDER BY x.at DESC OFFSET 1000 LIMIT 1);
 END
 $function$;
 COMMENT ON FUNCTION tbl_repl._release(tbl_repl.load[], tbl_repl.poison[]) IS

@@ -563,6 +563,10 @@ AS $function$
 BEGIN
     INSERT INTO tbl_repl.error (target_id, key, sqlstate, message, detail, hint, statement)
     VALUES (target_id, key, code, message, nullif(detail, ''), nullif(hint, ''), left(statement, 10000));
+    -- One call in sixteen clears up, for it looks at a thousand rows: by the clock, for random() is the application's.
+    IF extract(microseconds FROM clock_timestamp())::integer % 16 = 0 THEN
+        PERFORM tbl_repl._trim_errors(target_id);
+    END IF;
     BEGIN
         UPDATE tbl_repl.target_state AS st SET last_error = format('%s: %s', code, message), last_error_at = clock_timestamp()
         WHERE st.target_id IN (SELECT l.target_id FROM tbl_repl.target_state AS l
@@ -574,6 +578,22 @@ END
 $function$;
 COMMENT ON FUNCTION tbl_repl._log_error(integer, text, text, text, text, text, text) IS
     'keeps an error of a target for error_log and target_status';
+
+-- SKIP LOCKED: who fails beside us clears up the same rows, to its commit.
+CREATE OR REPLACE FUNCTION tbl_repl._trim_errors(target_id integer)
+RETURNS void
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+BEGIN
+    DELETE FROM tbl_repl.error AS e
+    WHERE e.ctid = ANY (ARRAY(SELECT x.ctid FROM tbl_repl.error AS x WHERE x.target_id = _trim_errors.target_id
+                              ORDER BY x.at DESC OFFSET 1000 FOR UPDATE SKIP LOCKED));
+EXCEPTION WHEN serialization_failure THEN
+    NULL;  -- under REPEATABLE READ: others have cleared up since our snapshot
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._trim_errors(integer) IS 'forgets all but the newest thousand errors of a target';
 
 CREATE OR REPLACE FUNCTION tbl_repl._count_shipped(target_id integer, rows bigint)
 RETURNS void
@@ -1061,6 +1081,8 @@ COMMENT ON FUNCTION tbl_repl._lane_commit(tbl_repl.lane) IS 'waits for a commit'
 -- _ship_large(parcels, own, mine): many rows, or a whole table after TRUNCATE or for the initial copy: one
 -- remote transaction a connection, in messages of bounded size, one connection after the other; the commits come
 -- last.  Returns the targets that failed and may; raises what a sync one says.
+-- Waiting does not add up.  All connections are asked at once whether they are alive, those that answer are
+-- served first; what tolerant ones then lose for us by failing is taken from what the others are given.
 CREATE OR REPLACE FUNCTION tbl_repl._ship_large(
     parcels tbl_repl.parcel[],
     own     xid8,
@@ -1071,7 +1093,16 @@ LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp
 AS $function$
 DECLARE
-    lane         record;
+    is_sync      boolean;
+    lanes        tbl_repl.lane[];
+    lane         tbl_repl.lane;
+    finished     integer[];
+    unasked      integer[];
+    n            integer;
+    began        timestamptz;
+    bound        interval;
+    patience     interval;
+    lost         interval := '0';
     done         text[] := '{}';
     failed       integer[] := '{}';
     loads        tbl_repl.load[];
@@ -1081,45 +1112,84 @@ DECLARE
     error_hint   text;
     parcel       tbl_repl.parcel;
 BEGIN
-    FOR lane IN
-        -- sync targets first, in transactions of their own: all of them or none
-        SELECT p.conn, p.sync, min(p.target_id) AS target_id, max(p.timeout) AS timeout, array_agg(p ORDER BY p.target_id) AS parcels
-        FROM unnest(parcels) AS p GROUP BY p.conn, p.sync ORDER BY p.sync DESC, 3
-    LOOP
-        IF NOT lane.sync THEN
-            PERFORM tbl_repl._commit_all(done, parcels);
-            done := '{}';
-        END IF;
-        BEGIN
-            PERFORM tbl_repl._connect_alive(lane.target_id, lane.conn, clock_timestamp() + lane.timeout);
-            SELECT array_agg(l) INTO loads
-            FROM unnest(lane.parcels) AS p CROSS JOIN LATERAL tbl_repl._loads_of_transaction(p.target_id, own) AS l;
-            IF loads IS NULL THEN
-                CONTINUE;
-            END IF;
-            shipped := tbl_repl._stream_any_way(lane.conn, loads, mine, lane.timeout);
-            IF lane.sync THEN
-                done := array_append(done, lane.conn);
+    -- sync targets first, in transactions of their own: all of them or none
+    FOREACH is_sync IN ARRAY '{true,false}'::boolean[] LOOP
+        SELECT array_agg(ROW(g.conn, g.target_id, is_sync, clock_timestamp() + g.timeout, 'new', g.parcels,
+                             NULL, NULL, NULL, NULL, NULL, NULL)::tbl_repl.lane ORDER BY g.target_id)
+        INTO lanes
+        FROM (SELECT p.conn, min(p.target_id) AS target_id, max(p.timeout) AS timeout, array_agg(p ORDER BY p.target_id) AS parcels
+              FROM unnest(parcels) AS p WHERE p.sync = is_sync GROUP BY p.conn) AS g;
+        CONTINUE WHEN lanes IS NULL;
+        finished := '{}';
+        unasked := '{}';
+        FOR i IN 1 .. cardinality(lanes) LOOP
+            IF tbl_repl._is_usable(lanes[i].conn) AND tbl_repl._dblink_send(lanes[i].conn, 'SELECT 1') = 1 THEN
+                lane := lanes[i];
+                lane.state := 'sent';
+                lanes[i] := lane;
             ELSE
-                PERFORM tbl_repl._commit(lane.conn, lane.timeout);
+                -- connecting may hang: last
+                unasked := array_append(unasked, i);
             END IF;
-            PERFORM tbl_repl._count_shipped(lane.target_id, shipped);
-        EXCEPTION WHEN query_canceled OR OTHERS THEN
-            GET STACKED DIAGNOSTICS error_text = MESSAGE_TEXT, error_detail = PG_EXCEPTION_DETAIL, error_hint = PG_EXCEPTION_HINT;
-            IF lane.conn = ANY (tbl_repl._dblink_connections()) THEN
-                PERFORM tbl_repl._dblink_disconnect(lane.conn);
+        END LOOP;
+        FOR turn IN 1 .. cardinality(lanes) LOOP
+            began := clock_timestamp();
+            IF turn <= cardinality(lanes) - cardinality(unasked) THEN
+                n := tbl_repl._next_lane(lanes, finished || unasked);
+                finished := array_append(finished, n);
+            ELSE
+                n := unasked[turn - cardinality(lanes) + cardinality(unasked)];
             END IF;
-            IF lane.sync THEN
-                PERFORM tbl_repl._dblink_disconnect(c) FROM unnest(done) AS c WHERE c = ANY (tbl_repl._dblink_connections());
-                RAISE;
-            END IF;
-            FOREACH parcel IN ARRAY lane.parcels LOOP
-                PERFORM tbl_repl._log_error(parcel.target_id, NULL, SQLSTATE, error_text, error_detail, error_hint, NULL);
-                failed := array_append(failed, parcel.target_id);
-            END LOOP;
-        END;
+            lane := lanes[n];
+            bound := (lane.parcels[1]).timeout;
+            patience := CASE WHEN is_sync THEN bound ELSE greatest(bound - lost, least(bound, greatest(bound / 10, interval '200 milliseconds'))) END;
+            BEGIN
+                IF lane.state = 'sent' THEN
+                    BEGIN
+                        PERFORM tbl_repl._receive(lane.conn, lane.deadline);
+                    EXCEPTION WHEN OTHERS THEN
+                        -- often found out only now, and one that can be opened again is none that hangs
+                        IF clock_timestamp() > lane.deadline THEN
+                            RAISE;
+                        END IF;
+                        IF lane.conn = ANY (tbl_repl._dblink_connections()) THEN
+                            PERFORM tbl_repl._dblink_disconnect(lane.conn);
+                        END IF;
+                    END;
+                END IF;
+                PERFORM tbl_repl._connect(lane.target_id, lane.conn, clock_timestamp() + patience);
+                SELECT array_agg(l) INTO loads
+                FROM unnest(lane.parcels) AS p CROSS JOIN LATERAL tbl_repl._loads_of_transaction(p.target_id, own) AS l;
+                IF loads IS NULL THEN
+                    CONTINUE;
+                END IF;
+                shipped := tbl_repl._stream_any_way(lane.conn, loads, mine, patience);
+                IF is_sync THEN
+                    done := array_append(done, lane.conn);
+                ELSE
+                    PERFORM tbl_repl._commit(lane.conn, patience);
+                END IF;
+                PERFORM tbl_repl._count_shipped(lane.target_id, shipped);
+            EXCEPTION WHEN query_canceled OR OTHERS THEN
+                GET STACKED DIAGNOSTICS error_text = MESSAGE_TEXT, error_detail = PG_EXCEPTION_DETAIL, error_hint = PG_EXCEPTION_HINT;
+                IF lane.conn = ANY (tbl_repl._dblink_connections()) THEN
+                    PERFORM tbl_repl._dblink_disconnect(lane.conn);
+                END IF;
+                IF is_sync THEN
+                    -- open remote transactions end with their connection; the others have an answer nobody reads
+                    PERFORM tbl_repl._dblink_disconnect(l.conn) FROM unnest(lanes) AS l WHERE l.conn = ANY (tbl_repl._dblink_connections());
+                    RAISE;
+                END IF;
+                lost := lost + (clock_timestamp() - began);
+                FOREACH parcel IN ARRAY lane.parcels LOOP
+                    PERFORM tbl_repl._log_error(parcel.target_id, NULL, SQLSTATE, error_text, error_detail, error_hint, NULL);
+                    failed := array_append(failed, parcel.target_id);
+                END LOOP;
+            END;
+        END LOOP;
+        PERFORM tbl_repl._commit_all(done, parcels);
+        done := '{}';
     END LOOP;
-    PERFORM tbl_repl._commit_all(done, parcels);
     RETURN failed;
 END
 $function$;

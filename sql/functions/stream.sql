@@ -131,6 +131,7 @@ COMMENT ON FUNCTION tbl_repl._open_stream(tbl_repl.load[], boolean, text) IS
 -- commit.  Returns the number of keys.  Errors: the target's; the caller ends the connection.
 --   variants: a cursor that has for each variant, in turn, a cursor over its statements, all in one snapshot;
 --             NULL: read now.
+-- A cancel takes effect at once: nothing of this is committed.
 CREATE OR REPLACE FUNCTION tbl_repl._stream(
     conn    text,
     loads   tbl_repl.load[],
@@ -153,7 +154,7 @@ DECLARE
 BEGIN
     PERFORM tbl_repl._send(conn, 'BEGIN; SET CONSTRAINTS ALL DEFERRED');
     IF EXISTS (SELECT FROM unnest(loads) AS l WHERE l.truncate) THEN
-        PERFORM tbl_repl._receive(conn, clock_timestamp() + timeout);
+        PERFORM tbl_repl._receive(conn, clock_timestamp() + timeout, false, true);
         PERFORM tbl_repl._truncate(conn, loads, timeout);
         in_flight := false;
     END IF;
@@ -169,14 +170,14 @@ BEGIN
         total := total + rows;
         CONTINUE WHEN coalesce(statement, '') = '';
         IF in_flight THEN
-            PERFORM tbl_repl._receive(conn, clock_timestamp() + timeout);
+            PERFORM tbl_repl._receive(conn, clock_timestamp() + timeout, false, true);
         END IF;
         PERFORM tbl_repl._send(conn, statement);
         in_flight := true;
     END LOOP;
     CLOSE portal;
     IF in_flight THEN
-        PERFORM tbl_repl._receive(conn, clock_timestamp() + timeout);
+        PERFORM tbl_repl._receive(conn, clock_timestamp() + timeout, false, true);
     END IF;
     RETURN total;
 END
@@ -240,7 +241,8 @@ BEGIN
         BEGIN
             rows := tbl_repl._stream(conn, loads, mine, timeout, variant, variants);
             -- what is deferred on the target has to be found out while it can still be done another way
-            PERFORM tbl_repl._call(conn, 'SET CONSTRAINTS ALL IMMEDIATE', clock_timestamp() + timeout);
+            PERFORM tbl_repl._send(conn, 'SET CONSTRAINTS ALL IMMEDIATE');
+            PERFORM tbl_repl._receive(conn, clock_timestamp() + timeout, false, true);
             RETURN rows;
         EXCEPTION WHEN foreign_key_violation OR unique_violation THEN
             code := SQLSTATE;
