@@ -55,8 +55,10 @@ BEGIN
     IF truncated THEN
         RETURN;
     END IF;
+    -- Sorted: the planner knows nothing of their number, and a hash that outgrows its memory unforeseen takes minutes.
     listing := 'SELECT array_agg(e.k) AS keys FROM (SELECT d.k, (row_number() OVER () - 1) / %s AS n '
-               'FROM (SELECT DISTINCT unnest(c.keys) AS k FROM %s AND c.op = ANY (%L)) AS d) AS e GROUP BY e.n ORDER BY e.n';
+               'FROM (SELECT DISTINCT ON (x.k COLLATE "C") x.k FROM (SELECT unnest(c.keys) AS k FROM %s AND c.op = ANY (%L)) AS x '
+               'ORDER BY x.k COLLATE "C") AS d) AS e GROUP BY e.n ORDER BY e.n';
     IF target.operations @> '{insert,update,delete,truncate}' THEN
         RETURN QUERY SELECT target.target_id, source.fk_rank,
             format(listing, tbl_repl._chunk_rows(source.source_table), keys_from, '{I,U,K,D,T,B}'), true, false, NULL::text;
