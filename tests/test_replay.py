@@ -11,6 +11,7 @@ import psycopg
 import pytest
 
 from support import Node, Pair, Proxy, wait_until
+from support.background import start
 
 
 def replay(pair: Pair, server: str | None = None, max_rows: int = 10000) -> int:
@@ -481,6 +482,83 @@ def test_a_position_from_another_cluster_is_not_believed(pair: Pair) -> None:
     pair.assert_same("t")
     assert answers[-1] == 0
     assert pair.pending(target_id) == 0
+
+
+def together(pair: Pair) -> tuple[int, int]:
+    """Async targets of two tables on one server; each holds ten rows."""
+    pair.both("CREATE TABLE a (id integer PRIMARY KEY); CREATE TABLE b (id integer PRIMARY KEY)")
+    targets = tuple(pair.add_target(table, mode="async") for table in "ab")
+    pair.source.sql("INSERT INTO a SELECT generate_series(1, 10); INSERT INTO b SELECT generate_series(1, 10)")
+    pair.drain()
+    return targets  # type: ignore[return-value]
+
+
+def counts(pair: Pair) -> tuple[int, int]:
+    return pair.target.sql("SELECT (SELECT count(*) FROM a), (SELECT count(*) FROM b)")[0]  # type: ignore[return-value]
+
+
+def waits_for_a_lock(node: Node, query: str) -> None:
+    wait_until(
+        lambda: node.admin(
+            "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+            " AND query LIKE %s",
+            [query],
+        )
+    )
+
+
+def test_a_table_with_nothing_queued_is_not_left_behind(pair: Pair) -> None:
+    """It is written with the other one, after replay has looked what is queued and before it reads."""
+    first, _ = together(pair)
+    pair.source.sql("INSERT INTO a VALUES (11)")
+    shipper = pair.source.connect()
+    shipper.execute("SELECT pg_advisory_lock_shared(tbl_repl._lock_ship(), %s)", [first])
+    drainer = start(pair.source.connect(), "SELECT tbl_repl.replay()")
+    waits_for_a_lock(pair.source, "SELECT tbl_repl.replay%")
+    pair.source.sql("INSERT INTO a VALUES (12); INSERT INTO b VALUES (11)")
+    shipper.execute("SELECT pg_advisory_unlock_all()")
+    drainer.result(10)
+    assert counts(pair) in [(11, 10), (12, 11)]
+    pair.drain()
+    assert counts(pair) == (12, 11)
+
+
+def test_what_is_queued_and_its_state_are_of_one_snapshot(pair: Pair) -> None:
+    """Both tables are written after replay has listed what is queued, while the target's TRUNCATE waits."""
+    together(pair)
+    pair.source.sql("TRUNCATE a")
+    reader = pair.target.connect()
+    reader.execute("BEGIN; SELECT FROM a")
+    drainer = start(pair.source.connect(), "SELECT tbl_repl.replay()")
+    waits_for_a_lock(pair.target, "%TRUNCATE%")
+    pair.source.sql("INSERT INTO a VALUES (1); INSERT INTO b VALUES (11)")
+    reader.execute("ROLLBACK")
+    drainer.result(10)
+    assert counts(pair) == (0, 10)
+    pair.drain()
+    assert counts(pair) == (1, 11)
+
+
+def test_sent_in_another_order_it_is_still_of_one_snapshot(pair: Pair) -> None:
+    """The first attempt fails on a foreign key of the target; what commits meanwhile is not half in the second."""
+    pair.both("CREATE TABLE p (id integer PRIMARY KEY); CREATE TABLE q (id integer PRIMARY KEY)")
+    pair.both("CREATE TABLE c (id integer PRIMARY KEY, p integer REFERENCES p)")
+    for table in "pcq":
+        pair.add_target(table, mode="async")
+    pair.source.sql("INSERT INTO p VALUES (1); INSERT INTO c VALUES (1, 1); INSERT INTO q VALUES (1)")
+    pair.drain()
+    # the child moves to a new parent, the old one goes: deletes first fail
+    pair.source.sql("INSERT INTO p VALUES (2); UPDATE c SET p = 2; DELETE FROM p WHERE id = 1")
+    reader = pair.target.connect()
+    reader.execute("BEGIN; SELECT FROM p WHERE id = 1 FOR UPDATE")
+    drainer = start(pair.source.connect(), "SELECT tbl_repl.replay()")
+    waits_for_a_lock(pair.target, "%DELETE%")
+    pair.source.sql("UPDATE c SET p = NULL; DELETE FROM q")
+    reader.execute("ROLLBACK")
+    drainer.result(10)
+    assert pair.target.sql("SELECT p, (SELECT count(*) FROM q) FROM c") == [(2, 1)]
+    pair.drain()
+    assert pair.target.sql("SELECT p, (SELECT count(*) FROM q) FROM c") == [(None, 0)]
 
 
 # --- the queue's space

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import threading
 from collections.abc import Iterator
@@ -294,6 +295,7 @@ def test_a_worker_at_work_is_not_notified(pair: Pair, queue: int) -> None:
         listener.execute("LISTEN tbl_repl")
         falls_asleep(pair.source)
         with held(pair.target, "LOCK TABLE t"):
+            wait_until(lambda: asleep(pair.source))
             pair.source.sql("INSERT INTO t VALUES (0, 'wakes it')")
             waits_for_lock(pair.target)
             heard = len(list(listener.notifies(timeout=0)))
@@ -485,7 +487,9 @@ def test_once_says_by_its_exit_code_that_something_is_left(trio: Pair) -> None:
     proxy.set("pass")
     trio.target.sql("ALTER TABLE t ADD CHECK (id < 3)")
     trio.source.sql("INSERT INTO t VALUES (3, 'rejected')")
-    assert tbl_repl(*program, dsn_of(trio.source)).returncode == 1
+    done = tbl_repl(*program, dsn_of(trio.source))
+    assert done.returncode == 1
+    assert re.search(r"left target=\d+ server=target_server status=ok pending=0 quarantined=1", done.stderr)
     trio.target.sql("ALTER TABLE t DROP CONSTRAINT t_id_check")
     assert tbl_repl(*program, dsn_of(trio.source)).returncode == 0
 

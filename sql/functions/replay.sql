@@ -61,16 +61,19 @@ BEGIN
     -- Those that failed last come last: one bad target must not keep the others waiting.  A failed one has
     -- a turn of its own, or its backlog would fill the batches of its neighbours.  Where nothing is queued,
     -- there is only a status to settle or a quarantine to try: last, for their locks are held to the end.
+    -- Async targets come along with nothing queued yet: what commits until the snapshot is taken is shipped
+    -- for all of them or for none.  Their writers never wait for our locks.
     FOR lane IN
         SELECT array_agg(w.target_id ORDER BY w.target_id) AS targets
-        FROM (SELECT t.target_id, t.server, t.owner, t.timeout, st.status, st.last_error_at, st.last_shipped_at,
+        FROM (SELECT t.target_id, t.server, t.owner, t.timeout, t.mode, st.status, st.last_error_at, st.last_shipped_at,
                      st.copy_after IS NOT NULL OR tbl_repl._has_pending(t.target_id) AS queued
               FROM tbl_repl.target AS t JOIN tbl_repl.target_state AS st USING (target_id)
               WHERE (_replay.server IS NULL OR t.server = _replay.server) AND tbl_repl._may_replay(st)
                 AND (retry OR st.next_try_at IS NULL OR st.next_try_at <= clock_timestamp())) AS w
         CROSS JOIN LATERAL (SELECT retry AND EXISTS (SELECT FROM tbl_repl.quarantined AS q WHERE q.target_id = w.target_id) AS tries) AS q
-        WHERE w.queued OR w.status <> 'ok' OR q.tries
+        WHERE w.queued OR w.status <> 'ok' OR q.tries OR w.mode = 'async'
         GROUP BY w.server, w.owner, w.timeout, CASE WHEN w.status = 'failed' THEN w.target_id END
+        HAVING bool_or(w.queued OR w.status <> 'ok' OR q.tries)
         ORDER BY bool_or(w.queued) DESC, bool_or(q.tries) DESC,
                  max(w.last_error_at) FILTER (WHERE w.last_error_at > coalesce(w.last_shipped_at, '-infinity')) NULLS FIRST,
                  min(w.last_shipped_at) NULLS FIRST, min(w.target_id)
@@ -205,6 +208,67 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._position_after(pg_snapshot, pg_snapshot, xid8, xid8[]) IS
     'position of a target after a batch that ends at a transaction';
 
+-- _open_batch(targets, max_rows): what there is to do for the targets behind one connection: whole transactions
+-- up to max_rows.  variants: a cursor that opens the stream of their state, see _stream.
+-- STABLE: all of it, also what the cursors read later, is in the snapshot of the statement that calls.  Were
+-- the state read later than the list, a table that is not in the list would stay behind the others.
+CREATE OR REPLACE FUNCTION tbl_repl._open_batch(
+    targets  integer[],
+    max_rows integer,
+    OUT snapshot  pg_snapshot,
+    OUT cut       xid8,
+    OUT rows      bigint,
+    OUT complete  boolean,
+    OUT ops       jsonb,
+    OUT remaining xid8[],
+    OUT loads     tbl_repl.load[],
+    OUT variants  refcursor
+)
+LANGUAGE plpgsql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+#variable_conflict use_column
+DECLARE
+    listing text;
+BEGIN
+    SELECT format($query$
+            WITH q AS MATERIALIZED (%s),
+            per AS (SELECT q.txid, sum(q.row_count) AS n FROM q GROUP BY q.txid),
+            run AS (SELECT per.txid, sum(per.n) OVER (ORDER BY per.txid) AS total, row_number() OVER (ORDER BY per.txid) AS i FROM per),
+            cut AS (SELECT run.txid, run.total, run.i FROM run WHERE run.total <= $1 OR run.i = 1 ORDER BY run.i DESC LIMIT 1)
+            SELECT pg_current_snapshot() AS snapshot, cut.txid AS cut, cut.total AS rows,
+                   cut.i = (SELECT count(*) FROM run) AS complete,
+                   (SELECT jsonb_object_agg(o.target_id, o.ops) FROM (
+                        SELECT q.target_id, jsonb_agg(DISTINCT CASE WHEN q.op = 'T' AND NOT q.whole THEN 't' ELSE q.op::text END) AS ops
+                        FROM q WHERE q.txid <= cut.txid GROUP BY q.target_id) AS o) AS ops,
+                   (SELECT array_agg(run.txid) FROM run WHERE run.txid > cut.txid) AS remaining
+            FROM cut RIGHT JOIN (SELECT) AS one ON true$query$,
+            coalesce(string_agg(format('SELECT %s AS target_id, c.txid, c.op, c.keys IS NULL AS whole, c.row_count FROM %s',
+                                       t.target_id, tbl_repl._pending_from(t, st.position)), ' UNION ALL '),
+                     'SELECT 0 AS target_id, c.txid, c.op, true AS whole, c.row_count FROM tbl_repl.change AS c WHERE false'))
+    INTO listing
+    FROM tbl_repl.target AS t JOIN tbl_repl.target_state AS st USING (target_id)
+    WHERE t.target_id = ANY (targets) AND st.copy_after IS NULL;
+    EXECUTE listing INTO snapshot, cut, rows, complete, ops, remaining USING max_rows;
+    loads := '{}';
+    IF cut IS NULL THEN
+        RETURN;
+    END IF;
+    SELECT coalesce(array_agg(l), '{}') INTO loads
+    FROM tbl_repl.target AS t
+    JOIN tbl_repl.target_state AS st USING (target_id)
+    CROSS JOIN LATERAL (SELECT array_agg(o::"char") AS found FROM jsonb_array_elements_text(_open_batch.ops -> t.target_id::text) AS o WHERE o <> 't') AS o
+    CROSS JOIN LATERAL tbl_repl._loads(t, o.found, false,
+        tbl_repl._pending_from(t, st.position, CASE WHEN NOT _open_batch.complete THEN _open_batch.cut END)) AS l
+    WHERE t.target_id = ANY (targets) AND st.copy_after IS NULL AND _open_batch.ops ? t.target_id::text;
+    OPEN variants FOR
+        SELECT v.variant, tbl_repl._open_stream(_open_batch.loads, false, v.variant)
+        FROM unnest('{deletes first,upserts first,clear}'::text[]) AS v (variant);
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._open_batch(integer[], integer) IS
+    'what is queued for some targets, and the state of its rows in the same snapshot';
+
 -- _replay_lane(targets, max_rows, retry): one batch for the targets behind one connection.
 -- Connects before it locks: who writes is not turned away for a server that is out of reach.
 CREATE OR REPLACE FUNCTION tbl_repl._replay_lane(targets integer[], max_rows integer, retry boolean)
@@ -224,7 +288,6 @@ DECLARE
     pages     jsonb := '{}';
     page      text[];
     locked    integer[];
-    listing   text;
     started   timestamptz := clock_timestamp();
     error_text   text;
     error_detail text;
@@ -279,44 +342,19 @@ BEGIN
         RETURN 0;
     END IF;
 
-    -- What is there to do: one snapshot, whole transactions up to max_rows.
-    SELECT format($query$
-            WITH q AS MATERIALIZED (%s),
-            per AS (SELECT q.txid, sum(q.row_count) AS n FROM q GROUP BY q.txid),
-            run AS (SELECT per.txid, sum(per.n) OVER (ORDER BY per.txid) AS total, row_number() OVER (ORDER BY per.txid) AS i FROM per),
-            cut AS (SELECT run.txid, run.total, run.i FROM run WHERE run.total <= $1 OR run.i = 1 ORDER BY run.i DESC LIMIT 1)
-            SELECT pg_current_snapshot() AS snapshot, cut.txid AS cut, cut.total AS rows,
-                   cut.i = (SELECT count(*) FROM run) AS complete,
-                   (SELECT jsonb_object_agg(o.target_id, o.ops) FROM (
-                        SELECT q.target_id, jsonb_agg(DISTINCT CASE WHEN q.op = 'T' AND NOT q.whole THEN 't' ELSE q.op::text END) AS ops
-                        FROM q WHERE q.txid <= cut.txid GROUP BY q.target_id) AS o) AS ops,
-                   (SELECT array_agg(run.txid) FROM run WHERE run.txid > cut.txid) AS remaining
-            FROM cut RIGHT JOIN (SELECT) AS one ON true$query$,
-            coalesce(string_agg(format('SELECT %s AS target_id, c.txid, c.op, c.keys IS NULL AS whole, c.row_count FROM %s',
-                                       t.target_id, tbl_repl._pending_from(t, st.position)), ' UNION ALL '),
-                     'SELECT 0 AS target_id, c.txid, c.op, true AS whole, c.row_count FROM tbl_repl.change AS c WHERE false'))
-    INTO listing
-    FROM tbl_repl.target AS t JOIN tbl_repl.target_state AS st USING (target_id)
-    WHERE t.target_id = ANY (targets) AND st.copy_after IS NULL;
-    EXECUTE listing INTO batch USING max_rows;
-    handled := coalesce(batch.rows, 0);
+    -- before the snapshot: its cursors lock what they read
     locked := tbl_repl._lock_sources(ARRAY(SELECT st.target_id FROM tbl_repl.target_state AS st
                                            WHERE st.target_id = ANY (targets)
-                                             AND (st.copy_after IS NOT NULL OR batch.ops ? st.target_id::text)
+                                             AND (st.copy_after IS NOT NULL OR tbl_repl._has_pending(st.target_id))
                                            ORDER BY st.target_id), lane.timeout);
     IF cardinality(locked) > 0 THEN
         targets := ARRAY(SELECT x FROM unnest(targets) AS x WHERE x <> ALL (locked));
         RETURN CASE WHEN cardinality(targets) = 0 THEN 0 ELSE tbl_repl._replay_lane(targets, max_rows, retry) END;
     END IF;
-    IF batch.cut IS NOT NULL THEN
-        SELECT coalesce(array_agg(l), '{}') INTO loads
-        FROM tbl_repl.target AS t
-        JOIN tbl_repl.target_state AS st USING (target_id)
-        CROSS JOIN LATERAL (SELECT array_agg(o::"char") AS ops FROM jsonb_array_elements_text(batch.ops -> t.target_id::text) AS o WHERE o <> 't') AS o
-        CROSS JOIN LATERAL tbl_repl._loads(t, o.ops, false,
-            tbl_repl._pending_from(t, st.position, CASE WHEN NOT batch.complete THEN batch.cut END)) AS l
-        WHERE t.target_id = ANY (targets) AND st.copy_after IS NULL AND batch.ops ? t.target_id::text;
-    END IF;
+
+    batch := tbl_repl._open_batch(targets, max_rows);
+    loads := batch.loads;
+    handled := coalesce(batch.rows, 0);
 
     -- The initial copy in the background: the next page, what is queued comes after it.  Referenced tables first.
     FOR item IN
@@ -353,7 +391,9 @@ BEGIN
 
     SELECT '{}'::integer[] AS broken INTO failure;
     IF cardinality(loads) > 0 THEN
-        failure := tbl_repl._apply(lane.target_id, lane.conn, lane.timeout, loads);
+        failure := tbl_repl._apply(lane.target_id, lane.conn, lane.timeout, loads,
+                                   -- pages were read later
+                                   CASE WHEN loads = batch.loads THEN batch.variants END);
         IF failure.code IS NOT NULL THEN
             PERFORM tbl_repl._lane_is_down(lane.server, ARRAY(SELECT DISTINCT u.target_id FROM unnest(loads) AS u),
                                            failure.code, failure.message, failure.detail, failure.hint);
@@ -386,7 +426,7 @@ BEGIN
         SET position = CASE WHEN batch.complete THEN batch.snapshot
                             ELSE tbl_repl._position_after(st.position, batch.snapshot, batch.cut, batch.remaining) END,
             next_try_at = NULL, failures = 0
-        WHERE st.target_id = ANY (targets) AND st.copy_after IS NULL AND st.target_id <> ALL (coalesce(failure.broken, '{}'));
+        WHERE batch.ops ? st.target_id::text AND st.target_id <> ALL (coalesce(failure.broken, '{}'));
     END IF;
     FOR item IN SELECT p.key::integer AS target_id, jsonb_array_length(p.value) AS n, p.value ->> -1 AS last FROM jsonb_each(pages) AS p LOOP
         CONTINUE WHEN item.target_id = ANY (coalesce(failure.broken, '{}'));
@@ -505,7 +545,7 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._back_to_ok(integer) IS
     'sets a drained target back to ok; the caller holds ship exclusively';
 
--- _apply(target_id, conn, timeout, loads): one remote transaction, in which rows that the target
+-- _apply(target_id, conn, timeout, loads, variants): one remote transaction, in which rows that the target
 -- rejects are found by halving and put into quarantine.
 --   code, message, detail, hint: why nothing could be shipped at all, and trying again may help
 --   shipped, by_target: number of keys that are now right there; broken: targets that need a person
@@ -514,6 +554,7 @@ CREATE OR REPLACE FUNCTION tbl_repl._apply(
     conn      text,
     timeout   interval,
     loads     tbl_repl.load[],
+    variants  refcursor,
     OUT code      text,
     OUT message   text,
     OUT detail    text,
@@ -537,7 +578,7 @@ BEGIN
         PERFORM tbl_repl._connect_alive(_apply.target_id, conn, clock_timestamp() + timeout * 2);
         BEGIN
             -- twice the timeout: it bounds each statement there, and a message may hold two
-            shipped := tbl_repl._stream_any_way(conn, loads, false, timeout * 2);
+            shipped := tbl_repl._stream_any_way(conn, loads, false, timeout * 2, variants);
             committing := true;
             PERFORM tbl_repl._commit(conn, timeout);
             SELECT jsonb_object_agg(l.target_id, shipped / cardinality(loads)) INTO by_target FROM unnest(loads) AS l;
@@ -571,7 +612,7 @@ BEGIN
     END;
 END
 $function$;
-COMMENT ON FUNCTION tbl_repl._apply(integer, text, interval, tbl_repl.load[]) IS
+COMMENT ON FUNCTION tbl_repl._apply(integer, text, interval, tbl_repl.load[], refcursor) IS
     'ships keys in one remote transaction, rejected rows go into quarantine';
 
 -- Says nothing about the rows: the target is out of reach, busy, full, read-only, shutting down.

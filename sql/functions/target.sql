@@ -536,8 +536,9 @@ LANGUAGE plpgsql STABLE
 SET search_path = pg_catalog, pg_temp
 AS $function$
 BEGIN
-    IF EXISTS (SELECT FROM tbl_repl.target AS t
-               WHERE t.source_id = target.source_id AND t.server = target.server AND t.dst_schema = target.dst_schema
+    -- also not by another key
+    IF EXISTS (SELECT FROM tbl_repl.target AS t JOIN tbl_repl.source AS s USING (source_id)
+               WHERE s.source_table = _check_only_once.source_table AND t.server = target.server AND t.dst_schema = target.dst_schema
                  AND t.dst_name = target.dst_name AND t.target_id IS DISTINCT FROM target.target_id) THEN
         RAISE EXCEPTION USING
             ERRCODE = 'duplicate_object',
@@ -755,6 +756,12 @@ DECLARE
     whole  integer[];
 BEGIN
     SELECT * INTO STRICT source FROM tbl_repl.source AS s WHERE s.source_id = target.source_id;
+    IF NOT EXISTS (SELECT FROM pg_class AS c WHERE c.oid = source.source_table) THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'undefined_table',
+            MESSAGE = format('the source table of target %s does not exist any more', target_id),
+            HINT    = format('End its replication: SELECT tbl_repl.drop_target(%s);', target_id);
+    END IF;
     target.mode := coalesce(mode, target.mode);
     target.operations := coalesce(operations, target.operations);
     target.on_conflict := coalesce(on_conflict, target.on_conflict);
