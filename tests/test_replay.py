@@ -488,7 +488,9 @@ def together(pair: Pair) -> tuple[int, int]:
     """Async targets of two tables on one server; each holds ten rows."""
     pair.both("CREATE TABLE a (id integer PRIMARY KEY); CREATE TABLE b (id integer PRIMARY KEY)")
     targets = tuple(pair.add_target(table, mode="async") for table in "ab")
-    pair.source.sql("INSERT INTO a SELECT generate_series(1, 10); INSERT INTO b SELECT generate_series(1, 10)")
+    pair.source.sql(
+        "INSERT INTO a SELECT generate_series(1, 10); INSERT INTO b SELECT generate_series(1, 10)"
+    )
     pair.drain()
     return targets  # type: ignore[return-value]
 
