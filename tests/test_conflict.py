@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import psycopg
 import pytest
 from psycopg import errors
@@ -246,4 +244,43 @@ def test_policies_need_the_extension_on_the_target(pair: Pair, policy: str) -> N
     assert "CREATE EXTENSION" in str(caught.value.diag.message_hint)
 
 
-_ = Callable
+def test_tombstones_are_kept_until_nobody_needs_them(two: Pair) -> None:
+    both_ways(two, mode="async", on_conflict="newest", version_column="at")
+    two.source.sql("INSERT INTO t (id, v) VALUES (1, 'a'), (2, 'a')")
+    drain_all(two.source, two.target)
+    two.source.sql("DELETE FROM t WHERE id = 1")
+    for node in (two.source, two.target):
+        node.admin("UPDATE tbl_repl.tombstone SET at = at - interval '31 days'")
+    two.source.sql("SELECT 1")
+    assert two.source.admin("SELECT key FROM tbl_repl.tombstone") == [("1",)]
+    drain_all(two.source, two.target)
+    two.source.sql("UPDATE t SET v = 'b', at = clock_timestamp()")
+    drain_all(two.source, two.target)
+    assert two.source.admin("SELECT key FROM tbl_repl.tombstone") == []
+    assert two.target.admin("SELECT key FROM tbl_repl.tombstone") == [("1",)]  # it has got it just now
+
+
+def test_a_node_that_was_cut_off_for_too_long_is_refused(two: Pair) -> None:
+    both_ways(two, mode="async", on_conflict="newest", version_column="at")
+    two.source.sql("INSERT INTO t (id, v) VALUES (1, 'a')")
+    two.source.admin("UPDATE tbl_repl.change SET captured_at = captured_at - interval '31 days'")
+    two.source.fresh("CALL tbl_repl.drain()")
+    assert content(two.target) == []
+    status, error = two.source.sql("SELECT status, last_error FROM tbl_repl.target_status")[0]
+    assert status == "failed" and "cut off" in error
+    assert two.source.one("SELECT hint FROM tbl_repl.error_log").startswith("What is queued")
+
+
+def test_check_reports_what_keeps_conflicts_from_being_settled(two: Pair) -> None:
+    two.add_target("t", mode="async", on_conflict="newest", version_column="at")
+    codes = two.source.sql("SELECT severity, code FROM tbl_repl.check() WHERE code <> 'dblink_public'")
+    assert codes == [("warning", "newest_one_way")]
+    two.target.admin("SELECT tbl_repl.set_node_name('renamed')")
+    codes = two.source.sql("SELECT code FROM tbl_repl.check() WHERE code <> 'dblink_public'")
+    assert ("node_renamed",) in codes
+
+
+def test_check_reports_nothing_between_two_newest_nodes(two: Pair) -> None:
+    both_ways(two, mode="async", on_conflict="newest", version_column="at")
+    for node in (two.source, two.target):
+        assert node.sql("SELECT code FROM tbl_repl.check() WHERE code <> 'dblink_public'") == []

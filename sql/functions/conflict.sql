@@ -614,6 +614,51 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._settle_newest(regclass, text[], text, text[], text, text, text, text, text, text, text, text, text) IS
     'settles one value under newest';
 
+-- A tombstone may go when no older value can come any more.  Nobody knows what a node that is cut off still has queued:
+-- so they are kept for long, and a node that has been cut off for longer sends nothing (_cut_off_too_long).
+CREATE OR REPLACE FUNCTION tbl_repl._tombstone_retention() RETURNS interval
+LANGUAGE sql IMMUTABLE PARALLEL SAFE RETURN interval '30 days';
+COMMENT ON FUNCTION tbl_repl._tombstone_retention() IS 'how long versions of deleted rows are kept';
+
+-- Those that a target of this node has not got yet are kept longer.
+CREATE OR REPLACE FUNCTION tbl_repl._purge_tombstones()
+RETURNS void
+LANGUAGE sql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    DELETE FROM tbl_repl.tombstone AS b
+    WHERE b.at < clock_timestamp() - tbl_repl._tombstone_retention()
+      AND NOT EXISTS (SELECT FROM tbl_repl.source AS s JOIN tbl_repl.target AS t USING (source_id)
+                      WHERE s.source_table = b.local_table AND t.on_conflict = 'newest' AND tbl_repl._has_pending(t.target_id))
+$function$;
+COMMENT ON FUNCTION tbl_repl._purge_tombstones() IS 'removes versions of deleted rows that nobody needs any more';
+
+-- Marks targets as failed that would bring back rows whose tombstones are gone by now; returns the others.
+CREATE OR REPLACE FUNCTION tbl_repl._cut_off_too_long(targets integer[])
+RETURNS integer[]
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    item record;
+BEGIN
+    FOR item IN
+        SELECT t.target_id, p.oldest
+        FROM tbl_repl.target AS t CROSS JOIN LATERAL tbl_repl._pending_rows(t.target_id) AS p
+        WHERE t.target_id = ANY (targets) AND t.on_conflict = 'newest' AND p.oldest < clock_timestamp() - tbl_repl._tombstone_retention()
+    LOOP
+        targets := array_remove(targets, item.target_id);
+        PERFORM tbl_repl._log_error(item.target_id, NULL, '55000', format('cut off since %s, longer than deleted rows are remembered', item.oldest), NULL,
+                                    'What is queued could bring back rows that were deleted there. Drop the targets between the two nodes on both sides, '
+                                    'empty the table on the node that was cut off, and add them again.', NULL);
+        UPDATE tbl_repl.target_state AS st SET status = 'failed' WHERE st.target_id = item.target_id;
+    END LOOP;
+    RETURN nullif(targets, '{}');
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._cut_off_too_long(integer[]) IS
+    'marks newest targets as failed whose backlog is older than the tombstones; returns the others';
+
 -- Versions of both kinds as numbers; no version is less than any.
 CREATE OR REPLACE FUNCTION tbl_repl._rank(version text, version_type text)
 RETURNS numeric

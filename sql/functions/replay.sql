@@ -352,6 +352,9 @@ BEGIN
     -- paused or dropped while we waited
     SELECT array_agg(st.target_id ORDER BY st.target_id) INTO targets
     FROM tbl_repl.target_state AS st WHERE st.target_id = ANY (targets) AND tbl_repl._may_replay(st);
+    IF EXISTS (SELECT FROM tbl_repl.target AS t WHERE t.target_id = ANY (targets) AND t.on_conflict = 'newest') THEN
+        targets := tbl_repl._cut_off_too_long(targets);
+    END IF;
     IF targets IS NULL THEN
         RETURN 0;
     END IF;
@@ -925,6 +928,7 @@ DECLARE
     resting regclass;
     needed  boolean;
 BEGIN
+    PERFORM tbl_repl._purge_tombstones();
     FOR turn IN 1 .. 2 LOOP
         SELECT h.segment INTO head FROM tbl_repl.queue_head AS h;
         resting := format('tbl_repl.change_%s', 1 - head)::regclass;
