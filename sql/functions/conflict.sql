@@ -532,6 +532,31 @@ AS $function$
 $function$;
 COMMENT ON FUNCTION tbl_repl._own_key(name[], name[], jsonb) IS 'key values as the one text that this node uses';
 
+-- Locks and reads a tombstone.  No sequential scans: the plan may be older than the tombstones.
+CREATE OR REPLACE FUNCTION tbl_repl._buried(local_table regclass, key text)
+RETURNS text
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+SET enable_seqscan = off
+AS $function$
+BEGIN
+    RETURN (SELECT b.version FROM tbl_repl.tombstone AS b WHERE b.local_table = _buried.local_table AND b.key = _buried.key FOR UPDATE);
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._buried(regclass, text) IS 'version of a deleted row, NULL: none is known; locks it';
+
+CREATE OR REPLACE FUNCTION tbl_repl._unbury(local_table regclass, key text)
+RETURNS void
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+SET enable_seqscan = off
+AS $function$
+BEGIN
+    DELETE FROM tbl_repl.tombstone AS b WHERE b.local_table = _unbury.local_table AND b.key = _unbury.key;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._unbury(regclass, text) IS 'forgets that a row was deleted';
+
 -- _settle_newest: one value under newest; the caller has locked the row.  Returns the conflict it was, NULL: none; with ! at
 -- its end: refused, what is here is greater.
 CREATE OR REPLACE FUNCTION tbl_repl._settle_newest(
@@ -562,8 +587,7 @@ BEGIN
     IF row_values IS NULL AND version IS NULL THEN
         RETURN NULL;  -- gone before there were tombstones: nothing is known of it
     END IF;
-    SELECT tbl_repl._rank(b.version, version_type) INTO buried
-    FROM tbl_repl.tombstone AS b WHERE b.local_table = _settle_newest.local_table AND b.key = _settle_newest.key FOR UPDATE;
+    buried := tbl_repl._rank(b, version_type) FROM tbl_repl._buried(local_table, key) AS b WHERE b IS NOT NULL;
     IF row_values IS NULL THEN
         IF here_text IS NOT NULL AND standing > sent THEN
             RETURN 'delete_origin_differs!';
@@ -583,7 +607,9 @@ BEGIN
         RETURN CASE WHEN here_text IS NOT NULL AND rival IS NOT NULL THEN 'delete_origin_differs' END;
     END IF;
     IF here_text = row_text THEN
-        DELETE FROM tbl_repl.tombstone AS b WHERE b.local_table = _settle_newest.local_table AND b.key = _settle_newest.key AND buried < sent;
+        IF buried < sent THEN
+            PERFORM tbl_repl._unbury(local_table, key);
+        END IF;
         RETURN NULL;
     ELSIF buried >= sent THEN
         RETURN 'update_missing!';
@@ -598,15 +624,14 @@ BEGIN
         RETURN 'insert_exists!';  -- written here since we looked, and greater
     END IF;
     -- The upsert may have waited for a local DELETE, and have put the row back.
-    SELECT tbl_repl._rank(b.version, version_type) INTO buried
-    FROM tbl_repl.tombstone AS b WHERE b.local_table = _settle_newest.local_table AND b.key = _settle_newest.key FOR UPDATE;
+    buried := tbl_repl._rank(b, version_type) FROM tbl_repl._buried(local_table, key) AS b WHERE b IS NOT NULL;
     IF buried >= sent THEN
         PERFORM set_config('search_path', path, true);
         EXECUTE drop_sql USING keys, version;
         PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
         RETURN 'update_missing!';
     END IF;
-    DELETE FROM tbl_repl.tombstone AS b WHERE b.local_table = _settle_newest.local_table AND b.key = _settle_newest.key;
+    PERFORM tbl_repl._unbury(local_table, key);
     RETURN CASE WHEN rival IN ('D', 'K', 'T') THEN 'update_missing' WHEN rival = 'I' THEN 'insert_exists'
                 WHEN rival IS NOT NULL THEN 'update_origin_differs' END;
 END
