@@ -716,6 +716,7 @@ BEGIN
         PERFORM tbl_repl._truncate(conn, loads, timeout);
     END IF;
     FOR item IN SELECT l.* FROM unnest(loads) AS l ORDER BY l.fk_rank, l.target_id LOOP
+        CONTINUE WHEN item.target_id = ANY (broken);  -- by another load of it
         counted := 0;
         slow := 0;
         size := tbl_repl._rows_per_message();
