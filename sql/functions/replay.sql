@@ -27,11 +27,12 @@ COMMENT ON FUNCTION tbl_repl.replay(name, integer) IS
     'ships one batch of what is queued; returns the number of rows handled, 0 when nothing is left';
 
 -- retry: whether rows in quarantine get another chance once nothing else is left, and targets that have
--- failed do not wait for their next try.
+-- failed do not wait for their next try.  copies: targets whose copy in the background is made here; NULL: all.
 CREATE OR REPLACE FUNCTION tbl_repl._replay(
     server   name,
     max_rows integer,
-    retry    boolean
+    retry    boolean,
+    copies   integer[] DEFAULT NULL
 )
 RETURNS bigint
 LANGUAGE plpgsql VOLATILE
@@ -64,7 +65,8 @@ BEGIN
     FOR lane IN
         SELECT array_agg(w.target_id ORDER BY w.target_id) AS targets
         FROM (SELECT t.target_id, t.server, t.owner, t.timeout, st.status, st.last_error_at, st.last_shipped_at,
-                     st.copy_after IS NOT NULL OR tbl_repl._has_pending(t.target_id) AS queued
+                     CASE WHEN st.copy_after IS NULL THEN tbl_repl._has_pending(t.target_id)
+                          ELSE coalesce(t.target_id = ANY (copies), true) END AS queued
               FROM tbl_repl.target AS t JOIN tbl_repl.target_state AS st USING (target_id)
               WHERE (_replay.server IS NULL OR t.server = _replay.server) AND tbl_repl._may_replay(st)
                 AND (retry OR st.next_try_at IS NULL OR st.next_try_at <= clock_timestamp())) AS w
@@ -75,7 +77,7 @@ BEGIN
                  max(w.last_error_at) FILTER (WHERE w.last_error_at > coalesce(w.last_shipped_at, '-infinity')) NULLS FIRST,
                  min(w.last_shipped_at) NULLS FIRST, min(w.target_id)
     LOOP
-        handled := tbl_repl._replay_lane(lane.targets, max_rows, retry);
+        handled := tbl_repl._replay_lane(lane.targets, max_rows, retry, copies);
         IF handled > 0 THEN
             PERFORM tbl_repl._rotate();
             RETURN handled;
@@ -84,7 +86,7 @@ BEGIN
     RETURN 0;
 END
 $function$;
-COMMENT ON FUNCTION tbl_repl._replay(name, integer, boolean) IS
+COMMENT ON FUNCTION tbl_repl._replay(name, integer, boolean, integer[]) IS
     'replay, with or without another try of what is in quarantine; SECURITY DEFINER as replay';
 
 -- Not while it is paused, and not while it is being copied in pieces: a piece read earlier could be applied later.
@@ -205,9 +207,14 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._position_after(pg_snapshot, pg_snapshot, xid8, xid8[]) IS
     'position of a target after a batch that ends at a transaction';
 
--- _replay_lane(targets, max_rows, retry): one batch for the targets behind one connection.
+-- _replay_lane(targets, max_rows, retry, copies): one batch for the targets behind one connection.
 -- Connects before it locks: who writes is not turned away for a server that is out of reach.
-CREATE OR REPLACE FUNCTION tbl_repl._replay_lane(targets integer[], max_rows integer, retry boolean)
+CREATE OR REPLACE FUNCTION tbl_repl._replay_lane(
+    targets  integer[],
+    max_rows integer,
+    retry    boolean,
+    copies   integer[]
+)
 RETURNS bigint
 LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp
@@ -223,6 +230,7 @@ DECLARE
     failure   record;
     pages     jsonb := '{}';
     page      text[];
+    paged     integer[];
     listing   text;
     started   timestamptz := clock_timestamp();
     error_text   text;
@@ -234,9 +242,12 @@ BEGIN
     IF NOT FOUND THEN
         RETURN 0;
     END IF;
+    paged := ARRAY(SELECT st.target_id FROM tbl_repl.target_state AS st
+                   WHERE st.target_id = ANY (targets) AND st.copy_after IS NOT NULL
+                     AND coalesce(st.target_id = ANY (copies), true) AND tbl_repl._take_over_copy(st.target_id));
     IF EXISTS (SELECT FROM tbl_repl.target_state AS st
                WHERE st.target_id = ANY (targets)
-                 AND (st.copy_after IS NOT NULL OR tbl_repl._has_pending(st.target_id)
+                 AND (st.target_id = ANY (paged) OR tbl_repl._has_pending(st.target_id)
                       OR (retry AND EXISTS (SELECT FROM tbl_repl.quarantined AS q WHERE q.target_id = st.target_id))))
     THEN
         BEGIN
@@ -313,7 +324,7 @@ BEGIN
     FOR item IN
         SELECT t.target_id, st.copy_after, s.fk_rank, s.source_table
         FROM tbl_repl.target AS t JOIN tbl_repl.target_state AS st USING (target_id) JOIN tbl_repl.source AS s USING (source_id)
-        WHERE t.target_id = ANY (targets) AND st.copy_after IS NOT NULL
+        WHERE t.target_id = ANY (targets) AND t.target_id = ANY (paged) AND st.copy_after IS NOT NULL
           AND s.fk_rank = (SELECT min(so.fk_rank) FROM tbl_repl.target AS o JOIN tbl_repl.target_state AS os USING (target_id)
                            JOIN tbl_repl.source AS so USING (source_id)
                            WHERE o.target_id = ANY (targets) AND os.copy_after IS NOT NULL)
@@ -356,7 +367,7 @@ BEGIN
                 MESSAGE = format('server %I: targets %s have failed, see tbl_repl.target_status', lane.server, array_to_string(failure.broken, ', ')),
                 DETAIL  = 'Their changes stay queued.';
             -- they have filled the batch; the others still have theirs
-            RETURN tbl_repl._replay_lane(ARRAY(SELECT x FROM unnest(targets) AS x WHERE x <> ALL (failure.broken)), max_rows, retry);
+            RETURN tbl_repl._replay_lane(ARRAY(SELECT x FROM unnest(targets) AS x WHERE x <> ALL (failure.broken)), max_rows, retry, copies);
         END IF;
         UPDATE tbl_repl.target_state AS st
         SET rows_shipped = st.rows_shipped + coalesce((failure.by_target ->> st.target_id::text)::bigint, 0),
@@ -396,7 +407,7 @@ BEGIN
     RETURN handled;
 END
 $function$;
-COMMENT ON FUNCTION tbl_repl._replay_lane(integer[], integer, boolean) IS
+COMMENT ON FUNCTION tbl_repl._replay_lane(integer[], integer, boolean, integer[]) IS
     'ships one batch to the targets behind one connection';
 
 CREATE OR REPLACE FUNCTION tbl_repl._lane_is_down(

@@ -25,7 +25,7 @@ from functools import partial
 
 import psycopg
 
-from tbl_repl import bulk, failpoint
+from tbl_repl import bulk, copy, failpoint
 from tbl_repl.database import Connection, Row, connect, name_of, require_extension, settle
 from tbl_repl.errors import CannotConnect, TblReplError, from_psycopg
 from tbl_repl.logs import event, reason
@@ -40,6 +40,9 @@ QUARANTINE_SECONDS = 60.0
 
 BULK_PAUSE_SECONDS = 60.0
 """How long replay does everything after a COPY that did not work."""
+
+COPY_JOBS = 2
+"""How many connections a copy in the background uses."""
 
 SHORTEST_LOOK_SECONDS = 0.002
 LONGEST_LOOK_SECONDS = 0.05
@@ -98,7 +101,9 @@ class Drainer(threading.Thread):
         stop: threading.Event,
         observer: Observer,
         settled: threading.Event | None = None,
+        copies: set[int] | None = None,
     ) -> None:
+        """copies: targets whose copy in the background it makes as well; None: all."""
         super().__init__(name=f"drainer {server}", daemon=True)
         self.dsn = dsn
         self.server = server
@@ -108,6 +113,7 @@ class Drainer(threading.Thread):
         self.busy = False
         self.rest_until = 0.0
         self.pid: int | None = None
+        self._copies = copies
         self._settled = settled or threading.Event()
         self._failures = 0
         self._due = False
@@ -175,8 +181,13 @@ class Drainer(threading.Thread):
             retry = begun >= self._quarantine_due
             failpoint.reached("before replay")
             row = connection.execute(
-                "SELECT clock_timestamp() AS since, tbl_repl._replay(%s, %s, %s) AS rows",
-                (self.server, self.options.batch_rows, retry),
+                "SELECT clock_timestamp() AS since, tbl_repl._replay(%s, %s, %s, %s::int[]) AS rows",
+                (
+                    self.server,
+                    self.options.batch_rows,
+                    retry,
+                    None if self._copies is None else list(self._copies),
+                ),
             ).fetchone()
             assert row is not None
             failpoint.reached("after replay")
@@ -257,6 +268,91 @@ class Drainer(threading.Thread):
         )  # fmt: skip
 
 
+class Copier(threading.Thread):
+    """Makes the copies in the background that one server waits for, one after the other, in pieces.
+
+    Beside the drainer, which goes on with what is queued for other targets meanwhile.  What it cannot do is
+    left to replay: targets of owners whose mapping the worker's role may not use, rows that a target rejects.
+    """
+
+    def __init__(
+        self,
+        dsn: str,
+        server: str,
+        targets: list[int],
+        stop: threading.Event,
+        observer: Observer,
+        left_to_replay: set[int],
+    ) -> None:
+        super().__init__(name=f"copier {server}", daemon=True)
+        self.dsn = dsn
+        self.server = server
+        self.targets = targets
+        self.stop = stop
+        self.observer = observer
+        self.left_to_replay = left_to_replay
+
+    def run(self) -> None:
+        for target in self.targets:
+            if self.stop.is_set():
+                return
+            try:
+                if not self._copy(target):
+                    return  # those that refer to it would have to wait as well
+            except Exception:
+                log.exception("copier failed server=%s", self.server)
+                return
+
+    def _copy(self, target: int) -> bool:
+        begun = time.monotonic()
+        rows = 0
+
+        def seen(now: copy.Progress) -> None:
+            nonlocal rows
+            rows = now.rows
+
+        try:
+            ended = copy.copy(self.dsn, target, COPY_JOBS, on_progress=seen, stop=self.stop, background=True)
+        except CannotConnect:
+            return False  # the source is gone: the watcher says so
+        except (psycopg.errors.InsufficientPrivilege, TblReplError) as error:
+            self.left_to_replay.add(target)
+            event(
+                log, logging.INFO, "copy left to replay",
+                server=self.server, target=target, reason=reason(error),
+            )  # fmt: skip
+            return True
+        except psycopg.Error as error:
+            return self._failed(target, error)
+        seconds = time.monotonic() - begun
+        if rows:
+            self.observer.on_batch(Batch(name_of(self.dsn), self.server, rows, seconds))
+        event(
+            log, logging.INFO, "copied" if ended else "copy interrupted",
+            server=self.server, target=target, rows=rows, seconds=round(seconds, 3),
+        )  # fmt: skip
+        return ended
+
+    def _failed(self, target: int, error: psycopg.Error) -> bool:
+        """Whether the next target can be tried."""
+        code = error.sqlstate or "08006"
+        event(
+            log, logging.WARNING, "copy failed", server=self.server, target=target, reason=reason(error)
+        )  # fmt: skip
+        self.observer.on_batch(Batch(name_of(self.dsn), self.server, 0, 0.0, code))
+        try:
+            with connect(self.dsn, "worker") as source:
+                row = source.execute(
+                    "SELECT tbl_repl._copy_failed(%s, %s, %s) AS again",
+                    (target, code, error.diag.message_primary or str(error)),
+                ).fetchone()
+        except (psycopg.Error, TblReplError):
+            return False  # the source is gone: the watcher says so
+        if row is not None and not row["again"]:
+            self.left_to_replay.add(target)
+        return False
+
+
 class Watcher(threading.Thread):
     """Watches one database: one worker at a time, a drainer for each server, sleep and wake-up."""
 
@@ -267,6 +363,8 @@ class Watcher(threading.Thread):
         self.stop = stop
         self.observer = observer
         self.drainers: dict[str, Drainer] = {}
+        self.copiers: dict[str, Copier] = {}
+        self._left_to_replay: set[int] = set()
         self._settled = threading.Event()
         self._connecting: dict[tuple[int, int], float] = {}
         self._everybody_due = 0.0
@@ -291,8 +389,8 @@ class Watcher(threading.Thread):
                 self.stop.wait(delay)
         for drainer in self.drainers.values():
             drainer.wake()
-        for drainer in self.drainers.values():
-            drainer.join()
+        for thread in (*self.drainers.values(), *self.copiers.values()):
+            thread.join()
 
     def _take_turn(self, connection: Connection) -> bool:
         """Wait until no other worker serves this database."""
@@ -349,14 +447,27 @@ class Watcher(threading.Thread):
         wait = self._everybody_due - time.monotonic()
         busy = [drainer.server for drainer in self.drainers.values() if not drainer.ready]
         for row in connection.execute("SELECT * FROM tbl_repl._servers_to_replay(%s::name[])", (busy,)):
-            if row["wait_seconds"] == 0:
+            due = row["wait_seconds"] == 0
+            if row["copies"] is not None:
+                self._copy(str(row["server"]), row["copies"])
+                due = due or not self._left_to_replay.isdisjoint(row["copies"])
+            if due:
                 failpoint.reached("awake")
-            if everybody or row["wait_seconds"] == 0:
-                self._drainer(str(row["server"])).wake(due=row["wait_seconds"] == 0)
+            if everybody or due:
+                self._drainer(str(row["server"])).wake(due)
                 wait = 0
             elif row["wait_seconds"] is not None:
                 wait = min(wait, float(row["wait_seconds"]))
         return wait
+
+    def _copy(self, server: str, targets: list[int]) -> None:
+        """Let targets be copied in the background, unless it is being done already."""
+        copier = self.copiers.get(server)
+        wanted = [target for target in targets if target not in self._left_to_replay]
+        if wanted and (copier is None or not copier.is_alive()):
+            copier = Copier(self.dsn, server, wanted, self.stop, self.observer, self._left_to_replay)
+            self.copiers[server] = copier
+            copier.start()
 
     def _sleep(self, connection: Connection, seconds: float) -> None:
         until = time.monotonic() + seconds
@@ -406,7 +517,9 @@ class Watcher(threading.Thread):
     def _drainer(self, server: str) -> Drainer:
         drainer = self.drainers.get(server)
         if drainer is None:
-            drainer = Drainer(self.dsn, server, self.options, self.stop, self.observer, self._settled)
+            drainer = Drainer(
+                self.dsn, server, self.options, self.stop, self.observer, self._settled, self._left_to_replay
+            )
             self.drainers[server] = drainer
             drainer.start()
         return drainer
