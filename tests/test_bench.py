@@ -49,8 +49,10 @@ def test_every_point_against_logical_replication_is_measured(server: Server, tmp
     parts = {"oltp": 4, "delay": 2, "statements": 3, "snapshot": 2, "memory": 2}
     page.write_text("".join(f"<!-- {part}: begin -->\n<!-- {part}: end -->\n" for part in parts))
     done = subprocess.run(
-        [sys.executable, str(RUN), "--quick", "--soak", "--soak-seconds", "4", "--pg", str(server)]
-        + ["--only", ",".join(parts), "--page", str(page)],
+        [
+            *(sys.executable, str(RUN), "--quick", "--soak", "--soak-seconds", "4", "--pg", str(server)),
+            *("--only", ",".join(parts), "--page", str(page)),
+        ],
         capture_output=True,
         text=True,
         check=False,
