@@ -194,15 +194,15 @@ def test_a_table_locked_on_the_source_delays_no_neighbour(pair: Pair) -> None:
     pair.both("CREATE TABLE t (id integer PRIMARY KEY); CREATE TABLE free (id integer PRIMARY KEY)")
     for table in ("t", "free"):
         pair.add_target(table, mode="async")
-    pair.source.sql("INSERT INTO t SELECT generate_series(1, 300)")
+    pair.source.sql("INSERT INTO t SELECT generate_series(1, 3000)")
     other = pair.source.connect()
     other.execute("BEGIN; LOCK TABLE t")
     pair.source.sql("INSERT INTO free VALUES (1)")
-    with WorkerProcess(pair.source, constants={"bulk.MIN_ROWS": 100}):
+    with WorkerProcess(pair.source, constants={"bulk.MIN_ROWS": 2000}):
         wait_until(lambda: pair.target.rows("free") == ["(1)"])
         assert pair.target.rows("t") == []
         other.execute("COMMIT")
-        wait_until(lambda: pair.target.one("SELECT count(*) FROM t") == 300)
+        wait_until(lambda: pair.target.one("SELECT count(*) FROM t") == 3000)
 
 
 def test_targets_come_and_go_while_it_runs(pair: Pair) -> None:
@@ -374,11 +374,11 @@ def test_a_role_that_may_not_read_the_mapping_leaves_the_copy_to_replay(pair: Pa
 def test_an_operator_may_run_it(pair: Pair, queue: int) -> None:
     operator = pair.source.role("worker_operator")
     pair.source.sql(f"SELECT tbl_repl.grant_access('{operator}', 'operator')")
-    with WorkerProcess(dsns=(dsn_of(pair.source, operator),), constants={"bulk.MIN_ROWS": 50}) as worker:
+    with WorkerProcess(dsns=(dsn_of(pair.source, operator),), constants={"bulk.MIN_ROWS": 2000}) as worker:
         pair.source.sql("INSERT INTO t VALUES (0, 'x')")
         arrives(pair.target, 1)
-        pair.source.sql("INSERT INTO t SELECT i, 'x' FROM generate_series(1, 100) AS i")
-        arrives(pair.target, 101)
+        pair.source.sql("INSERT INTO t SELECT i, 'x' FROM generate_series(1, 3000) AS i")
+        arrives(pair.target, 3001)
         assert not worker.events("drainer failed")
         assert not worker.events("source failed")
 
@@ -764,13 +764,13 @@ def test_killed_in_the_middle_of_a_batch_the_tables_become_equal(pair: Pair, que
 @pytest.mark.parametrize("point", [name for name in failpoint.POINTS if name.startswith("copy")])
 def test_killed_at_any_step_of_a_copy_the_tables_become_equal(pair: Pair, queue: int, point: str) -> None:
     """A large batch; and nothing is applied over what is newer."""
-    pair.source.sql("INSERT INTO t SELECT i, 'x' FROM generate_series(1, 300) AS i")
-    constants = {"bulk.MIN_ROWS": 100}
+    pair.source.sql("INSERT INTO t SELECT i, 'x' FROM generate_series(1, 3000) AS i")
+    constants = {"bulk.MIN_ROWS": 2000}
     with WorkerProcess(
         pair.source, env={"TBL_REPL_FAIL_AT": point}, constants=constants, wait=False
     ) as worker:
         assert worker.ended() == -signal.SIGKILL
-    pair.source.sql("UPDATE t SET v = 'newer' WHERE id <= 150; DELETE FROM t WHERE id > 290")
+    pair.source.sql("UPDATE t SET v = 'newer' WHERE id <= 150; DELETE FROM t WHERE id > 2900")
     with WorkerProcess(pair.source, constants=constants):
         same(pair)
         drained(pair)

@@ -48,6 +48,12 @@ SHORTEST_LOOK_SECONDS = 0.002
 LONGEST_LOOK_SECONDS = 0.05
 """How often a watcher that is awake looks at the servers that are idle."""
 
+HUNG_SECONDS = 0.5
+"""How long a drainer has to be at work until somebody looks whether it hangs."""
+
+LONGEST_PAUSE_SECONDS = 0.02
+"""How far apart a drainer begins small batches when there is always something to do."""
+
 FIRST_RETRY_SECONDS = 0.1
 LONGEST_RETRY_SECONDS = 30.0
 
@@ -111,6 +117,7 @@ class Drainer(threading.Thread):
         self.stop = stop
         self.observer = observer
         self.busy = False
+        self.busy_since = 0.0
         self.rest_until = 0.0
         self.pid: int | None = None
         self._copies = copies
@@ -132,6 +139,7 @@ class Drainer(threading.Thread):
     def wake(self, due: bool = False) -> None:
         """Something may be queued; due: something is.  Called by one thread only."""
         self._due = due
+        self.busy_since = time.monotonic()
         self.busy = True
         self._wanted.set()
 
@@ -170,26 +178,20 @@ class Drainer(threading.Thread):
     def drain(self) -> None:
         """Replay until nothing is left that can be shipped now."""
         connection = self._connected()
-        done = 0
+        done = streak = 0
         while not self.stop.is_set():
             self._warning = None
             begun = time.monotonic()
-            moved = self._ship_by_copy(connection, begun)
-            if moved:
-                done += moved
-                continue
             retry = begun >= self._quarantine_due
             failpoint.reached("before replay")
-            row = connection.execute(
-                "SELECT clock_timestamp() AS since, tbl_repl._replay(%s, %s, %s, %s::int[]) AS rows",
-                (
-                    self.server,
-                    self.options.batch_rows,
-                    retry,
-                    None if self._copies is None else list(self._copies),
-                ),
-            ).fetchone()
-            assert row is not None
+            row = self._replay(connection, retry, leave_large=begun >= self._bulk_due)
+            moved: int | None = 0
+            if row["rows"] < 0:
+                moved = self._ship_by_copy(connection, begun)
+                if moved:
+                    done += moved
+                    continue
+                row = self._replay(connection, retry, leave_large=False)
             failpoint.reached("after replay")
             rows = int(row["rows"])
             sqlstate, why = self._warning or (None, "")
@@ -197,6 +199,12 @@ class Drainer(threading.Thread):
                 self._report(rows, time.monotonic() - begun, sqlstate)
             if rows:
                 done += rows
+                streak += 1
+                if streak > 1:
+                    # Under load few batches of many rows cost less than many of few; who has waited for the
+                    # first change after a quiet time has not been delayed.
+                    pause = min(LONGEST_PAUSE_SECONDS, SHORTEST_LOOK_SECONDS * 2**streak)
+                    self.stop.wait(max(0.0, begun + pause - time.monotonic()))
                 continue
             if retry:
                 self._quarantine_due = begun + QUARANTINE_SECONDS
@@ -217,10 +225,23 @@ class Drainer(threading.Thread):
             self._connection.close()
             self._connection = None
 
+    def _replay(self, connection: Connection, retry: bool, leave_large: bool) -> Row:
+        row = connection.execute(
+            "SELECT clock_timestamp() AS since, tbl_repl._replay(%s, %s, %s, %s::int[], %s) AS rows",
+            (
+                self.server,
+                self.options.batch_rows,
+                retry,
+                None if self._copies is None else list(self._copies),
+                leave_large,
+            ),
+            prepare=True,
+        ).fetchone()
+        assert row is not None
+        return row
+
     def _ship_by_copy(self, connection: Connection, begun: float) -> int | None:
         """Rows shipped by COPY, 0: no batch is large enough; None: it did not work."""
-        if begun < self._bulk_due:
-            return 0
         moved = bulk.ship(connection, self.server, bulk.MIN_ROWS)
         if moved is None:
             self._bulk_due = begun + BULK_PAUSE_SECONDS
@@ -236,6 +257,8 @@ class Drainer(threading.Thread):
     def _connected(self) -> Connection:
         if self._connection is None or self._connection.closed:
             self._connection = settle(connect(self.dsn, f"worker {self.server}"))
+            # a position that a crash takes back only means that the same is shipped again
+            self._connection.execute("SET synchronous_commit = off")
             self._connection.add_notice_handler(self._on_notice)
             self.pid = self._connection.info.backend_pid
         return self._connection
@@ -415,8 +438,11 @@ class Watcher(threading.Thread):
         connection.execute("LISTEN tbl_repl")
         pause = SHORTEST_LOOK_SECONDS
         self._everybody_due = 0.0
+        just_looked = False
         while not self.stop.is_set():
-            self._wake(connection)
+            if not just_looked:
+                self._wake(connection)
+            just_looked = False
             self._cancel_hung(connection)
             if not self._all_settled(pause):
                 pause = min(pause * 2, LONGEST_LOOK_SECONDS)
@@ -432,6 +458,7 @@ class Watcher(threading.Thread):
                 if wait > 0:
                     self._sleep(connection, wait)
                     self._wake(connection)
+                just_looked = True
             finally:
                 if not connection.closed:
                     self._try(connection, "pg_advisory_unlock")
@@ -473,7 +500,13 @@ class Watcher(threading.Thread):
         until = time.monotonic() + seconds
         while not self.stop.is_set():
             left = until - time.monotonic()
-            if left <= 0 or any(connection.notifies(timeout=min(left, 0.2), stop_after=1)):
+            if left <= 0:
+                return
+            if any(connection.notifies(timeout=min(left, 0.2), stop_after=1)):
+                if len(self.drainers) == 1:
+                    for drainer in self.drainers.values():  # most likely it is meant: no need to ask
+                        if drainer.ready:
+                            drainer.wake()
                 return
 
     @staticmethod
@@ -495,10 +528,12 @@ class Watcher(threading.Thread):
 
     def _cancel_hung(self, connection: Connection) -> None:
         """From PostgreSQL 16 on nothing else bounds connecting by dblink."""
-        if connection.info.server_version < 160000 or not any(d.busy for d in self.drainers.values()):
+        now = time.monotonic()
+        if connection.info.server_version < 160000 or not any(
+            d.busy and now - d.busy_since > HUNG_SECONDS for d in self.drainers.values()
+        ):
             self._connecting.clear()
             return
-        now = time.monotonic()
         seen: dict[tuple[int, int], float] = {}
         for row in connection.execute("SELECT * FROM tbl_repl._connecting()"):
             who = (int(row["pid"]), int(row["lock_key"]))
