@@ -551,6 +551,7 @@ def test_sent_in_another_order_it_is_still_of_one_snapshot(pair: Pair) -> None:
     pair.drain()
     # the child moves to a new parent, the old one goes: deletes first fail
     pair.source.sql("INSERT INTO p VALUES (2); UPDATE c SET p = 2; DELETE FROM p WHERE id = 1")
+    pair.source.sql("INSERT INTO p SELECT generate_series(101, 1200)")  # no small batch, which is read anew
     reader = pair.target.connect()
     reader.execute("BEGIN; SELECT FROM p WHERE id = 1 FOR UPDATE")
     drainer = start(pair.source.connect(), "SELECT tbl_repl.replay()")

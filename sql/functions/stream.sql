@@ -8,16 +8,19 @@
 -- as last counted together: the present size over an old count would tell nothing.
 CREATE OR REPLACE FUNCTION tbl_repl._chunk_rows(source_table regclass)
 RETURNS integer
-LANGUAGE sql STABLE
+LANGUAGE plpgsql STABLE
 SET search_path = pg_catalog, pg_temp
 AS $function$
-    SELECT coalesce(greatest(1, least(tbl_repl._rows_per_message(),
-               2000000 / (sum((c.relpages + coalesce(t.relpages, 0))::numeric * current_setting('block_size')::int) / sum(c.reltuples)::numeric)))::integer,
-           tbl_repl._rows_per_message())
-    FROM (SELECT source_table AS relid UNION SELECT t.relid FROM pg_partition_tree(source_table) AS t) AS p
-    JOIN pg_class AS c ON c.oid = p.relid
-    LEFT JOIN pg_class AS t ON t.oid = c.reltoastrelid
-    WHERE c.reltuples > 0 AND c.relpages > 0
+BEGIN
+    RETURN coalesce(
+        (SELECT greatest(1, least(tbl_repl._rows_per_message(),
+                    2000000 / (sum((c.relpages + coalesce(t.relpages, 0))::numeric * current_setting('block_size')::int) / sum(c.reltuples)::numeric)))::integer
+         FROM (SELECT source_table AS relid UNION SELECT t.relid FROM pg_partition_tree(source_table) AS t) AS p
+         JOIN pg_class AS c ON c.oid = p.relid
+         LEFT JOIN pg_class AS t ON t.oid = c.reltoastrelid
+         WHERE c.reltuples > 0 AND c.relpages > 0),
+        tbl_repl._rows_per_message());
+END
 $function$;
 COMMENT ON FUNCTION tbl_repl._chunk_rows(regclass) IS 'rows of a table that make a message of bounded size';
 
