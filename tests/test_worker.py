@@ -596,7 +596,7 @@ def test_a_second_worker_waits_and_takes_over(pair: Pair, queue: int) -> None:
         falls_asleep(pair.source)
         pair.source.sql("INSERT INTO t VALUES (2, 'y')")
         arrives(pair.target, 2)
-        assert second.events("batch")
+        wait_until(lambda: second.events("batch"))
 
 
 def test_once_drains_and_ends(pair: Pair, queue: int) -> None:
