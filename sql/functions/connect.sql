@@ -134,6 +134,7 @@ DECLARE
     holder    integer;
     older     text;
     answer    text;
+    lease     text;
     stale     integer[];
     lease_ms  numeric := extract(epoch FROM timeout) * 1000;
     lease_end timestamptz;
@@ -183,16 +184,19 @@ BEGIN
             SET default_transaction_isolation = 'read committed'; SET tbl_repl.origin = %L;
             SELECT pg_catalog.json_build_object(
                 'now', extract(epoch FROM pg_catalog.clock_timestamp()),
+                'receipts', %s,
                 'older', (SELECT pg_catalog.json_agg(pg_catalog.json_build_object('pid', a.pid, 'name', a.application_name))
                           FROM pg_catalog.pg_stat_activity AS a
                           WHERE a.datname = pg_catalog.current_database() AND a.usename = current_user
                             AND a.pid <> pg_catalog.pg_backend_pid()
                             AND pg_catalog.starts_with(a.application_name, %L)))
-            $message$, own_name, ceil(lease_ms * 0.9), ceil(lease_ms * 0.8), node, format('tbl_repl %s ', node)), deadline);
+            $message$, own_name, ceil(lease_ms * 0.9), ceil(lease_ms * 0.8), node, tbl_repl._may_leave_receipts(),
+            format('tbl_repl %s ', node)), deadline);
         -- Rounded down: the lease may end early, never late.
-        PERFORM tbl_repl._call(conn, format(
-            'PREPARE tbl_repl_lease (float8) AS SELECT 1 / (pg_catalog.date_part(''epoch'', pg_catalog.clock_timestamp()) < $1 + (%s))::int',
-            round((answer::json ->> 'now')::numeric - extract(epoch FROM clock_timestamp()), 6)), deadline);
+        lease := format('pg_catalog.date_part(''epoch'', pg_catalog.clock_timestamp()) < $1 + (%s)',
+                        round((answer::json ->> 'now')::numeric - extract(epoch FROM clock_timestamp()), 6));
+        PERFORM tbl_repl._call(conn, format('PREPARE tbl_repl_lease (float8) AS SELECT 1 / (%s)::int; %s', lease,
+                                            tbl_repl._prepare_receipt(lease, (answer::json ->> 'receipts')::boolean)), deadline);
         SELECT array_agg((o ->> 'pid')::integer), bool_or(m[2] IS DISTINCT FROM started OR m[1]::integer <> pg_backend_pid())
         INTO stale, foreign_lease
         FROM json_array_elements(CASE json_typeof(answer::json -> 'older') WHEN 'array' THEN answer::json -> 'older' ELSE '[]' END) AS o

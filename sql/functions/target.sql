@@ -177,7 +177,7 @@ COMMENT ON FUNCTION tbl_repl._resolve(regclass, text, text, text) IS
 
 -- _remote_facts(conn, schema, name, deadline): what the target's catalogs say of the table, as jsonb:
 -- columns [{name, type, base, category, length, notnull, identity, generated, fuzzy, equals, has_default}], keys (unique
--- indexes an upsert may use), unique (column lists of all others), referenced, writable, kind, version.
+-- indexes an upsert may use), unique (column lists of all others), referenced, writable, kind, version, extension, receipts.
 CREATE OR REPLACE FUNCTION tbl_repl._remote_facts(
     conn       text,
     dst_schema name,
@@ -203,6 +203,7 @@ BEGIN
                                   OR r.confrelid = c.oid AND r.contype = 'f' AND r.confdeltype <> 'a'),
             'extension', EXISTS (SELECT FROM pg_class AS e JOIN pg_namespace AS x ON x.oid = e.relnamespace
                                  WHERE x.nspname = 'tbl_repl' AND e.relname = 'target_state'),
+            'receipts', %s,
             'columns', (
                 SELECT jsonb_agg(jsonb_build_object(
                     'name', a.attname, 'type', format_type(a.atttypid, -1), 'base', b.typname, 'category', b.typcategory,
@@ -235,7 +236,7 @@ BEGIN
                         JOIN pg_attribute AS a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[n]) AS k
                      WHERE i.indrelid = c.oid AND (i.indisunique OR i.indisexclusion) AND k.columns IS NOT NULL))
         FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
-        WHERE n.nspname = %L AND c.relname = %L$remote$, dst_schema, dst_name), deadline);
+        WHERE n.nspname = %L AND c.relname = %L$remote$, tbl_repl._may_leave_receipts(), dst_schema, dst_name), deadline);
     IF answer NOT LIKE '{%' THEN
         RAISE EXCEPTION USING
             ERRCODE = 'undefined_table',
@@ -394,6 +395,7 @@ BEGIN
     target.remote := facts || jsonb_build_object('unique',
         (SELECT coalesce(jsonb_agg(u), '[]') FROM jsonb_array_elements(facts -> 'unique') AS u
          WHERE NOT (u @> to_jsonb(target.dst_keys) AND u <@ to_jsonb(target.dst_keys))));
+    target.receipts := (facts ->> 'receipts')::boolean;
     RETURN target;
 END
 $function$;
