@@ -82,7 +82,7 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._prepare_receipt(text, boolean) IS
     'prepares on a target the statement that leaves a receipt';
 
--- Which run of this server we are in.  NULL while another session is just giving it a name: receipts without one
+-- Which run of this server we are in.  NULL while another transaction is giving it a name: receipts without one
 -- are healed as those of another run are.  One that is rolled back after all names a run that never was: the same.
 CREATE OR REPLACE FUNCTION tbl_repl._boot()
 RETURNS uuid
@@ -338,6 +338,9 @@ BEGIN
         DELETE FROM tbl_repl.boot;
     END IF;
     current := tbl_repl._boot();
+    IF current IS NULL THEN
+        RETURN true;  -- in a moment
+    END IF;
 
     -- Those in tbl_repl.doubt have been queued by an earlier call, which has committed.
     SELECT json_agg(r) INTO settled

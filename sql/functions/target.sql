@@ -518,6 +518,7 @@ BEGIN
     PERFORM tbl_repl._rebuild_neighbours(target);
     PERFORM tbl_repl._prepare_now(target);
     PERFORM tbl_repl._rank_sources();
+    PERFORM tbl_repl._boot();
     IF initial_copy = 'now' THEN
         -- By the flush at our commit: were we to roll back, nothing may be there.
         INSERT INTO tbl_repl.stash (source_id, target_id, op, row_count) VALUES (source.source_id, target.target_id, 'C', 1);
@@ -729,7 +730,8 @@ BEGIN
         column_map = target.column_map, row_filter = target.row_filter, operations = target.operations,
         on_conflict = target.on_conflict, version_column = target.version_column, forward = target.forward,
         timeout = target.timeout, sent_columns = target.sent_columns, sent_exprs = target.sent_exprs,
-        filter_expr = target.filter_expr, dst_keys = target.dst_keys, remote = target.remote, generation = target.generation
+        filter_expr = target.filter_expr, dst_keys = target.dst_keys, remote = target.remote, generation = target.generation,
+        receipts = target.receipts
     WHERE t.target_id = _alter_target.target_id;
     IF old.mode = 'async' AND target.mode <> 'async' THEN
         PERFORM tbl_repl._leave_async(old);
