@@ -132,6 +132,14 @@ DECLARE
     own  xid8 := pg_current_xact_id();
     last record;
 BEGIN
+    -- the usual case, in one query
+    SELECT s.txid, s.receipts, b.id AS boot INTO last
+    FROM tbl_repl.shipped AS s, tbl_repl.boot AS b
+    WHERE s.target_id = _receipt.target_id AND s.pid = pg_backend_pid() AND s.txid <> own AND s.receipts = 1;
+    IF FOUND AND part = 0 THEN
+        RETURN format('; EXECUTE tbl_repl_receipt(%s, %s, ''%s'', ''%s'', 0, %L, ''%s'', false)', extract(epoch FROM deadline)::numeric, target_id,
+                      last.boot, own, keys, last.txid);
+    END IF;
     SELECT s.txid, s.receipts INTO last
     FROM tbl_repl.shipped AS s WHERE s.target_id = _receipt.target_id AND s.pid = pg_backend_pid();
     RETURN format('; EXECUTE tbl_repl_receipt(%s, %s, %L, %L, %s, %L, %L, %L)', extract(epoch FROM deadline)::numeric, target_id,
