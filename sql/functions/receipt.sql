@@ -295,7 +295,7 @@ BEGIN
                bool_or(EXISTS (SELECT FROM tbl_repl.doubt AS b WHERE b.target_id = t.target_id)) AS healing
         FROM tbl_repl.target AS t JOIN tbl_repl.target_state AS st USING (target_id) JOIN pg_foreign_server AS f ON f.srvname = t.server
         WHERE (_resolve_receipts.server IS NULL OR t.server = _resolve_receipts.server) AND t.receipts
-          AND (t.mode <> 'async' OR EXISTS (SELECT FROM tbl_repl.shipped AS s WHERE s.target_id = t.target_id))
+          AND (t.mode <> 'async' OR EXISTS (SELECT FROM tbl_repl.shipped AS s WHERE s.target_id = t.target_id AND s.receipts > 0))
         GROUP BY f.oid, t.server, t.owner, t.timeout
         ORDER BY 2
     LOOP
