@@ -82,6 +82,7 @@ def test_status_shows_every_target(pair: Pair, target: int) -> None:
         "pending_rows": 0,
         "rows_shipped": 1,
         "last_error": None,
+        "lag": None,
     }.items() <= row.items()
 
 
@@ -90,6 +91,8 @@ def test_status_ends_with_1_while_something_is_wrong(pair: Pair, target: int, pr
     (row,) = as_json(pair, "status", code=1)
     assert (row["status"], row["pending_rows"]) == ("queueing", 1)
     assert row["last_error"] and row["oldest_pending_at"]
+    assert row["lag"] > 0, "seconds"
+    assert re.search(r"\bqueueing +1 +\d+\.\d s\b", verb(pair, "status", code=1))
 
 
 def test_status_of_several_databases(trio: Pair) -> None:

@@ -48,8 +48,8 @@ def test_single_rows_go_through_prepared_statements(pair: Pair) -> None:
     conn.execute("UPDATE t SET v = 'y'")
     conn.execute("DELETE FROM t")
     log = pair.target.cluster.log(mark)
-    assert re.search(r"EXECUTE tbl_repl_u1_\d+ \('1', 'y'\)", log)
-    assert re.search(r"EXECUTE tbl_repl_d1_\d+ \('1'\)", log)
+    assert re.search(r"EXECUTE tbl_repl_u1_\d+ \(\d+\.\d+, '1', 'y'\)", log)
+    assert re.search(r"EXECUTE tbl_repl_d1_\d+ \('\d+\.\d+', '1'\)", log)
     assert "statement: PREPARE" not in log
 
 

@@ -322,3 +322,24 @@ class Machine(RuleBasedStateMachine):
 def test_every_history_converges(pair: Pair, proxy: Proxy, mode: str, capture: str) -> None:
     machine = type("History", (Machine,), {"scene": Scene(pair, proxy, mode, capture)})
     run_state_machine_as_test(machine, settings=settings())
+
+
+# --- histories that went wrong once
+
+
+@pytest.mark.parametrize("capture", ["statement", "row"])
+@pytest.mark.parametrize("mode", ["tolerant", "async"])
+def test_replay_beside_an_open_transaction_that_has_truncated(
+    pair: Pair, proxy: Proxy, mode: str, capture: str
+) -> None:
+    """It waited for the tables, without end, for that transaction was not going to end before it."""
+    scene = Scene(pair, proxy, mode, capture)
+    scene.reset()
+    scene.away()
+    scene.do("INSERT INTO child SELECT g, 5, 'x', 0 FROM generate_series(0, 4) g ON CONFLICT DO NOTHING")
+    scene.proxy.set("pass")
+    scene.begin("READ COMMITTED")
+    scene.do("TRUNCATE parent, child, alone")
+    pair.source.sql("SET statement_timeout = '30 s'")
+    scene.replay(1)
+    scene.check()

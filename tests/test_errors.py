@@ -148,9 +148,20 @@ def test_same_target_twice(tables: Pair) -> None:
         lambda: tables.add_target("t", columns=["id"], row_filter="n > 1"),
         hint="alter_target",
     )
+    for node in tables.nodes:
+        node.sql("ALTER TABLE t ADD other integer NOT NULL DEFAULT 0, ADD UNIQUE (id, other)")
+    refused(tables, "42710", lambda: tables.add_target("t", key_columns=["id", "other"]), hint="alter_target")
     tables.target.sql("CREATE TABLE u (LIKE t INCLUDING ALL)")
     second = tables.add_target("t", dst_table="u")
     refused(tables, "42710", lambda: tables.call("alter_target", target_id=second, dst_table="t"), hint=None)
+
+
+def test_alter_target_of_a_table_that_was_dropped(tables: Pair) -> None:
+    target = tables.add_target("t")
+    tables.source.sql("DROP TABLE t CASCADE")
+    refused(tables, "42P01", lambda: tables.call("alter_target", target_id=target), hint="drop_target")
+    tables.call("drop_target", target_id=target)
+    assert tables.source.sql("SELECT * FROM tbl_repl.target_status") == []
 
 
 def test_source_and_server_must_be_given(tables: Pair) -> None:
@@ -397,17 +408,19 @@ def schema_dump(node: Node) -> str:
     return re.sub(r"(?m)^\\(un)?restrict .*$", "", pg_dump(node, "--schema-only"))
 
 
-def test_a_plain_dump_by_the_owner_keeps_targets_and_queue(tables: Pair) -> None:
+@pytest.mark.parametrize("role", ["owner", "postgres"])
+def test_a_plain_dump_keeps_targets_and_queue_whoever_restores_it(tables: Pair, role: str) -> None:
+    """Restored by a superuser, the extension is his; the owner of the targets goes on all the same."""
     tables.target.sql("CREATE TABLE u (LIKE t INCLUDING ALL)")
     direct = tables.add_target("t", row_filter="n < 100", column_map={"v": "upper(v)"})
     queued = tables.add_target("t", dst_table="u", mode="async")
     tables.call("pause_target", target_id=direct)
     tables.source.sql("INSERT INTO t VALUES (2, 'queued', 2), (3, 'queued', 3); DELETE FROM t WHERE id = 1")
     text = pg_dump(tables.source)
-    restored = Node(tables.source.cluster)
+    restored = Node(tables.source.cluster, extension=role == "owner")
     try:
         command = [str(restored.cluster.server.bindir / "psql"), "-X", "-q", "-h", str(restored.cluster.socket_dir),
-                   "-p", str(restored.cluster.port), "-U", "owner", restored.dbname]  # fmt: skip
+                   "-p", str(restored.cluster.port), "-U", role, restored.dbname]  # fmt: skip
         done = subprocess.run(
             command, input=text, capture_output=True, text=True, env={"PGPASSWORD": "secret"}, check=False
         )

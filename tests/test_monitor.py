@@ -169,6 +169,28 @@ def test_errors_are_logged_and_what_is_queued_is_shown_as_sql(tables: Pair) -> N
     assert status(tables, target, "status") == ("ok",)
 
 
+def test_the_error_log_is_bounded_and_nobody_waits_for_that(tables: Pair) -> None:
+    target = tables.add_target(TABLE)
+    fail = (
+        "SELECT count(tbl_repl._log_error(%s, NULL, '23514', n::text, NULL, NULL, NULL)) FROM generate_series(%s::int, %s::int) n"
+    )
+    tables.source.sql("INSERT INTO tbl_repl.error (target_id, sqlstate, message) SELECT %s, '1', '1' FROM generate_series(1, 999)", [target])
+    tables.source.sql(fail, [target, 1, 2500])
+    assert 1000 <= tables.source.one("SELECT count(*) FROM tbl_repl.error_log") < 1300
+    assert tables.source.one("SELECT count(*) FROM tbl_repl.error_log WHERE message::int > 1500") == 1000
+    with tables.source.connect() as one, tables.source.connect() as two, tables.source.connect() as old:
+        old.execute("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT 1")
+        one.execute("BEGIN")
+        one.execute(fail, [target, 3001, 3400])
+        two.execute("SET statement_timeout = '10 s'")
+        two.execute(fail, [target, 3401, 3800])
+        one.execute("COMMIT")
+        old.execute(fail, [target, 3801, 4200])
+        old.execute("COMMIT")
+    tables.source.sql(fail, [target, 4201, 4600])
+    assert 1000 <= tables.source.one("SELECT count(*) FROM tbl_repl.error_log") < 1300
+
+
 def test_sync_err_rec_is_what_a_replay_will_run(tables: Pair) -> None:
     """An archive gets no DELETE, a filtered target no TRUNCATE; what is shown leads to what replay leads to."""
     tables.source.sql(f"INSERT INTO {TABLE} SELECT i, 'x', i FROM generate_series(1, 6) i")

@@ -1,7 +1,7 @@
 """Receipts: what a target has committed and the source has not is found and healed without anybody asking.
 
 The window between the two commits is held open by a deferred trigger that comes after the flush: it queues
-itself anew for more rounds than the flush waits.
+itself anew for more rounds than the flush waits while others write.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ LATE = """
 CREATE TABLE late (n integer);
 CREATE FUNCTION late() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
-    IF NEW.n < 8 THEN
+    IF NEW.n < 120 THEN
         INSERT INTO late VALUES (NEW.n + 1);
     ELSIF current_setting('test.late') = 'raise' THEN
         RAISE EXCEPTION USING ERRCODE = 'P0099', MESSAGE = 'too late';

@@ -58,8 +58,16 @@ def test_a_single_row_is_sent_as_the_prepared_form_of_what_is_shown(pair: Pair) 
     pair.source.fresh("INSERT INTO t VALUES (1, 'a')")
     shown = pair.source.one(f"SELECT tbl_repl.explain_target({target})")
     prepared = next(s for s in sent(pair) if s.startswith("PREPARE tbl_repl_u"))
-    assert shown.replace("('1', 'a')", "($1, $2)") in prepared
-    assert re.search(rf"EXECUTE tbl_repl_u{target}_\d+ \('1', 'a'\)", "\n".join(sent(pair)))
+    # $1 is the deadline
+    assert shown.replace("('1', 'a')", "($2, $3)") in prepared
+    assert re.search(rf"EXECUTE tbl_repl_u{target}_\d+ \('infinity', '1', 'a'\)", "\n".join(sent(pair)))
+    # once connected, without detours
+    conn = pair.source.connect()
+    for statement in ("UPDATE t SET v = 'b'", "UPDATE t SET v = 'd'", "DELETE FROM t"):
+        conn.execute(statement)
+    text = "\n".join(sent(pair))
+    assert re.search(rf"EXECUTE tbl_repl_u{target}_\d+ \(\d+\.\d+, '1', 'd'\)", text)
+    assert re.search(rf"EXECUTE tbl_repl_d{target}_\d+ \('\d+\.\d+', '1'\)", text)
 
 
 def test_explain_target_sends_and_changes_nothing(pair: Pair) -> None:

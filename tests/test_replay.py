@@ -11,6 +11,7 @@ import psycopg
 import pytest
 
 from support import Node, Pair, Proxy, wait_until
+from support.background import start
 
 
 def replay(pair: Pair, server: str | None = None, max_rows: int = 10000) -> int:
@@ -150,12 +151,15 @@ def test_a_cancelled_replay_leaves_no_remote_transaction_behind(pair: Pair) -> N
         )
     )
     conn.cancel()
-    # the cancel is kept back until the fate of the message is known
-    wait_until(lambda: not thread.is_alive() or blocker.execute("ROLLBACK") is not None)
-    thread.join(20)
+    # at once, for nothing is committed by that message; what it has locked there goes when the lock comes
+    thread.join(3)
     assert [error.sqlstate for error in errors] == ["57014"]
-    assert not pair.target.admin(
-        "SELECT pid FROM pg_stat_activity WHERE application_name LIKE 'tbl_repl%' AND state LIKE 'idle in transaction%'"
+    blocker.execute("ROLLBACK")
+    wait_until(
+        lambda: not pair.target.admin(
+            "SELECT pid FROM pg_stat_activity WHERE application_name LIKE 'tbl_repl%'"
+            " AND (state LIKE 'idle in transaction%' OR wait_event_type = 'Lock')"
+        )
     )
     conn.execute("CALL tbl_repl.drain()")
     conn.execute("INSERT INTO t VALUES (11, 'direct')")
@@ -263,6 +267,29 @@ def test_a_dead_server_does_not_hold_up_the_others(trio: Pair) -> None:
     last_error = trio.source.one("SELECT last_error FROM tbl_repl.target_status WHERE target_id = %s", [dead])
     assert last_error.startswith("08")
     assert trio.source.one("SELECT count(*) FROM tbl_repl.error_log WHERE target_id = %s", [well]) == 0
+
+
+@pytest.mark.parametrize("copy", ["none", "background"])
+def test_a_table_locked_on_the_source_is_left_for_later_and_hurts_no_other(pair: Pair, copy: str) -> None:
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY); CREATE TABLE free (id integer PRIMARY KEY)")
+    pair.source.sql("INSERT INTO t VALUES (0)")
+    locked = pair.add_target("t", mode="async", initial_copy=copy)
+    pair.add_target("free", mode="async")
+    pair.source.sql("DELETE FROM t; INSERT INTO t VALUES (1); INSERT INTO free VALUES (1)")
+    conn = pair.source.connect()
+    heard = notices(conn)
+    with transaction(pair.source) as other:
+        other.execute("LOCK TABLE t")
+        conn.execute("SET statement_timeout = '20 s'")  # so that a failure ends
+        assert conn.execute("SELECT tbl_repl.replay()").fetchone() == (1,)
+        assert pair.target.rows("free") == ["(1)"]
+        assert pair.target.rows("t") == []
+    assert heard == [f"WARNING 55P03: target {locked}: the table is locked on the source"]
+    assert pair.source.one("SELECT last_error FROM tbl_repl.target_status WHERE target_id = %s", [locked]) == (
+        "55P03: the table is locked on the source"
+    )
+    pair.drain()
+    pair.assert_same("t")
 
 
 def test_the_first_replay_after_a_restart_of_the_target_ships(pair: Pair) -> None:
@@ -453,6 +480,83 @@ def test_a_position_from_another_cluster_is_not_believed(pair: Pair) -> None:
     pair.assert_same("t")
     assert answers[-1] == 0
     assert pair.pending(target_id) == 0
+
+
+def together(pair: Pair) -> tuple[int, int]:
+    """Async targets of two tables on one server; each holds ten rows."""
+    pair.both("CREATE TABLE a (id integer PRIMARY KEY); CREATE TABLE b (id integer PRIMARY KEY)")
+    targets = tuple(pair.add_target(table, mode="async") for table in "ab")
+    pair.source.sql("INSERT INTO a SELECT generate_series(1, 10); INSERT INTO b SELECT generate_series(1, 10)")
+    pair.drain()
+    return targets  # type: ignore[return-value]
+
+
+def counts(pair: Pair) -> tuple[int, int]:
+    return pair.target.sql("SELECT (SELECT count(*) FROM a), (SELECT count(*) FROM b)")[0]  # type: ignore[return-value]
+
+
+def waits_for_a_lock(node: Node, query: str) -> None:
+    wait_until(
+        lambda: node.admin(
+            "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+            " AND query LIKE %s",
+            [query],
+        )
+    )
+
+
+def test_a_table_with_nothing_queued_is_not_left_behind(pair: Pair) -> None:
+    """It is written with the other one, after replay has looked what is queued and before it reads."""
+    first, _ = together(pair)
+    pair.source.sql("INSERT INTO a VALUES (11)")
+    shipper = pair.source.connect()
+    shipper.execute("SELECT pg_advisory_lock_shared(tbl_repl._lock_ship(), %s)", [first])
+    drainer = start(pair.source.connect(), "SELECT tbl_repl.replay()")
+    waits_for_a_lock(pair.source, "SELECT tbl_repl.replay%")
+    pair.source.sql("INSERT INTO a VALUES (12); INSERT INTO b VALUES (11)")
+    shipper.execute("SELECT pg_advisory_unlock_all()")
+    drainer.result(10)
+    assert counts(pair) in [(11, 10), (12, 11)]
+    pair.drain()
+    assert counts(pair) == (12, 11)
+
+
+def test_what_is_queued_and_its_state_are_of_one_snapshot(pair: Pair) -> None:
+    """Both tables are written after replay has listed what is queued, while the target's TRUNCATE waits."""
+    together(pair)
+    pair.source.sql("TRUNCATE a")
+    reader = pair.target.connect()
+    reader.execute("BEGIN; SELECT FROM a")
+    drainer = start(pair.source.connect(), "SELECT tbl_repl.replay()")
+    waits_for_a_lock(pair.target, "%TRUNCATE%")
+    pair.source.sql("INSERT INTO a VALUES (1); INSERT INTO b VALUES (11)")
+    reader.execute("ROLLBACK")
+    drainer.result(10)
+    assert counts(pair) == (0, 10)
+    pair.drain()
+    assert counts(pair) == (1, 11)
+
+
+def test_sent_in_another_order_it_is_still_of_one_snapshot(pair: Pair) -> None:
+    """The first attempt fails on a foreign key of the target; what commits meanwhile is not half in the second."""
+    pair.both("CREATE TABLE p (id integer PRIMARY KEY); CREATE TABLE q (id integer PRIMARY KEY)")
+    pair.both("CREATE TABLE c (id integer PRIMARY KEY, p integer REFERENCES p)")
+    for table in "pcq":
+        pair.add_target(table, mode="async")
+    pair.source.sql("INSERT INTO p VALUES (1); INSERT INTO c VALUES (1, 1); INSERT INTO q VALUES (1)")
+    pair.drain()
+    # the child moves to a new parent, the old one goes: deletes first fail
+    pair.source.sql("INSERT INTO p VALUES (2); UPDATE c SET p = 2; DELETE FROM p WHERE id = 1")
+    reader = pair.target.connect()
+    reader.execute("BEGIN; SELECT FROM p WHERE id = 1 FOR UPDATE")
+    drainer = start(pair.source.connect(), "SELECT tbl_repl.replay()")
+    waits_for_a_lock(pair.target, "%DELETE%")
+    pair.source.sql("UPDATE c SET p = NULL; DELETE FROM q")
+    reader.execute("ROLLBACK")
+    drainer.result(10)
+    assert pair.target.sql("SELECT p, (SELECT count(*) FROM q) FROM c") == [(2, 1)]
+    pair.drain()
+    assert pair.target.sql("SELECT p, (SELECT count(*) FROM q) FROM c") == [(None, 0)]
 
 
 # --- the queue's space
@@ -651,6 +755,72 @@ def test_resync_queues_every_row_behind_what_is_queued(pair: Pair) -> None:
     assert pair.status(target_id) == "queueing"
     pair.source.sql("UPDATE t SET v = 'y' WHERE id = 1")
     assert pair.target.one("SELECT v FROM t WHERE id = 1") == "spoilt"
+    pair.drain()
+    pair.assert_same("t")
+    assert pair.status(target_id) == "ok"
+
+
+# --- a target that is slow
+
+SLOW = """
+CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep({seconds}); RETURN NEW; END $$;
+CREATE TRIGGER slow BEFORE INSERT OR UPDATE ON t FOR EACH ROW WHEN (NEW.v = 'slow') EXECUTE FUNCTION slow();
+"""
+
+
+@pytest.mark.parametrize("mode", ["tolerant", "async"])
+def test_a_batch_too_slow_for_the_timeout_goes_in_smaller_messages(pair: Pair, mode: str) -> None:
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY, v text)")
+    target_id = pair.add_target("t", mode=mode, timeout="0.5 s")
+    pair.target.sql(SLOW.format(seconds=0.002))
+    pair.source.sql("INSERT INTO t SELECT g, 'slow' FROM generate_series(1, 1200) g")
+    pair.drain()
+    pair.assert_same("t")
+    assert quarantined(pair) == []
+    assert (pair.status(target_id), pair.pending(target_id)) == ("ok", 0)
+
+
+def test_a_row_too_slow_for_the_timeout_goes_into_quarantine(pair: Pair) -> None:
+    target_id = async_table(pair, timeout="0.3 s")
+    pair.target.sql(SLOW.format(seconds=20))
+    pair.source.sql("INSERT INTO t SELECT g, CASE g WHEN 77 THEN 'slow' ELSE 'x' END FROM generate_series(1, 1200) g")
+    pair.source.sql("INSERT INTO t VALUES (5000, 'slow')")
+    pair.drain()
+    pair.assert_same("t", where="v <> 'slow'")
+    assert [row[:2] for row in quarantined(pair)] == [({"id": 5000}, "57014"), ({"id": 77}, "57014")]
+    assert (pair.status(target_id), pair.pending(target_id)) == ("ok", 0)
+    pair.source.sql("UPDATE t SET v = 'x' WHERE id = 77")
+    pair.drain()
+    assert [row[0] for row in quarantined(pair)] == [{"id": 5000}]
+    pair.target.sql("DROP TRIGGER slow ON t")
+    pair.drain()
+    assert quarantined(pair) == []
+    pair.assert_same("t")
+
+
+def test_rows_too_slow_are_tried_again_one_by_one(pair: Pair) -> None:
+    async_table(pair, timeout="0.2 s")
+    pair.target.sql(SLOW.format(seconds=20))
+    for i in range(2):
+        pair.source.sql("INSERT INTO t VALUES (%s, 'slow')", [i])
+        pair.drain()
+    before = sum(row[2] for row in quarantined(pair))
+    assert replay(pair) == 0
+    assert sum(row[2] for row in quarantined(pair)) == before + 1
+
+
+def test_a_target_too_slow_for_any_row_fails_and_its_neighbours_go_on(pair: Pair) -> None:
+    target_id = async_table(pair, timeout="0.2 s")
+    pair.both("CREATE TABLE n (id integer PRIMARY KEY)")
+    pair.add_target("n", mode="async", timeout="0.2 s")
+    pair.target.sql(SLOW.format(seconds=20))
+    pair.source.sql("INSERT INTO t SELECT g, 'slow' FROM generate_series(1, 60) g; INSERT INTO n VALUES (1)")
+    pair.drain()
+    pair.assert_same("n")
+    assert (pair.status(target_id), pair.pending(target_id)) == ("failed", 60)
+    assert quarantined(pair) == []
+    assert "57014" in pair.source.one("SELECT last_error FROM tbl_repl.target_status WHERE target_id = %s", [target_id])
+    pair.target.sql("DROP TRIGGER slow ON t")
     pair.drain()
     pair.assert_same("t")
     assert pair.status(target_id) == "ok"
@@ -977,6 +1147,55 @@ def test_truncate_of_one_of_two_sources_leaves_the_rows_of_the_other(pair: Pair)
     pair.source.sql("TRUNCATE u")
     pair.drain()
     assert pair.target.rows("t") == []
+
+
+@pytest.mark.parametrize("mode", ["tolerant", "async"])
+@pytest.mark.parametrize("change", ["filter", "second source", "moved there"])
+def test_a_queued_truncate_is_not_lost_to_a_filter_or_a_second_source(pair: Pair, mode: str, change: str) -> None:
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY, v text)")
+    pair.source.sql("CREATE TABLE b (id integer PRIMARY KEY, v text); INSERT INTO b VALUES (100, 'b')")
+    pair.source.sql("INSERT INTO t SELECT g, 'x' FROM generate_series(1, 5) g")
+    target_id = pair.add_target("t", mode=mode)
+    pair.target.sql("CREATE TABLE elsewhere (id integer PRIMARY KEY, v text)")
+    if change == "moved there":
+        other = pair.add_target("b", dst_table="elsewhere", mode="async")
+    pair.drain()
+    pair.call("pause_target", target_id=target_id)
+    pair.source.sql("TRUNCATE t; INSERT INTO t VALUES (7, 'x')")
+
+    def alter() -> None:
+        if change == "filter":
+            pair.call("alter_target", target_id=target_id, row_filter="id < 50")
+        elif change == "second source":
+            pair.add_target("b", dst_table="t", mode="async", initial_copy="background")
+        else:
+            pair.call("alter_target", target_id=other, dst_table="t")
+            pair.call("resync_target", target_id=other)
+
+    with pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState) as caught:
+        alter()
+    assert "drain" in str(caught.value.diag.message_hint)
+    pair.call("resume_target", target_id=target_id)
+    pair.drain()
+    alter()
+    pair.source.sql("INSERT INTO t VALUES (8, 'x')")
+    pair.drain()
+    pair.source.sql("TRUNCATE t")  # from now on with its keys
+    alter_again = {"filter": "id < 60"}.get(change)
+    if alter_again:
+        pair.call("alter_target", target_id=target_id, row_filter=alter_again)
+    pair.drain()
+    assert pair.target.rows("t") == ([] if change == "filter" else ["(100,b)"])
+
+
+def test_a_truncate_of_the_same_transaction_is_not_lost_to_a_filter(pair: Pair) -> None:
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY)")
+    target_id = pair.add_target("t")
+    pair.source.sql("INSERT INTO t VALUES (1)")
+    with pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState), transaction(pair.source) as conn:
+        conn.execute("TRUNCATE t")
+        conn.execute("SELECT tbl_repl.alter_target(%s, row_filter => 'id < 50')", [target_id])
+    pair.assert_same("t")
 
 
 def test_truncate_of_a_leaf_leaves_the_other_partitions(pair: Pair) -> None:

@@ -102,6 +102,12 @@ def test_nothing_is_adopted() -> None:
     assert not [s for s in statements() if re.match(r"CREATE SCHEMA IF NOT EXISTS", s, re.I)]
 
 
+def test_no_quote_is_escaped_by_a_backslash() -> None:
+    """Refused while a session has backslash_quote off, or a client_encoding such as GBK or SJIS."""
+    found = re.findall(r"[^\n]*(?<!\\)(?:\\\\)*\\'(?!')[^\n]*", build_script(ROOT))
+    assert found == []
+
+
 @pytest.mark.parametrize("pattern", FORBIDDEN)
 def test_nothing_forbidden(pattern: str) -> None:
     found = re.findall(rf"[^\n]*{pattern}[^\n]*", without_comments(build_script(ROOT)), re.I)

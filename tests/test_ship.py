@@ -331,7 +331,7 @@ def test_a_failed_deferred_constraint_reaches_no_target(pair: Pair, kind: str, m
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("depth", [1, 4])
+@pytest.mark.parametrize("depth", [1, 2, 4, 9])
 def test_deferred_checks_behind_deferred_triggers_come_before_shipping(
     pair: Pair, depth: int, mode: str
 ) -> None:

@@ -275,6 +275,45 @@ def test_a_healthy_target_that_has_to_try_another_way_is_not_held_up_by_a_hung_o
 
 
 @pytest.mark.parametrize("rows", [1, 1500])
+@pytest.mark.parametrize("fault", ["hung", "locked", "hung and locked"])
+def test_the_waiting_for_several_bad_targets_does_not_add_up(trio: Pair, fault: str, rows: int) -> None:
+    assert trio.third
+    trio.both("CREATE TABLE t (id integer PRIMARY KEY, v text)")
+    servers = [trio.join(trio.source, trio.target, f"bad_{n}") for n in range(3)]
+    for n, server in enumerate(servers):
+        trio.target.sql(f"CREATE TABLE t_{n} (LIKE t INCLUDING ALL)")
+        trio.add_target("t", server, dst_table=f"t_{n}", timeout="2 s")
+    healthy = trio.add_target("t", trio.third_server, timeout="2 s")
+    conn = warm(trio)
+    conn.execute("INSERT INTO t SELECT g, 'x' FROM generate_series(1, 1500) g")
+    pids: list[int] = []
+    holder = trio.target.connect()
+    holder.execute("BEGIN")
+    try:
+        if fault == "hung and locked":
+            holder.execute("LOCK TABLE t_1, t_2")
+        elif fault == "locked":
+            holder.execute("LOCK TABLE t_0, t_1, t_2")
+        if fault == "hung":
+            pids = hang(trio, conn)
+        elif fault == "hung and locked":
+            pids = hang(trio, conn)[:1]
+            for pid in trio.target.backends(f"tbl_repl % {conn.info.backend_pid}.%")[1:]:
+                os.kill(pid, signal.SIGCONT)
+        with within(2 + SLACK):
+            conn.execute(f"UPDATE t SET v = 'y' WHERE id <= {rows}")
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+    trio.assert_same("t", there=trio.third)
+    assert trio.status(healthy) == "ok"
+    holder.execute("ROLLBACK")
+    trio.drain()
+    for n in range(3):
+        trio.assert_same("t", f"t_{n}")
+
+
+@pytest.mark.parametrize("rows", [1, 1500])
 def test_a_hung_sync_target_fails_the_transaction_everywhere(trio: Pair, rows: int) -> None:
     assert trio.third
     replicate(trio, mode="sync")

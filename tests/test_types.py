@@ -178,6 +178,26 @@ def test_settings_of_the_target_change_no_value(pair: Pair) -> None:
     assert there.execute(query).fetchall() == pair.source.sql(query)
 
 
+@pytest.mark.parametrize(
+    "setting", ["client_encoding = 'GBK'", "client_encoding = 'SJIS'", "backslash_quote = off"]
+)
+def test_sessions_that_take_no_escaped_quote_may_write(pair: Pair, setting: str) -> None:
+    r"""In a client's encoding where \ can be part of a character, PostgreSQL refuses \' in literals."""
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY, v text)")
+    target_id = pair.add_target("t", mode="sync")
+    conn = pair.source.connect()
+    conn.execute(f"SET {setting}")
+    conn.execute("INSERT INTO t VALUES (1, E'\\\\ ''\u6f22'), (2, 'b')")
+    pair.assert_same("t")
+    conn.execute("SELECT tbl_repl.pause_target(%s)", [target_id])
+    conn.execute("UPDATE t SET v = v || E'\\\\'")
+    conn.execute("SELECT tbl_repl.resume_target(%s)", [target_id])
+    conn.execute("CALL tbl_repl.drain()")
+    pair.assert_same("t")
+    assert conn.execute("SELECT * FROM tbl_repl.compare_target(%s)", [target_id]).fetchall() == []
+    assert [row for row in conn.execute("SELECT * FROM tbl_repl.check()").fetchall() if row[1] == "error"] == []
+
+
 KEYS = {
     "date": ["'infinity'", "'-infinity'", "'0044-03-15 BC'", "'2024-12-11'", "'2024-11-12'"],
     "timestamptz": ["'infinity'", "'2024-10-27 02:30:00+01'", "'2024-10-27 02:30:00+02'", "'0001-01-01 BC'"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import threading
 from collections.abc import Iterator
@@ -189,6 +190,21 @@ def test_a_failed_target_delays_no_neighbour_on_its_server(pair: Pair, queue: in
         assert (pair.status(bad), count(pair.target, "bad")) == ("ok", 1), "a person need not wait"
 
 
+def test_a_table_locked_on_the_source_delays_no_neighbour(pair: Pair) -> None:
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY); CREATE TABLE free (id integer PRIMARY KEY)")
+    for table in ("t", "free"):
+        pair.add_target(table, mode="async")
+    pair.source.sql("INSERT INTO t SELECT generate_series(1, 300)")
+    other = pair.source.connect()
+    other.execute("BEGIN; LOCK TABLE t")
+    pair.source.sql("INSERT INTO free VALUES (1)")
+    with WorkerProcess(pair.source, constants={"bulk.MIN_ROWS": 100}):
+        wait_until(lambda: pair.target.rows("free") == ["(1)"])
+        assert pair.target.rows("t") == []
+        other.execute("COMMIT")
+        wait_until(lambda: pair.target.one("SELECT count(*) FROM t") == 300)
+
+
 def test_targets_come_and_go_while_it_runs(pair: Pair) -> None:
     pair.both(TABLE)
     pair.both("CREATE TABLE u (id integer PRIMARY KEY)")
@@ -277,7 +293,9 @@ def test_a_worker_at_work_is_not_notified(pair: Pair, queue: int) -> None:
     """NOTIFY takes a lock of the whole cluster at commit: it is for the one who sleeps."""
     with pair.source.connect() as listener, WorkerProcess(pair.source, options=NEVER):
         listener.execute("LISTEN tbl_repl")
+        falls_asleep(pair.source)
         with held(pair.target, "LOCK TABLE t"):
+            wait_until(lambda: asleep(pair.source))
             pair.source.sql("INSERT INTO t VALUES (0, 'wakes it')")
             waits_for_lock(pair.target)
             heard = len(list(listener.notifies(timeout=0)))
@@ -414,6 +432,8 @@ def test_a_second_signal_interrupts_the_batch(pair: Pair, queue: int, signum: si
         wait_until(lambda: worker.events("stopping"))
         worker.send(signum)
         assert worker.ended() == 1
+        # nor does its session on the source go on waiting, for the timeout of the target
+        wait_until(lambda: pair.source.backends("tbl-repl worker%") == [], 5)
         assert pair.pending(queue) == 1
     pair.drain()
     pair.assert_same("t")
@@ -467,7 +487,9 @@ def test_once_says_by_its_exit_code_that_something_is_left(trio: Pair) -> None:
     proxy.set("pass")
     trio.target.sql("ALTER TABLE t ADD CHECK (id < 3)")
     trio.source.sql("INSERT INTO t VALUES (3, 'rejected')")
-    assert tbl_repl(*program, dsn_of(trio.source)).returncode == 1
+    done = tbl_repl(*program, dsn_of(trio.source))
+    assert done.returncode == 1
+    assert re.search(r"left target=\d+ server=target_server status=ok pending=0 quarantined=1", done.stderr)
     trio.target.sql("ALTER TABLE t DROP CONSTRAINT t_id_check")
     assert tbl_repl(*program, dsn_of(trio.source)).returncode == 0
 

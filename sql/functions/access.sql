@@ -51,3 +51,24 @@ AS $function$
     SELECT r.rolname FROM pg_namespace AS n JOIN pg_roles AS r ON r.oid = n.nspowner WHERE n.nspname = 'tbl_repl'
 $function$;
 COMMENT ON FUNCTION tbl_repl._owner() IS 'the role that has installed tbl_repl';
+
+-- pg_dump tells who owns a target and the functions generated for it, but not who owned the extension: restored by
+-- another role, that role does, and every write to a replicated table would fail for want of rights.  So whoever
+-- loads definitions as owner of the extension lets their owners go on; nobody else can grant anything here.
+CREATE OR REPLACE FUNCTION tbl_repl._admit_owner()
+RETURNS trigger
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+BEGIN
+    IF NEW.owner <> current_user AND pg_has_role(current_user, tbl_repl._owner(), 'USAGE') THEN
+        PERFORM tbl_repl.grant_access(r.oid::regrole, 'operator') FROM pg_roles AS r
+        WHERE r.rolname = NEW.owner AND NOT has_table_privilege(r.oid, 'tbl_repl.stash', 'INSERT');
+    END IF;
+    RETURN NULL;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._admit_owner() IS
+    'lets the owner of a restored target run it, where another role has restored the extension';
+CREATE OR REPLACE TRIGGER admit_owner AFTER INSERT ON tbl_repl.target
+    FOR EACH ROW EXECUTE FUNCTION tbl_repl._admit_owner();

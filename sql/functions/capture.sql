@@ -21,6 +21,8 @@ DECLARE
     body      text;
     store     text;
     truncated text;
+    quick     integer := tbl_repl._quick_target(source_id);
+    native    text;
 BEGIN
     SELECT * INTO STRICT source FROM tbl_repl.source AS s WHERE s.source_id = _capture_sql.source_id;
     key_s := tbl_repl._key_text(source.key_columns, 's');
@@ -38,14 +40,26 @@ BEGIN
     INTO direct, queued, filter
     FROM tbl_repl.target AS t WHERE t.source_id = source.source_id;
 
+    IF source.capture = 'statement' AND cardinality(source.key_columns) = 1
+       AND tbl_repl._has_exact_key(source.source_table, source.key_columns) THEN
+        SELECT format('%s[]', p.type) INTO native FROM tbl_repl._key_parts(source.source_table, source.key_columns) AS p;
+    END IF;
+
     store := concat_ws(E'\n    ',
         CASE WHEN direct THEN format(
             $piece$IF current_setting('transaction_isolation') = 'serializable' THEN
         PERFORM tbl_repl._queue_serializable(%1$s, {op}, {keys});
     ELSE
-        INSERT INTO tbl_repl.stash (source_id, op, keys, row_count) VALUES (%1$s, {op}, {keys}, coalesce(cardinality({keys}), 1));
-        INSERT INTO tbl_repl.flush DEFAULT VALUES ON CONFLICT DO NOTHING;
-    END IF;$piece$, source.source_id) END,
+        IF cardinality({keys}) = 1 AND %2$L THEN
+            INSERT INTO tbl_repl.flush (target_id, op, key) VALUES (%3$L, {op}, {keys}[1]) ON CONFLICT DO NOTHING;
+            stored := FOUND;
+        END IF;
+        IF NOT stored THEN
+            INSERT INTO tbl_repl.stash (source_id, op, keys, row_count) VALUES (%1$s, {op}, {keys}, coalesce(cardinality({keys}), 1));
+            INSERT INTO tbl_repl.flush DEFAULT VALUES ON CONFLICT DO NOTHING;
+        END IF;
+        stored := false;
+    END IF;$piece$, source.source_id, quick IS NOT NULL, quick) END,
         CASE WHEN queued THEN format(
             $piece$INSERT INTO tbl_repl.change (segment, source_id, op, keys, row_count)
     VALUES ((SELECT h.segment FROM tbl_repl.queue_head AS h), %1$s, {op}, {keys}, coalesce(cardinality({keys}), 1));
@@ -60,7 +74,12 @@ BEGIN
             E'    IF TG_OP = ''INSERT'' THEN\n        ', tbl_repl._collect_sql(format('array_agg(%s)', key_s), 'changed', 'new_rows', filter),
             E'\n    ELSIF TG_OP = ''DELETE'' THEN\n        ', tbl_repl._collect_sql(format('array_agg(%s)', key_s), 'changed', 'old_rows', filter),
             E'\n    ELSE\n        ',
-            CASE WHEN filter IS NULL
+            CASE WHEN filter IS NULL AND native IS NOT NULL
+                 -- compared as they are: text is needed of one list only
+                 THEN format(E'SELECT (SELECT array_agg(s.%1$I) FROM new_rows AS s), (SELECT array_agg(s.%1$I) FROM old_rows AS s) INTO new_keys, old_keys;'
+                             '\n        changed := new_keys::text[];'
+                             '\n        former := CASE WHEN old_keys = new_keys THEN changed ELSE old_keys::text[] END;', source.key_columns[1])
+                 WHEN filter IS NULL
                  -- one query costs less than two
                  THEN format('SELECT (SELECT array_agg(%1$s) FROM new_rows AS s), (SELECT array_agg(%1$s) FROM old_rows AS s) INTO changed, former;', key_s)
                  ELSE concat_ws(E'\n        ', tbl_repl._collect_sql(format('array_agg(%s)', key_s), 'changed', 'new_rows', filter),
@@ -96,7 +115,8 @@ BEGIN
         E'\n#variable_conflict use_column\nDECLARE\n',
         -- a variable: an expression over TG_OP would be planned anew at every call
         E'    op "char" := left(TG_OP, 1);\n',
-        E'    changed text[];\n    former text[];\nBEGIN\n',
+        E'    changed text[];\n    former text[];\n    stored boolean := false;\n',
+        CASE WHEN native IS NOT NULL THEN format(E'    new_keys %1$s;\n    old_keys %1$s;\n', native) END, E'BEGIN\n',
         E'    IF current_setting(''tbl_repl.origin'', true) <> '''' THEN RETURN NULL; END IF;\n', truncated, E'\n', body,
         E'\n    IF changed IS NOT NULL THEN\n    ',
         replace(replace(store, '{op}', 'op'), '{keys}', 'changed'),

@@ -5,8 +5,8 @@
 -- the same writer is gone, or its lease over, before a new one sends anything.
 --
 -- A connection outlives a rolled back transaction and a setting does not, so no fact about a
--- connection is kept on this side: the offset of the target's clock sits in a prepared statement of the
--- remote session, everything else in the connection's name.
+-- connection is kept on this side: the offset of the target's clock is a setting (tbl_repl.clock) of the
+-- remote session, everything else is in the connection's name.
 
 -- dblink may be installed in any schema; these are bound when they are created, and inlined.
 CREATE OR REPLACE FUNCTION tbl_repl._dblink_connect(conn text, conninfo text) RETURNS text
@@ -134,7 +134,6 @@ DECLARE
     holder    integer;
     older     text;
     answer    text;
-    lease     text;
     stale     integer[];
     lease_ms  numeric := extract(epoch FROM timeout) * 1000;
     lease_end timestamptz;
@@ -193,10 +192,10 @@ BEGIN
             $message$, own_name, ceil(lease_ms * 0.9), ceil(lease_ms * 0.8), node, tbl_repl._may_leave_receipts(),
             format('tbl_repl %s ', node)), deadline);
         -- Rounded down: the lease may end early, never late.
-        lease := format('pg_catalog.date_part(''epoch'', pg_catalog.clock_timestamp()) < $1 + (%s)',
-                        round((answer::json ->> 'now')::numeric - extract(epoch FROM clock_timestamp()), 6));
-        PERFORM tbl_repl._call(conn, format('PREPARE tbl_repl_lease (float8) AS SELECT 1 / (%s)::int; %s', lease,
-                                            tbl_repl._prepare_receipt(lease, (answer::json ->> 'receipts')::boolean)), deadline);
+        PERFORM tbl_repl._call(conn, format(
+            'SET tbl_repl.clock = %L; PREPARE tbl_repl_lease (float8) AS SELECT %s; %s',
+            round((answer::json ->> 'now')::numeric - extract(epoch FROM clock_timestamp()), 6), tbl_repl._in_time('$1'),
+            tbl_repl._prepare_receipt((answer::json ->> 'receipts')::boolean)), deadline);
         SELECT array_agg((o ->> 'pid')::integer), bool_or(m[2] IS DISTINCT FROM started OR m[1]::integer <> pg_backend_pid())
         INTO stale, foreign_lease
         FROM json_array_elements(CASE json_typeof(answer::json -> 'older') WHEN 'array' THEN answer::json -> 'older' ELSE '[]' END) AS o
@@ -274,6 +273,13 @@ LANGUAGE sql IMMUTABLE PARALLEL SAFE RETURN 1952607287;
 COMMENT ON FUNCTION tbl_repl._lock_spin() IS
     'class of the advisory lock spin: held by the one session that waits for an answer without sleeping';
 
+-- Runs on the target: fails (22012) once its clock has passed the deadline, given in seconds of ours.
+CREATE OR REPLACE FUNCTION tbl_repl._in_time(deadline text) RETURNS text
+LANGUAGE sql IMMUTABLE
+SET search_path = pg_catalog, pg_temp
+RETURN format('1 / (pg_catalog.date_part(''epoch'', pg_catalog.clock_timestamp()) < %s + pg_catalog.current_setting(''tbl_repl.clock'')::float8)::int', deadline);
+COMMENT ON FUNCTION tbl_repl._in_time(text) IS 'SQL expression that fails on the target after a deadline';
+
 -- _send(conn, message): sends without waiting.  Error 08006 when the connection is known to be dead,
 -- in which case nothing has been sent.
 CREATE OR REPLACE FUNCTION tbl_repl._send(conn text, message text)
@@ -296,11 +302,13 @@ COMMENT ON FUNCTION tbl_repl._send(text, text) IS 'sends a message over a connec
 -- connection is then closed.  An error of the target leaves the connection usable.
 -- A cancel that comes while we wait is kept back until the fate of the message is known, or its lease is
 -- over: given up earlier, the message could still take effect after something newer.  At commit it is
--- dropped, elsewhere raised afterwards.
+-- dropped, elsewhere raised afterwards.  harmless: the message commits nothing, so that a cancel ends the waiting at
+-- once, and with the connection everything that was sent in this remote transaction.
 CREATE OR REPLACE FUNCTION tbl_repl._receive(
     conn      text,
     deadline  timestamptz,
-    at_commit boolean DEFAULT false
+    at_commit boolean DEFAULT false,
+    harmless  boolean DEFAULT false
 )
 RETURNS text
 LANGUAGE plpgsql VOLATILE
@@ -311,11 +319,17 @@ DECLARE
     line     text;
     turn     timestamptz := clock_timestamp();
     previous timestamptz := turn;
-    spinning timestamptz := turn + interval '700 microseconds';
-    may_spin boolean := pg_try_advisory_lock(tbl_repl._lock_spin(), 0);
+    spinning timestamptz := turn + interval '500 microseconds';
+    in_vain  integer := coalesce(nullif(current_setting('tbl_repl.spins_in_vain', true), ''), '0')::integer;
+    may_spin boolean := in_vain = 0 AND pg_try_advisory_lock(tbl_repl._lock_spin(), 0);
     canceled boolean := false;
     code     text;
 BEGIN
+    -- Spinning is quickest, if the target has a processor to itself.  One session at a time, or they take the
+    -- processors from those they wait for; and who has spun in vain sleeps the next few times at once.
+    IF in_vain > 0 THEN
+        PERFORM set_config('tbl_repl.spins_in_vain', (in_vain - 1)::text, false);
+    END IF;
     LOOP
         LOOP
             BEGIN
@@ -323,23 +337,30 @@ BEGIN
                     turn := clock_timestamp();
                     IF turn > deadline THEN
                         EXIT;
-                    ELSIF NOT may_spin OR turn > spinning OR turn - previous > interval '1 millisecond' THEN
-                        -- one session spins, or they take the processors from those they wait for; a long
-                        -- turn means that somebody else needed this one
-                        spinning := turn;
+                    ELSIF NOT may_spin THEN
                         PERFORM pg_sleep(0.0005);
                         turn := clock_timestamp();
+                    ELSIF turn > spinning OR turn - previous > interval '1 millisecond' THEN
+                        -- a long turn means that somebody else needed this processor
+                        may_spin := false;
+                        PERFORM pg_advisory_unlock(tbl_repl._lock_spin(), 0);
+                        PERFORM set_config('tbl_repl.spins_in_vain', '4', false);
                     END IF;
                     previous := turn;
                 END LOOP;
                 EXIT;
             EXCEPTION WHEN query_canceled THEN
                 canceled := true;
+                EXIT WHEN harmless;
             END;
         END LOOP;
         IF may_spin THEN
             may_spin := false;
             PERFORM pg_advisory_unlock(tbl_repl._lock_spin(), 0);
+        END IF;
+        IF canceled AND harmless THEN
+            PERFORM tbl_repl._dblink_disconnect(conn);
+            EXIT;
         END IF;
         IF turn > deadline AND tbl_repl._dblink_is_busy(conn) = 1 THEN
             PERFORM tbl_repl._dblink_disconnect(conn);
@@ -370,7 +391,7 @@ BEGIN
     RETURN answer;
 END
 $function$;
-COMMENT ON FUNCTION tbl_repl._receive(text, timestamptz, boolean) IS
+COMMENT ON FUNCTION tbl_repl._receive(text, timestamptz, boolean, boolean) IS
     'waits for the answer to the message sent last, until the deadline';
 
 -- After an error the rest of the answer has to be read, or the connection stays busy.

@@ -70,16 +70,16 @@ COMMENT ON FUNCTION tbl_repl._may_leave_receipts() IS 'SQL condition that says o
 
 -- The statement that ends a message: it leaves the receipt and sees to the lease.  A connection on which none may
 -- be left (a right was taken away since the target was defined) knows it as one that sees to the lease only.
-CREATE OR REPLACE FUNCTION tbl_repl._prepare_receipt(lease text, allowed boolean)
+CREATE OR REPLACE FUNCTION tbl_repl._prepare_receipt(allowed boolean)
 RETURNS text
 LANGUAGE sql STABLE
 SET search_path = pg_catalog, pg_temp
 AS $function$
-    SELECT format('PREPARE tbl_repl_receipt (float8, integer, uuid, xid8, integer, text[], xid8, boolean) AS SELECT 1 / (%s%s)::int',
-                  CASE WHEN allowed THEN format('tbl_repl._leave_receipt(%L, %s, $2, $3, $4, $5, $6, $7, $8) AND ',
-                                                tbl_repl.node_name(), pg_backend_pid()) END, lease)
+    SELECT format('PREPARE tbl_repl_receipt (float8, integer, uuid, xid8, integer, text[], xid8, boolean) AS SELECT CASE WHEN %s THEN %s END',
+                  CASE WHEN allowed THEN format('tbl_repl._leave_receipt(%L, %s, $2, $3, $4, $5, $6, $7, $8)', tbl_repl.node_name(), pg_backend_pid())
+                       ELSE 'true' END, tbl_repl._in_time('$1'))
 $function$;
-COMMENT ON FUNCTION tbl_repl._prepare_receipt(text, boolean) IS
+COMMENT ON FUNCTION tbl_repl._prepare_receipt(boolean) IS
     'prepares on a target the statement that leaves a receipt';
 
 -- Which run of this server we are in.  NULL while another transaction is giving it a name: receipts without one
@@ -295,7 +295,6 @@ BEGIN
                bool_or(EXISTS (SELECT FROM tbl_repl.doubt AS b WHERE b.target_id = t.target_id)) AS healing
         FROM tbl_repl.target AS t JOIN tbl_repl.target_state AS st USING (target_id) JOIN pg_foreign_server AS f ON f.srvname = t.server
         WHERE (_resolve_receipts.server IS NULL OR t.server = _resolve_receipts.server) AND t.receipts
-          AND (t.mode <> 'async' OR EXISTS (SELECT FROM tbl_repl.shipped AS s WHERE s.target_id = t.target_id AND s.receipts > 0))
         GROUP BY f.oid, t.server, t.owner, t.timeout
         ORDER BY 2
     LOOP

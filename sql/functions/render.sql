@@ -1,8 +1,8 @@
 -- Render: from keys to the SQL for one target.
 --
--- For each target three thin functions are generated, owned by the target's owner and SECURITY DEFINER,
+-- For each target four thin functions are generated, owned by the target's owner and SECURITY DEFINER,
 -- because its filter, its map and its connection are his: render_N reads the state of some keys and says
--- it in SQL, page_N lists keys, connect_N opens the connection.  Shipping, explain_target and
+-- it in SQL, row_N the same for a single one, page_N lists keys, connect_N opens the connection.  Shipping, explain_target and
 -- sync_err_rec all go through render_N, so that what is shown is what is sent.
 
 CREATE OR REPLACE FUNCTION tbl_repl._dst_table(target tbl_repl.target)
@@ -217,7 +217,7 @@ BEGIN
                         ELSE %5$L || %6$s || ' WHERE ' || %7$s END;
     END IF;
     IF present = 1 AND tbl_repl_form = 'prepared' THEN
-        upserts := %8$L || rendered;
+        upserts := format(%8$L, substr(rendered, 2));
     ELSIF present > 0 THEN
         upserts := %9$L || rendered || %10$L;
     END IF;
@@ -234,16 +234,11 @@ $body$,
                    CASE WHEN target.filter_expr IS NOT NULL THEN ' END' END),
             source.source_table,
             tbl_repl._key_match(source.source_table, source.key_columns),
-            CASE WHEN cardinality(target.dst_keys) = 1
-                 THEN format('format(%L, gone[1])', format('EXECUTE tbl_repl_d%s_%s (%%L)', target_id, target.generation))
-                 ELSE format('format(%L, %s)', format('EXECUTE tbl_repl_d%s_%s (%s)', target_id, target.generation,
-                                                      array_to_string(array_fill('%L'::text, ARRAY[cardinality(target.dst_keys)]), ', ')),
-                             (SELECT string_agg(format('gone[1]::json ->> %s', n - 1), ', ' ORDER BY n)
-                              FROM generate_series(1, cardinality(target.dst_keys)) AS n)) END,
+            tbl_repl._execute_delete(target, 'gone[1]', '''infinity'''),
             format('DELETE FROM %s AS d', tbl_repl._dst_table(target)),
             replace(by_keys.from_expression, '{clause}', '''USING'''),
             by_keys.where_expression,
-            format('EXECUTE tbl_repl_u%s_%s ', target_id, target.generation),
+            format('EXECUTE tbl_repl_u%s_%s (''infinity'', %%s', target_id, target.generation),
             parts.head, parts.tail,
             CASE WHEN (target.remote ->> 'referenced')::boolean
                  THEN CASE WHEN aside IS NULL THEN 'NULL;'
@@ -317,7 +312,9 @@ BEGIN
         END IF;
         RETURN (SELECT array_agg(x.tbl_repl_key) FROM (
             SELECT %1$s AS tbl_repl_key FROM %2$s AS s WHERE %3$s AND (%5$s) ORDER BY %4$s LIMIT $2) AS x);
-    EXCEPTION WHEN OTHERS THEN
+    EXCEPTION WHEN lock_not_available THEN
+        RAISE;
+    WHEN OTHERS THEN
         -- The filter fails on a row; on which is found out where the keys are shipped.
         IF tbl_repl_after = '' THEN
             RETURN (SELECT array_agg(x.tbl_repl_key) FROM (
@@ -356,24 +353,108 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._connect_sql(integer) IS
     'text of connect_N, which connects to a target as its owner';
 
--- The prepared statements behind the form 'prepared'.
+-- An SQL expression (run here) that renders the deletion of one key by its prepared statement.
+CREATE OR REPLACE FUNCTION tbl_repl._execute_delete(target tbl_repl.target, key_name text, deadline_name text)
+RETURNS text
+LANGUAGE sql IMMUTABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT format('format(%L, %s, %s)',
+                  format('EXECUTE tbl_repl_d%s_%s (%s)', target.target_id, target.generation,
+                         array_to_string(array_fill('%L'::text, ARRAY[cardinality(target.dst_keys) + 1]), ', ')),
+                  deadline_name,
+                  CASE WHEN cardinality(target.dst_keys) = 1 THEN key_name
+                       ELSE (SELECT string_agg(format('%s::json ->> %s', key_name, n - 1), ', ' ORDER BY n)
+                             FROM generate_series(1, cardinality(target.dst_keys)) AS n) END)
+$function$;
+COMMENT ON FUNCTION tbl_repl._execute_delete(tbl_repl.target, text, text) IS
+    'SQL expression that renders the deletion of one key';
+
+-- _row_sql(target_id): CREATE FUNCTION row_N(key, deadline) -> the message that brings one row of the target up to
+-- date until the deadline, in seconds of our clock.  What render_N does for lists, for the usual case: one
+-- key, nothing planned, nothing aggregated.
+CREATE OR REPLACE FUNCTION tbl_repl._row_sql(target_id integer)
+RETURNS text
+LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT format($sql$CREATE OR REPLACE FUNCTION tbl_repl.%1$I(tbl_repl_key text, tbl_repl_deadline numeric)
+RETURNS text
+LANGUAGE plpgsql STABLE
+SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp%2$s%3$s
+SET enable_seqscan = off
+SET plan_cache_mode = force_generic_plan
+AS %4$L$sql$,
+        format('row_%s', t.target_id),
+        E'\n' || nullif((SELECT tbl_repl._text_settings(array_agg(coalesce(a.atttypid, 0)))
+                         FROM unnest(t.sent_exprs) AS e
+                         LEFT JOIN pg_attribute AS a ON a.attrelid = s.source_table AND e = format('s.%I', a.attname)
+                                                    AND a.attnum > 0 AND NOT a.attisdropped), ''),
+        tbl_repl._literal_setting(b.body), b.body)
+    FROM tbl_repl.target AS t JOIN tbl_repl.source AS s USING (source_id)
+    CROSS JOIN LATERAL (SELECT format($body$
+#variable_conflict use_column
+DECLARE
+    rendered text;
+BEGIN
+    SELECT %1$s INTO rendered FROM %2$s AS s WHERE %3$s;
+    IF rendered IS NULL THEN
+        RETURN %4$s;
+    END IF;
+    RETURN format(%5$L, tbl_repl_deadline, rendered);
+END
+$body$, format(CASE WHEN t.filter_expr IS NULL THEN '%s' ELSE 'CASE WHEN %2$s THEN %1$s END' END,
+               format('array_to_string(ARRAY[%s], '', '')',
+                      (SELECT string_agg(format('quote_nullable((%s)::text)', e), ', ' ORDER BY n)
+                       FROM unnest(t.sent_exprs) WITH ORDINALITY AS e (e, n))), t.filter_expr),
+            s.source_table,
+            replace(tbl_repl._key_match(s.source_table, s.key_columns), 'u.tbl_repl_key', format('row_%s.tbl_repl_key', t.target_id)),
+            tbl_repl._execute_delete(t, 'tbl_repl_key', 'tbl_repl_deadline'),
+            format('EXECUTE tbl_repl_u%s_%s (%%s, %%s)', t.target_id, t.generation)) AS body) AS b
+    WHERE t.target_id = _row_sql.target_id
+$function$;
+COMMENT ON FUNCTION tbl_repl._row_sql(integer) IS
+    'text of row_N, which says the state of one key in SQL for one target';
+
+-- The target of a table whose single rows ship quickly: its only direct one, without anything that needs more
+-- than one prepared statement a row.
+CREATE OR REPLACE FUNCTION tbl_repl._quick_target(source_id integer)
+RETURNS integer
+LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT min(t.target_id)
+    FROM tbl_repl.target AS t
+    WHERE t.source_id = _quick_target.source_id AND t.mode <> 'async'
+    HAVING count(*) = 1 AND bool_and(t.operations @> '{insert,update,delete,truncate}')
+       AND NOT bool_or(EXISTS (SELECT FROM jsonb_array_elements(t.remote -> 'columns') AS c
+                               WHERE c ->> 'identity' = 'a' AND c ->> 'name' = ANY (t.sent_columns::text[])))
+$function$;
+COMMENT ON FUNCTION tbl_repl._quick_target(integer) IS
+    'the target of a table to which single rows are shipped without detours, if there is one';
+
+-- The prepared statements of single rows.  $1: the deadline, looked at when everything is done, so that a message
+-- that waited for a lock, or on its way, undoes itself; they always return one row.
 CREATE OR REPLACE FUNCTION tbl_repl._prepare_sql(target tbl_repl.target)
 RETURNS text
 LANGUAGE sql STABLE
 SET search_path = pg_catalog, pg_temp
 AS $function$
-    SELECT format('PREPARE tbl_repl_u%1$s_%2$s AS %3$s(%4$s)%5$s; PREPARE tbl_repl_d%1$s_%2$s AS DELETE FROM %6$s AS d WHERE %7$s',
+    SELECT format('PREPARE tbl_repl_u%1$s_%2$s (float8) AS WITH d AS (%3$s(%4$s)%5$s RETURNING 1) %8$s; '
+                  'PREPARE tbl_repl_d%1$s_%2$s (float8) AS WITH d AS (DELETE FROM %6$s AS d WHERE %7$s RETURNING 1) %8$s',
                   target.target_id, target.generation, p.head,
-                  (SELECT string_agg('$' || n, ', ' ORDER BY n) FROM generate_series(1, cardinality(target.sent_columns)) AS n),
+                  (SELECT string_agg(format('$%s', n + 1), ', ' ORDER BY n) FROM generate_series(1, cardinality(target.sent_columns)) AS n),
                   p.tail, tbl_repl._dst_table(target),
-                  (SELECT string_agg(format('d.%I %s $%s%s', k.name, k.equals, k.n, CASE WHEN k.by_text THEN '::' || k.type END), ' AND ' ORDER BY k.n)
-                   FROM tbl_repl._dst_key_parts(target) AS k))
+                  (SELECT string_agg(format('d.%I %s $%s%s', k.name, k.equals, k.n + 1, CASE WHEN k.by_text THEN '::' || k.type END), ' AND ' ORDER BY k.n)
+                   FROM tbl_repl._dst_key_parts(target) AS k),
+                  format('SELECT %s FROM (SELECT pg_catalog.count(*) FROM d) AS done', tbl_repl._in_time('$1')))
     FROM tbl_repl._upsert_parts(target) AS p
 $function$;
 COMMENT ON FUNCTION tbl_repl._prepare_sql(tbl_repl.target) IS
     'PREPARE statements for the single-row messages of a target';
 
--- Creates or replaces render_N, page_N and connect_N; the owner of the definition owns them, and only
+-- Creates or replaces render_N, row_N, page_N and connect_N; the owner of the definition owns them, and only
 -- the owner of the extension may call them.
 CREATE OR REPLACE FUNCTION tbl_repl._rebuild_target(target_id integer)
 RETURNS void
@@ -384,6 +465,7 @@ DECLARE
     signature text;
 BEGIN
     EXECUTE tbl_repl._render_sql(target_id);
+    EXECUTE tbl_repl._row_sql(target_id);
     EXECUTE tbl_repl._page_sql(target_id);
     EXECUTE tbl_repl._connect_sql(target_id);
     FOREACH signature IN ARRAY tbl_repl._target_functions(target_id) LOOP
@@ -402,7 +484,8 @@ SET search_path = pg_catalog, pg_temp
 AS $function$
     SELECT ARRAY[format('tbl_repl.render_%s(text[], boolean, boolean, text)', target_id),
                  format('tbl_repl.page_%s(text, integer)', target_id),
-                 format('tbl_repl.connect_%s(text, timestamptz, timestamptz)', target_id)]
+                 format('tbl_repl.connect_%s(text, timestamptz, timestamptz)', target_id),
+                 format('tbl_repl.row_%s(text, numeric)', target_id)]
 $function$;
 COMMENT ON FUNCTION tbl_repl._target_functions(integer) IS
     'signatures of the functions generated for a target';

@@ -62,16 +62,19 @@ BEGIN
     -- Those that failed last come last: one bad target must not keep the others waiting.  A failed one has
     -- a turn of its own, or its backlog would fill the batches of its neighbours.  Where nothing is queued,
     -- there is only a status to settle or a quarantine to try: last, for their locks are held to the end.
+    -- Async targets come along with nothing queued yet: what commits until the snapshot is taken is shipped
+    -- for all of them or for none.  Their writers never wait for our locks.
     FOR lane IN
         SELECT array_agg(w.target_id ORDER BY w.target_id) AS targets
-        FROM (SELECT t.target_id, t.server, t.owner, t.timeout, st.status, st.last_error_at, st.last_shipped_at,
+        FROM (SELECT t.target_id, t.server, t.owner, t.timeout, t.mode, st.status, st.last_error_at, st.last_shipped_at,
                      st.copy_after IS NOT NULL OR tbl_repl._has_pending(t.target_id) AS queued
               FROM tbl_repl.target AS t JOIN tbl_repl.target_state AS st USING (target_id)
               WHERE (_replay.server IS NULL OR t.server = _replay.server) AND tbl_repl._may_replay(st)
                 AND (retry OR st.next_try_at IS NULL OR st.next_try_at <= clock_timestamp())) AS w
         CROSS JOIN LATERAL (SELECT retry AND EXISTS (SELECT FROM tbl_repl.quarantined AS q WHERE q.target_id = w.target_id) AS tries) AS q
-        WHERE w.queued OR w.status <> 'ok' OR q.tries
+        WHERE w.queued OR w.status <> 'ok' OR q.tries OR w.mode = 'async'
         GROUP BY w.server, w.owner, w.timeout, CASE WHEN w.status = 'failed' THEN w.target_id END
+        HAVING bool_or(w.queued OR w.status <> 'ok' OR q.tries)
         ORDER BY bool_or(w.queued) DESC, bool_or(q.tries) DESC,
                  max(w.last_error_at) FILTER (WHERE w.last_error_at > coalesce(w.last_shipped_at, '-infinity')) NULLS FIRST,
                  min(w.last_shipped_at) NULLS FIRST, min(w.target_id)
@@ -206,6 +209,67 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._position_after(pg_snapshot, pg_snapshot, xid8, xid8[]) IS
     'position of a target after a batch that ends at a transaction';
 
+-- _open_batch(targets, max_rows): what there is to do for the targets behind one connection: whole transactions
+-- up to max_rows.  variants: a cursor that opens the stream of their state, see _stream.
+-- STABLE: all of it, also what the cursors read later, is in the snapshot of the statement that calls.  Were
+-- the state read later than the list, a table that is not in the list would stay behind the others.
+CREATE OR REPLACE FUNCTION tbl_repl._open_batch(
+    targets  integer[],
+    max_rows integer,
+    OUT snapshot  pg_snapshot,
+    OUT cut       xid8,
+    OUT rows      bigint,
+    OUT complete  boolean,
+    OUT ops       jsonb,
+    OUT remaining xid8[],
+    OUT loads     tbl_repl.load[],
+    OUT variants  refcursor
+)
+LANGUAGE plpgsql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+#variable_conflict use_column
+DECLARE
+    listing text;
+BEGIN
+    SELECT format($query$
+            WITH q AS MATERIALIZED (%s),
+            per AS (SELECT q.txid, sum(q.row_count) AS n FROM q GROUP BY q.txid),
+            run AS (SELECT per.txid, sum(per.n) OVER (ORDER BY per.txid) AS total, row_number() OVER (ORDER BY per.txid) AS i FROM per),
+            cut AS (SELECT run.txid, run.total, run.i FROM run WHERE run.total <= $1 OR run.i = 1 ORDER BY run.i DESC LIMIT 1)
+            SELECT pg_current_snapshot() AS snapshot, cut.txid AS cut, cut.total AS rows,
+                   cut.i = (SELECT count(*) FROM run) AS complete,
+                   (SELECT jsonb_object_agg(o.target_id, o.ops) FROM (
+                        SELECT q.target_id, jsonb_agg(DISTINCT CASE WHEN q.op = 'T' AND NOT q.whole THEN 't' ELSE q.op::text END) AS ops
+                        FROM q WHERE q.txid <= cut.txid GROUP BY q.target_id) AS o) AS ops,
+                   (SELECT array_agg(run.txid) FROM run WHERE run.txid > cut.txid) AS remaining
+            FROM cut RIGHT JOIN (SELECT) AS one ON true$query$,
+            coalesce(string_agg(format('SELECT %s AS target_id, c.txid, c.op, c.keys IS NULL AS whole, c.row_count FROM %s',
+                                       t.target_id, tbl_repl._pending_from(t, st.position)), ' UNION ALL '),
+                     'SELECT 0 AS target_id, c.txid, c.op, true AS whole, c.row_count FROM tbl_repl.change AS c WHERE false'))
+    INTO listing
+    FROM tbl_repl.target AS t JOIN tbl_repl.target_state AS st USING (target_id)
+    WHERE t.target_id = ANY (targets) AND st.copy_after IS NULL;
+    EXECUTE listing INTO snapshot, cut, rows, complete, ops, remaining USING max_rows;
+    loads := '{}';
+    IF cut IS NULL THEN
+        RETURN;
+    END IF;
+    SELECT coalesce(array_agg(l), '{}') INTO loads
+    FROM tbl_repl.target AS t
+    JOIN tbl_repl.target_state AS st USING (target_id)
+    CROSS JOIN LATERAL (SELECT array_agg(o::"char") AS found FROM jsonb_array_elements_text(_open_batch.ops -> t.target_id::text) AS o WHERE o <> 't') AS o
+    CROSS JOIN LATERAL tbl_repl._loads(t, o.found, false,
+        tbl_repl._pending_from(t, st.position, CASE WHEN NOT _open_batch.complete THEN _open_batch.cut END)) AS l
+    WHERE t.target_id = ANY (targets) AND st.copy_after IS NULL AND _open_batch.ops ? t.target_id::text;
+    OPEN variants FOR
+        SELECT v.variant, tbl_repl._open_stream(_open_batch.loads, false, v.variant)
+        FROM unnest('{deletes first,upserts first,clear}'::text[]) AS v (variant);
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._open_batch(integer[], integer) IS
+    'what is queued for some targets, and the state of its rows in the same snapshot';
+
 -- _replay_lane(targets, max_rows, retry): one batch for the targets behind one connection.
 -- Connects before it locks: who writes is not turned away for a server that is out of reach.
 CREATE OR REPLACE FUNCTION tbl_repl._replay_lane(targets integer[], max_rows integer, retry boolean)
@@ -224,7 +288,7 @@ DECLARE
     failure   record;
     pages     jsonb := '{}';
     page      text[];
-    listing   text;
+    locked    integer[];
     started   timestamptz := clock_timestamp();
     error_text   text;
     error_detail text;
@@ -279,36 +343,19 @@ BEGIN
         RETURN 0;
     END IF;
 
-    -- What is there to do: one snapshot, whole transactions up to max_rows.
-    SELECT format($query$
-            WITH q AS MATERIALIZED (%s),
-            per AS (SELECT q.txid, sum(q.row_count) AS n FROM q GROUP BY q.txid),
-            run AS (SELECT per.txid, sum(per.n) OVER (ORDER BY per.txid) AS total, row_number() OVER (ORDER BY per.txid) AS i FROM per),
-            cut AS (SELECT run.txid, run.total, run.i FROM run WHERE run.total <= $1 OR run.i = 1 ORDER BY run.i DESC LIMIT 1)
-            SELECT pg_current_snapshot() AS snapshot, cut.txid AS cut, cut.total AS rows,
-                   cut.i = (SELECT count(*) FROM run) AS complete,
-                   (SELECT jsonb_object_agg(o.target_id, o.ops) FROM (
-                        SELECT q.target_id, jsonb_agg(DISTINCT CASE WHEN q.op = 'T' AND NOT q.whole THEN 't' ELSE q.op::text END) AS ops
-                        FROM q WHERE q.txid <= cut.txid GROUP BY q.target_id) AS o) AS ops,
-                   (SELECT array_agg(run.txid) FROM run WHERE run.txid > cut.txid) AS remaining
-            FROM cut RIGHT JOIN (SELECT) AS one ON true$query$,
-            coalesce(string_agg(format('SELECT %s AS target_id, c.txid, c.op, c.keys IS NULL AS whole, c.row_count FROM %s',
-                                       t.target_id, tbl_repl._pending_from(t, st.position)), ' UNION ALL '),
-                     'SELECT 0 AS target_id, c.txid, c.op, true AS whole, c.row_count FROM tbl_repl.change AS c WHERE false'))
-    INTO listing
-    FROM tbl_repl.target AS t JOIN tbl_repl.target_state AS st USING (target_id)
-    WHERE t.target_id = ANY (targets) AND st.copy_after IS NULL;
-    EXECUTE listing INTO batch USING max_rows;
-    handled := coalesce(batch.rows, 0);
-    IF batch.cut IS NOT NULL THEN
-        SELECT coalesce(array_agg(l), '{}') INTO loads
-        FROM tbl_repl.target AS t
-        JOIN tbl_repl.target_state AS st USING (target_id)
-        CROSS JOIN LATERAL (SELECT array_agg(o::"char") AS ops FROM jsonb_array_elements_text(batch.ops -> t.target_id::text) AS o WHERE o <> 't') AS o
-        CROSS JOIN LATERAL tbl_repl._loads(t, o.ops, false,
-            tbl_repl._pending_from(t, st.position, CASE WHEN NOT batch.complete THEN batch.cut END)) AS l
-        WHERE t.target_id = ANY (targets) AND st.copy_after IS NULL AND batch.ops ? t.target_id::text;
+    -- before the snapshot: its cursors lock what they read
+    locked := tbl_repl._lock_sources(ARRAY(SELECT st.target_id FROM tbl_repl.target_state AS st
+                                           WHERE st.target_id = ANY (targets)
+                                             AND (st.copy_after IS NOT NULL OR tbl_repl._has_pending(st.target_id))
+                                           ORDER BY st.target_id), lane.timeout);
+    IF cardinality(locked) > 0 THEN
+        targets := ARRAY(SELECT x FROM unnest(targets) AS x WHERE x <> ALL (locked));
+        RETURN CASE WHEN cardinality(targets) = 0 THEN 0 ELSE tbl_repl._replay_lane(targets, max_rows, retry) END;
     END IF;
+
+    batch := tbl_repl._open_batch(targets, max_rows);
+    loads := batch.loads;
+    handled := coalesce(batch.rows, 0);
 
     -- The initial copy in the background: the next page, what is queued comes after it.  Referenced tables first.
     FOR item IN
@@ -332,18 +379,22 @@ BEGIN
     -- Nothing else to do: what is in quarantine gets another chance.
     IF retry AND cardinality(loads) = 0 AND batch.cut IS NULL THEN
         SELECT coalesce(array_agg(ROW(q.target_id, s.fk_rank, format(
-                   'SELECT array_agg(q.key) AS keys FROM (SELECT key FROM tbl_repl.quarantined WHERE target_id = %s ORDER BY last_failed_at LIMIT %s) AS q HAVING count(*) > 0',
-                   -- together: they may be in each other's way
-                   q.target_id, greatest(max_rows, tbl_repl._rows_per_message())), true, false)::tbl_repl.load), '{}')
+                   'SELECT array_agg(q.key) AS keys FROM (SELECT key FROM tbl_repl.quarantined WHERE target_id = %s AND (sqlstate = ''57014'') = %L '
+                   'ORDER BY last_failed_at LIMIT %s) AS q HAVING count(*) > 0',
+                   -- together: they may be in each other's way; but those that take too long one by one, and in turn
+                   q.target_id, q.slow, CASE WHEN q.slow THEN 1 ELSE greatest(max_rows, tbl_repl._rows_per_message()) END), true, false)::tbl_repl.load), '{}')
         INTO loads
-        FROM (SELECT DISTINCT x.target_id FROM tbl_repl.quarantined AS x WHERE x.target_id = ANY (targets)) AS q
+        FROM (SELECT DISTINCT ON (x.target_id) x.target_id, x.sqlstate = '57014' AS slow
+              FROM tbl_repl.quarantined AS x WHERE x.target_id = ANY (targets) ORDER BY x.target_id, x.last_failed_at) AS q
         JOIN tbl_repl.target AS t USING (target_id) JOIN tbl_repl.source AS s USING (source_id);
         retrying := true;
     END IF;
 
     SELECT '{}'::integer[] AS broken INTO failure;
     IF cardinality(loads) > 0 THEN
-        failure := tbl_repl._apply(lane.target_id, lane.conn, lane.timeout, loads);
+        failure := tbl_repl._apply(lane.target_id, lane.conn, lane.timeout, loads,
+                                   -- pages were read later
+                                   CASE WHEN loads = batch.loads THEN batch.variants END);
         IF failure.code IS NOT NULL THEN
             PERFORM tbl_repl._lane_is_down(lane.server, ARRAY(SELECT DISTINCT u.target_id FROM unnest(loads) AS u),
                                            failure.code, failure.message, failure.detail, failure.hint);
@@ -376,7 +427,7 @@ BEGIN
         SET position = CASE WHEN batch.complete THEN batch.snapshot
                             ELSE tbl_repl._position_after(st.position, batch.snapshot, batch.cut, batch.remaining) END,
             next_try_at = NULL, failures = 0
-        WHERE st.target_id = ANY (targets) AND st.copy_after IS NULL AND st.target_id <> ALL (coalesce(failure.broken, '{}'));
+        WHERE batch.ops ? st.target_id::text AND st.target_id <> ALL (coalesce(failure.broken, '{}'));
     END IF;
     FOR item IN SELECT p.key::integer AS target_id, jsonb_array_length(p.value) AS n, p.value ->> -1 AS last FROM jsonb_each(pages) AS p LOOP
         CONTINUE WHEN item.target_id = ANY (coalesce(failure.broken, '{}'));
@@ -399,6 +450,48 @@ END
 $function$;
 COMMENT ON FUNCTION tbl_repl._replay_lane(integer[], integer, boolean) IS
     'ships one batch to the targets behind one connection';
+
+-- Locks the targets' source tables for reading, to the end of the transaction; returns the targets that are
+-- locked out.  An open TRUNCATE or an ALTER TABLE may hold a table for as long as its transaction likes, and may
+-- itself wait for the lock ship that we hold: so we wait for a part of timeout only, and once, before anything is
+-- sent.  Nothing that is read later has to wait, and the neighbours of such a table go on without it.
+CREATE OR REPLACE FUNCTION tbl_repl._lock_sources(targets integer[], timeout interval)
+RETURNS integer[]
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    target_id integer;
+    old_limit text := current_setting('lock_timeout');
+    locked    integer[] := '{}';
+BEGIN
+    PERFORM set_config('lock_timeout', least(1000, ceil(extract(epoch FROM timeout) * 250))::text, true);
+    FOREACH target_id IN ARRAY targets LOOP
+        BEGIN
+            -- who owns the target may read the table, we may not
+            EXECUTE format('SELECT tbl_repl.page_%s('''', 0)', target_id);
+        EXCEPTION
+            WHEN lock_not_available OR deadlock_detected THEN
+                locked := array_append(locked, target_id);
+            WHEN OTHERS THEN
+                NULL;  -- what else is wrong is found out, and told, where the rows are read
+        END;
+    END LOOP;
+    PERFORM set_config('lock_timeout', old_limit, true);
+    FOREACH target_id IN ARRAY locked LOOP
+        PERFORM tbl_repl._log_error(target_id, NULL, '55P03', 'the table is locked on the source', 'Another transaction holds it exclusively.',
+                                    'Its changes stay queued, and are shipped by the next replay after that transaction.', NULL);
+        RAISE WARNING USING
+            ERRCODE = 'lock_not_available',
+            MESSAGE = format('target %s: the table is locked on the source', target_id),
+            DETAIL  = 'Another transaction holds it exclusively.',
+            HINT    = 'Its changes stay queued, and are shipped by the next replay after that transaction.';
+    END LOOP;
+    RETURN locked;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._lock_sources(integer[], interval) IS
+    'locks the source tables of targets for reading, bounded; returns those that are locked by others';
 
 CREATE OR REPLACE FUNCTION tbl_repl._lane_is_down(
     server  name,
@@ -453,7 +546,7 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._back_to_ok(integer) IS
     'sets a drained target back to ok; the caller holds ship exclusively';
 
--- _apply(target_id, conn, timeout, loads): one remote transaction, in which rows that the target
+-- _apply(target_id, conn, timeout, loads, variants): one remote transaction, in which rows that the target
 -- rejects are found by halving and put into quarantine.
 --   code, message, detail, hint: why nothing could be shipped at all, and trying again may help
 --   shipped, by_target: number of keys that are now right there; broken: targets that need a person
@@ -462,6 +555,7 @@ CREATE OR REPLACE FUNCTION tbl_repl._apply(
     conn      text,
     timeout   interval,
     loads     tbl_repl.load[],
+    variants  refcursor,
     OUT code      text,
     OUT message   text,
     OUT detail    text,
@@ -476,6 +570,7 @@ AS $function$
 DECLARE
     halves     record;
     committing boolean := false;
+    context    text;
 BEGIN
     broken := '{}';
     by_target := '{}';
@@ -483,15 +578,17 @@ BEGIN
     BEGIN
         PERFORM tbl_repl._connect_alive(_apply.target_id, conn, clock_timestamp() + timeout * 2);
         BEGIN
-            shipped := tbl_repl._stream_any_way(conn, loads, false, timeout);
+            -- twice the timeout: it bounds each statement there, and a message may hold two
+            shipped := tbl_repl._stream_any_way(conn, loads, false, timeout * 2, variants);
             committing := true;
             PERFORM tbl_repl._commit(conn, timeout);
             SELECT jsonb_object_agg(l.target_id, shipped / cardinality(loads)) INTO by_target FROM unnest(loads) AS l;
             PERFORM tbl_repl._release(loads, '{}');
             RETURN;
-        EXCEPTION WHEN OTHERS THEN
+        EXCEPTION WHEN query_canceled OR OTHERS THEN
+            GET STACKED DIAGNOSTICS context = PG_EXCEPTION_CONTEXT;
             -- 22012: the lease was over, or some expression divides by zero
-            IF tbl_repl._is_transient(SQLSTATE) AND (SQLSTATE <> '22012' OR committing) THEN
+            IF tbl_repl._is_transient(SQLSTATE) AND (committing OR NOT (SQLSTATE = '22012' OR tbl_repl._is_too_slow(SQLSTATE, context, conn))) THEN
                 RAISE;
             END IF;
             IF conn = ANY (tbl_repl._dblink_connections()) THEN
@@ -503,22 +600,20 @@ BEGIN
         shipped := halves.shipped;
         by_target := halves.by_target;
         broken := halves.broken;
-    EXCEPTION
-    WHEN query_canceled THEN
+    EXCEPTION WHEN query_canceled OR OTHERS THEN
+        GET STACKED DIAGNOSTICS code = RETURNED_SQLSTATE, message = MESSAGE_TEXT, detail = PG_EXCEPTION_DETAIL,
+            hint = PG_EXCEPTION_HINT, context = PG_EXCEPTION_CONTEXT;
         -- this session goes on, and must not find a remote transaction open
         IF conn = ANY (tbl_repl._dblink_connections()) THEN
             PERFORM tbl_repl._dblink_disconnect(conn);
         END IF;
-        RAISE;
-    WHEN OTHERS THEN
-        GET STACKED DIAGNOSTICS code = RETURNED_SQLSTATE, message = MESSAGE_TEXT, detail = PG_EXCEPTION_DETAIL, hint = PG_EXCEPTION_HINT;
-        IF conn = ANY (tbl_repl._dblink_connections()) THEN
-            PERFORM tbl_repl._dblink_disconnect(conn);
+        IF code = '57014' AND NOT tbl_repl._is_too_slow(code, context, conn) THEN
+            RAISE;
         END IF;
     END;
 END
 $function$;
-COMMENT ON FUNCTION tbl_repl._apply(integer, text, interval, tbl_repl.load[]) IS
+COMMENT ON FUNCTION tbl_repl._apply(integer, text, interval, tbl_repl.load[], refcursor) IS
     'ships keys in one remote transaction, rejected rows go into quarantine';
 
 -- Says nothing about the rows: the target is out of reach, busy, full, read-only, shutting down.
@@ -531,6 +626,18 @@ AS $function$
 $function$;
 COMMENT ON FUNCTION tbl_repl._is_transient(text) IS
     'whether an error says something about the target rather than about a row; 22012 is a lease that was over, 42704 a missing mapping';
+
+-- A statement that the target has cancelled (its statement_timeout), not one that was cancelled here: only what dblink
+-- raises names the connection in its context, in every language.
+CREATE OR REPLACE FUNCTION tbl_repl._is_too_slow(code text, context text, conn text)
+RETURNS boolean
+LANGUAGE sql IMMUTABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT code = '57014' AND strpos(context, conn) > 0
+$function$;
+COMMENT ON FUNCTION tbl_repl._is_too_slow(text, text, text) IS
+    'whether an error says that a statement took too long on the target: with fewer rows it may not';
 
 -- A definition that no longer fits: no row can help it.
 CREATE OR REPLACE FUNCTION tbl_repl._is_definition_error(code text)
@@ -558,6 +665,9 @@ DECLARE
     item     record;
     portal   refcursor;
     keys     text[];
+    size     integer;
+    slow     integer;
+    began    timestamptz;
     rejected    tbl_repl.poison[];
     poison   tbl_repl.poison[] := '{}';
     left_bad tbl_repl.poison[];
@@ -591,19 +701,41 @@ BEGIN
     END IF;
     FOR item IN SELECT l.* FROM unnest(loads) AS l ORDER BY l.fk_rank, l.target_id LOOP
         counted := 0;
+        slow := 0;
+        size := tbl_repl._rows_per_message();
         OPEN portal FOR EXECUTE item.chunks;
         LOOP
-            FETCH portal INTO keys;
-            EXIT WHEN NOT FOUND;
-            rejected := tbl_repl._apply_keys(conn, timeout, item.target_id, item.absent, keys, true);
+            IF coalesce(cardinality(keys), 0) = 0 THEN
+                FETCH portal INTO keys;
+                EXIT WHEN NOT FOUND;
+            END IF;
+            began := clock_timestamp();
+            rejected := tbl_repl._apply_keys(conn, timeout, item.target_id, item.absent, keys[:size], true);
+            IF cardinality(rejected) > 0 AND rejected[1].key IS NULL AND rejected[1].code = '57014' THEN
+                -- Each miss costs nearly timeout, so by eighths, and larger again as soon as there is room.
+                size := greatest(1, least(size, cardinality(keys)) / 8);
+                CONTINUE;
+            END IF;
+            slow := slow + (SELECT count(*) FROM unnest(rejected) AS r WHERE r.code = '57014');
+            IF slow > tbl_repl._slow_rows() THEN
+                -- it is not the rows, and each try costs all others the time
+                rejected[1].key := NULL;
+                rejected[1].message := format('more than %s rows take too long, each by itself', tbl_repl._slow_rows());
+            END IF;
             IF cardinality(rejected) > 0 AND rejected[1].key IS NULL THEN
                 -- the definition is at fault: a person is needed, the queue is kept
                 broken := array_append(broken, item.target_id);
                 PERFORM tbl_repl._target_failed(item.target_id, rejected[1].code, rejected[1].message);
+                poison := ARRAY(SELECT p FROM unnest(poison) AS p WHERE p.target_id <> item.target_id);
+                keys := NULL;
                 EXIT;
             END IF;
             poison := poison || rejected;
-            counted := counted + cardinality(keys) - cardinality(rejected);
+            counted := counted + least(size, cardinality(keys)) - cardinality(rejected);
+            keys := keys[size + 1:];
+            IF clock_timestamp() - began < timeout / 5 THEN
+                size := least(size * 2, tbl_repl._rows_per_message());
+            END IF;
         END LOOP;
         CLOSE portal;
         shipped := shipped + counted;
@@ -657,7 +789,13 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._target_failed(integer, text, text) IS
     'notes that the definition of a target does not fit its table any more';
 
--- _apply_keys: the keys that the target rejects.  A single one without key: the definition is at fault.
+CREATE OR REPLACE FUNCTION tbl_repl._slow_rows() RETURNS integer
+LANGUAGE sql IMMUTABLE PARALLEL SAFE RETURN 5;
+COMMENT ON FUNCTION tbl_repl._slow_rows() IS
+    'how many rows of a batch may be too slow, each by itself, before the target is taken for failed';
+
+-- _apply_keys: the keys that the target rejects.  A single one without key: the definition is at fault, or (57014) so
+-- many rows take too long.
 CREATE OR REPLACE FUNCTION tbl_repl._apply_keys(
     conn      text,
     timeout   interval,
@@ -677,6 +815,7 @@ DECLARE
     half     integer := cardinality(keys) / 2;
     ends     tbl_repl.poison[];
     sent     boolean;
+    context  text;
 BEGIN
     FOREACH form IN ARRAY '{plain,clear}'::text[] LOOP
         sent := false;
@@ -686,11 +825,14 @@ BEGIN
                 RETURN '{}';
             END IF;
             sent := true;
-            PERFORM tbl_repl._call(conn, concat_ws('; ', 'SAVEPOINT tbl_repl; SET CONSTRAINTS ALL DEFERRED', rendered.deletes, rendered.upserts,
-                                                   'SET CONSTRAINTS ALL IMMEDIATE; RELEASE tbl_repl'), clock_timestamp() + timeout);
+            PERFORM tbl_repl._send(conn, concat_ws('; ', 'SAVEPOINT tbl_repl; SET CONSTRAINTS ALL DEFERRED', rendered.deletes, rendered.upserts,
+                                                   'SET CONSTRAINTS ALL IMMEDIATE; RELEASE tbl_repl'));
+            -- each of the three that may take long is bounded there
+            PERFORM tbl_repl._receive(conn, clock_timestamp() + timeout * 3, false, true);
             RETURN '{}';
-        EXCEPTION WHEN OTHERS THEN
-            IF tbl_repl._is_transient(SQLSTATE) AND SQLSTATE <> '22012' THEN
+        EXCEPTION WHEN query_canceled OR OTHERS THEN
+            GET STACKED DIAGNOSTICS context = PG_EXCEPTION_CONTEXT;
+            IF tbl_repl._is_transient(SQLSTATE) AND NOT (SQLSTATE = '22012' OR tbl_repl._is_too_slow(SQLSTATE, context, conn)) THEN
                 RAISE;
             END IF;
             bad := ROW(_apply_keys.target_id, keys[1], _apply_keys.absent, SQLSTATE, SQLERRM)::tbl_repl.poison;
@@ -713,6 +855,9 @@ BEGIN
         END IF;
     END IF;
     IF cardinality(keys) = 1 THEN
+        RETURN ARRAY[bad];
+    ELSIF outermost AND bad.code = '57014' THEN
+        bad.key := NULL;
         RETURN ARRAY[bad];
     END IF;
     RETURN tbl_repl._apply_keys(conn, timeout, target_id, absent, keys[:half], false)
@@ -745,9 +890,6 @@ BEGIN
     PERFORM tbl_repl._log_error(p.target_id, p.key, p.code, p.message, NULL,
                                 'The row is in quarantine; it is tried again when it changes, or by replay.', NULL)
     FROM (SELECT DISTINCT ON (u.target_id, u.key) u.* FROM unnest(poison) AS u LIMIT 100) AS p;
-    DELETE FROM tbl_repl.error AS e
-    WHERE e.target_id IN (SELECT u.target_id FROM unnest(poison) AS u)
-      AND e.at < (SELECT x.at FROM tbl_repl.error AS x WHERE x.target_id = e.target_id ORDER BY x.at DESC OFFSET 1000 LIMIT 1);
 END
 $function$;
 COMMENT ON FUNCTION tbl_repl._release(tbl_repl.load[], tbl_repl.poison[]) IS

@@ -12,9 +12,11 @@
 
 -- The deferred trigger of tbl_repl.flush.
 -- It has to run after every other deferred check, or a commit would be shipped that still fails.
--- Deferred events fire in rounds, and an event queued in a round comes in the next one: so the first
--- firings only queue the next.  Five rounds outlast deferred triggers that write tables with deferred
--- checks of their own.
+-- Deferred events fire in rounds, and an event queued in a round comes in the next one: so a firing that may not
+-- be the last one only queues the next (column hop, whose update fires).  When nobody but us has written anything
+-- from one firing to the next, no event can have been queued, and none is left.  That is told by the numbers of
+-- commands: each command that writes takes the next one, and a row version carries its own (cmin).  Two
+-- of these tools waiting for each other must end: hence the bound.
 -- SET CONSTRAINTS ALL IMMEDIATE by the application makes our events fire at once, inside the statement
 -- that queues them: then we are nested, and not at commit.  Our own constraint is set back.
 -- No sequential scans: plans are made while stash and flush are small, and these two grow between two vacuums.
@@ -25,14 +27,23 @@ SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 SET enable_seqscan = off
 AS $function$
+DECLARE
+    quiet boolean := false;
 BEGIN
     IF pg_trigger_depth() > 1 THEN
         SET CONSTRAINTS tbl_repl.flush_at_commit DEFERRED;
         UPDATE tbl_repl.flush AS f SET hop = 0 WHERE f.txid = NEW.txid;
-    ELSIF NEW.hop < 4 THEN
+        RETURN NULL;
+    END IF;
+    IF NEW.hop > 0 THEN
+        UPDATE tbl_repl.flush AS f SET written = f.cmin::text::integer WHERE f.txid = NEW.txid
+        RETURNING f.cmin::text::integer = f.written + 1 OR f.hop > 100 INTO quiet;
+    END IF;
+    IF NOT quiet THEN
         UPDATE tbl_repl.flush AS f SET hop = NEW.hop + 1 WHERE f.txid = NEW.txid;
-    ELSE
+    ELSIF NEW.key IS NULL OR NOT tbl_repl._ship_quickly(NEW) THEN
         DELETE FROM tbl_repl.flush AS f WHERE f.txid = NEW.txid;
+        PERFORM tbl_repl._unpack(NEW);
         PERFORM tbl_repl._ship_transaction(NEW.txid);
         DELETE FROM tbl_repl.stash AS s WHERE s.txid = NEW.txid;
     END IF;
@@ -43,7 +54,7 @@ COMMENT ON FUNCTION tbl_repl._flush() IS
     'at commit: ships what the transaction has changed; SECURITY DEFINER, for writers have no right here';
 
 CREATE CONSTRAINT TRIGGER flush_at_commit
-    AFTER INSERT OR UPDATE ON tbl_repl.flush
+    AFTER INSERT OR UPDATE OF hop ON tbl_repl.flush
     DEFERRABLE INITIALLY DEFERRED
     FOR EACH ROW EXECUTE FUNCTION tbl_repl._flush();
 
@@ -56,7 +67,7 @@ SET search_path = pg_catalog, pg_temp
 AS $function$
 BEGIN
     RETURN coalesce(current_query() ~* E'prepare\\s+transaction'
-       AND regexp_replace(regexp_replace(current_query(), E'\'[^\']*\'|/\\*.*?\\*/|--[^\\n]*', ' ', 'g'), E'\\s+', ' ', 'g')
+       AND regexp_replace(regexp_replace(current_query(), E'''[^'']*''|/\\*.*?\\*/|--[^\\n]*', ' ', 'g'), E'\\s+', ' ', 'g')
            ~* E'(^|;)\\s*prepare transaction', false);
 END
 $function$;
@@ -225,7 +236,6 @@ AS $function$
 DECLARE
     repeatable boolean := current_setting('transaction_isolation') = 'repeatable read';
     preparing  boolean := false;
-    entered    boolean;
     total      bigint;
     whole      boolean;
     waking     boolean;
@@ -233,65 +243,77 @@ DECLARE
     copied     integer[];
     item       record;
     parcels    tbl_repl.parcel[] := '{}';
-    failed     integer[];
+    failed     integer[] := '{}';
     queued     integer[] := '{}';
 BEGIN
-    failed := tbl_repl._ship_quickly(own);
-    IF failed = '{}' THEN
+    SELECT sum(s.row_count), bool_or(s.keys IS NULL AND s.op <> 'W'), bool_or(s.op = 'W'),
+           array_agg(s.source_id) FILTER (WHERE s.op NOT IN ('C', 'W')), array_agg(s.target_id) FILTER (WHERE s.op = 'C')
+    INTO total, whole, waking, changed, copied
+    FROM tbl_repl.stash AS s WHERE s.txid = own;
+    IF total IS NULL THEN
+        RETURN;
+    END IF;
+    preparing := tbl_repl._is_preparing();
+    IF waking AND NOT preparing THEN
+        NOTIFY tbl_repl;
+    END IF;
+    IF total = 0 THEN
         RETURN;
     END IF;
 
-    IF failed IS NULL THEN
-        SELECT sum(s.row_count), bool_or(s.keys IS NULL AND s.op <> 'W'), bool_or(s.op = 'W'),
-               array_agg(s.source_id) FILTER (WHERE s.op NOT IN ('C', 'W')), array_agg(s.target_id) FILTER (WHERE s.op = 'C')
-        INTO total, whole, waking, changed, copied
-        FROM tbl_repl.stash AS s WHERE s.txid = own;
-        IF total IS NULL THEN
-            RETURN;
-        END IF;
-        preparing := tbl_repl._is_preparing();
-        IF waking AND NOT preparing THEN
-            NOTIFY tbl_repl;
-        END IF;
-        IF total = 0 THEN
-            RETURN;
-        END IF;
-
-        FOR item IN
-            SELECT t.target_id, t.source_id, t.server, t.mode, t.timeout, s.source_table, s.fk_rank, st.status,
-                   coalesce(t.target_id = ANY (copied), false) AS copies, t.owner
-            FROM tbl_repl.target AS t
-            JOIN tbl_repl.target_state AS st USING (target_id)
-            JOIN tbl_repl.source AS s USING (source_id)
-            WHERE (t.source_id = ANY (changed) AND t.mode <> 'async') OR t.target_id = ANY (copied)
-            ORDER BY t.target_id
-        LOOP
-            IF preparing AND (item.copies OR (item.mode = 'sync' AND item.status = 'ok')) THEN
-                RAISE EXCEPTION USING
-                    ERRCODE = 'feature_not_supported',
-                    MESSAGE = format('cannot PREPARE a transaction that has written table %s, which has a sync target, or has added a target to it',
-                                     item.source_table),
-                    HINT    = 'Commit it in one phase, or make the target tolerant or async.';
-            ELSIF NOT preparing AND tbl_repl._may_ship(item.target_id, item.status, item.mode, item.timeout, repeatable) THEN
-                parcels := array_append(parcels, ROW(item.target_id, item.source_id, item.server,
-                    tbl_repl._connection_name(item.server, item.owner, item.timeout),
-                    item.mode = 'sync' OR item.copies, item.timeout, item.fk_rank, NULL, NULL, 0)::tbl_repl.parcel);
-            ELSE
-                queued := array_append(queued, item.target_id);
-            END IF;
-        END LOOP;
-
-        IF cardinality(parcels) > 0 THEN
-            failed := CASE WHEN whole OR total > tbl_repl._rows_per_message() THEN tbl_repl._ship_large(parcels, own, repeatable)
-                           ELSE tbl_repl._ship_small(parcels, own, repeatable) END;
+    FOR item IN
+        SELECT t.target_id, t.source_id, t.server, t.mode, t.timeout, s.source_table, s.fk_rank, st.status,
+               coalesce(t.target_id = ANY (copied), false) AS copies, t.owner
+        FROM tbl_repl.target AS t
+        JOIN tbl_repl.target_state AS st USING (target_id)
+        JOIN tbl_repl.source AS s USING (source_id)
+        WHERE (t.source_id = ANY (changed) AND t.mode <> 'async') OR t.target_id = ANY (copied)
+        ORDER BY t.target_id
+    LOOP
+        IF preparing AND (item.copies OR (item.mode = 'sync' AND item.status = 'ok')) THEN
+            RAISE EXCEPTION USING
+                ERRCODE = 'feature_not_supported',
+                MESSAGE = format('cannot PREPARE a transaction that has written table %s, which has a sync target, or has added a target to it',
+                                 item.source_table),
+                HINT    = 'Commit it in one phase, or make the target tolerant or async.';
+        ELSIF NOT preparing AND tbl_repl._may_ship(item.target_id, item.status, item.mode, item.timeout, repeatable) THEN
+            parcels := array_append(parcels, ROW(item.target_id, item.source_id, item.server,
+                tbl_repl._connection_name(item.server, item.owner, item.timeout),
+                item.mode = 'sync' OR item.copies, item.timeout, item.fk_rank, NULL, NULL, 0)::tbl_repl.parcel);
         ELSE
-            failed := '{}';
+            queued := array_append(queued, item.target_id);
         END IF;
-    END IF;
-    IF cardinality(queued) = 0 AND cardinality(failed) = 0 THEN
-        RETURN;
-    END IF;
+    END LOOP;
 
+    IF cardinality(parcels) > 0 THEN
+        failed := CASE WHEN whole OR total > tbl_repl._rows_per_message() THEN tbl_repl._ship_large(parcels, own, repeatable)
+                       ELSE tbl_repl._ship_small(parcels, own, repeatable) END;
+    END IF;
+    IF cardinality(queued) > 0 OR cardinality(failed) > 0 THEN
+        PERFORM tbl_repl._queue_for(own, queued, failed);
+    END IF;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._ship_transaction(xid8) IS
+    'ships what a transaction has changed to its direct targets, or queues it';
+
+-- _queue_for(own, queued, failed): the second pass of a commit: queues what the transaction has changed for the targets
+-- that were turned away (queued), and for those that have failed.
+CREATE OR REPLACE FUNCTION tbl_repl._queue_for(own xid8, queued integer[], failed integer[])
+RETURNS void
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    repeatable boolean := current_setting('transaction_isolation') = 'repeatable read';
+    preparing  boolean := tbl_repl._is_preparing();
+    entered    boolean;
+    total      bigint;
+    whole      boolean;
+    item       record;
+    parcels    tbl_repl.parcel[];
+BEGIN
+    SELECT sum(s.row_count), bool_or(s.keys IS NULL AND s.op <> 'W') INTO total, whole FROM tbl_repl.stash AS s WHERE s.txid = own;
     -- Second pass.  With queue held nobody can set a target back to ok until we have committed; so one
     -- that has become ok meanwhile has to be shipped to after all, or its rows would wait behind nothing.
     FOR item IN SELECT q.target_id, q.target_id = ANY (failed) AS has_failed
@@ -316,15 +338,16 @@ BEGIN
         FROM tbl_repl.stash AS c
         JOIN tbl_repl.target AS t ON t.source_id = c.source_id AND t.target_id = item.target_id
         CROSS JOIN tbl_repl.queue_head AS h
-        WHERE c.txid = own AND c.op NOT IN ('C', 'W');
+        WHERE c.txid = own AND c.op NOT IN ('C', 'W')
+        ORDER BY c.first DESC, c.ctid;
         IF item.has_failed THEN
             PERFORM tbl_repl._set_queueing(item.target_id);
         END IF;
     END LOOP;
 END
 $function$;
-COMMENT ON FUNCTION tbl_repl._ship_transaction(xid8) IS
-    'ships what a transaction has changed to its direct targets, or queues it';
+COMMENT ON FUNCTION tbl_repl._queue_for(xid8, integer[], integer[]) IS
+    'queues what a transaction has changed for targets that it could not ship to';
 
 -- Takes queue (shared).  Only a drainer that sets the status holds it against us, to its commit.  The
 -- application's lock_timeout and a cancel must not fail its commit for that, nor may it wait for long: who does
@@ -351,102 +374,109 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._enter_queue(integer) IS
     'takes the lock queue for a writer that is going to queue; whether it got it';
 
--- _ship_quickly(own): the usual case, one row of a table with one direct target, in READ COMMITTED.  No lists, and
--- nothing looked up twice; the rules are those of _ship_transaction.  NULL: it is another case, or anything was
--- unusual before the message was sent; nothing has happened then.  Else the targets that failed and may.
-CREATE OR REPLACE FUNCTION tbl_repl._ship_quickly(own xid8)
-RETURNS integer[]
+-- _ship_quickly(change): the usual case, one row of a table with one direct target, in READ COMMITTED.  No lists,
+-- nothing looked up twice, and what has to be written here is written while the target works; the rules are those of
+-- _ship_transaction.  False: it is another case, or anything was unusual before the message was sent; nothing has
+-- happened then.  Raises what a sync target says.
+CREATE OR REPLACE FUNCTION tbl_repl._ship_quickly(change tbl_repl.flush)
+RETURNS boolean
 LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp
+SET plan_cache_mode = force_generic_plan
 AS $function$
 DECLARE
-    usual        boolean;
     item         record;
-    rendered     record;
     message      text;
+    receipt      text;
     deadline     timestamptz;
     lane         tbl_repl.lane;
     sending      boolean := false;
-    answered     boolean := false;
     shipped      boolean := false;
     error_text   text;
     error_detail text;
     error_hint   text;
 BEGIN
-    FOR item IN
-        SELECT c.keys, c.row_count = 1 AND c.op IN ('I', 'U', 'D') AND cardinality(c.keys) = 1 AND st.status = 'ok'
-                       AND t.operations @> '{insert,update,delete,truncate}' AS usual,
-               t.target_id, t.source_id, t.server, t.timeout, t.mode = 'sync' AS sync, t.receipts,
-               format('tbl_repl_%s_%s_%s_%s', f.oid, to_regrole(quote_ident(t.owner))::oid, ceil(extract(epoch FROM t.timeout) * 1000), f.xmin) AS conn
-        FROM tbl_repl.stash AS c
-        LEFT JOIN tbl_repl.target AS t ON t.source_id = c.source_id AND t.mode <> 'async'
-        LEFT JOIN tbl_repl.target_state AS st ON st.target_id = t.target_id
-        LEFT JOIN pg_foreign_server AS f ON f.srvname = t.server
-        WHERE c.txid = own
-    LOOP
-        usual := usual IS NULL AND item.usual;
-        EXIT WHEN usual IS NOT TRUE;
-    END LOOP;
-    IF usual IS NOT TRUE OR current_setting('transaction_isolation') <> 'read committed' OR tbl_repl._is_preparing()
+    SELECT t.source_id, t.server, t.timeout, t.mode = 'sync' AS sync, t.receipts,
+           format('tbl_repl_%s_%s_%s_%s', f.oid, to_regrole(quote_ident(t.owner))::oid, ceil(extract(epoch FROM t.timeout) * 1000), f.xmin) AS conn
+    INTO item
+    FROM tbl_repl.target AS t
+    JOIN tbl_repl.target_state AS st ON st.target_id = t.target_id AND st.status = 'ok'
+    JOIN pg_foreign_server AS f ON f.srvname = t.server
+    WHERE t.target_id = change.target_id AND t.mode <> 'async'
+      AND NOT EXISTS (SELECT FROM tbl_repl.stash AS s WHERE s.txid = change.txid);
+    IF NOT FOUND OR current_setting('transaction_isolation') <> 'read committed' OR tbl_repl._is_preparing()
        OR NOT coalesce(item.conn = ANY (tbl_repl._dblink_connections()), false)
-       OR NOT pg_try_advisory_xact_lock_shared(tbl_repl._lock_ship(), item.target_id)
+       OR NOT pg_try_advisory_xact_lock_shared(tbl_repl._lock_ship(), change.target_id)
     THEN
-        RETURN NULL;
+        RETURN false;
     END IF;
     BEGIN
-        EXECUTE format('SELECT * FROM tbl_repl.render_%s($1, false, true, ''prepared'')', item.target_id)
-        INTO rendered USING item.keys;
-        message := concat_ws('; ', nullif(rendered.deletes, ''), nullif(rendered.upserts, ''));
-        IF message = '' THEN
-            RETURN '{}';
-        END IF;
-        IF tbl_repl._dblink_is_busy(item.conn) <> 0 OR tbl_repl._dblink_error(item.conn) <> 'OK' THEN
-            RETURN NULL;
-        END IF;
         deadline := clock_timestamp() + item.timeout;
-        sending := true;
-        IF tbl_repl._dblink_send(item.conn, message || CASE WHEN item.receipts THEN tbl_repl._receipt(item.target_id, 0, item.keys, deadline)
-                                                          ELSE tbl_repl._lease(deadline) END) <> 1 THEN
-            RETURN NULL;
+        EXECUTE format('SELECT tbl_repl.row_%s($1, $2)', change.target_id)
+        INTO message USING change.key, extract(epoch FROM deadline);
+        receipt := CASE WHEN item.receipts THEN tbl_repl._receipt(change.target_id, 0, ARRAY[change.key], deadline) ELSE '' END;
+        IF tbl_repl._dblink_is_busy(item.conn) <> 0 OR tbl_repl._dblink_error(item.conn) <> 'OK' THEN
+            RETURN false;
         END IF;
-        answered := true;
+        sending := true;
+        IF tbl_repl._dblink_send(item.conn, message || receipt) <> 1 THEN
+            RETURN false;
+        END IF;
+    EXCEPTION WHEN query_canceled OR OTHERS THEN
+        -- a cancel right behind the sending: below, whoever waits for the answer finds out
+        IF NOT sending THEN
+            RETURN false;
+        END IF;
+    END;
+    DELETE FROM tbl_repl.flush AS f WHERE f.txid = change.txid;
+    PERFORM tbl_repl._count_shipped(change.target_id, 1);
+    BEGIN
         IF tbl_repl._receive(item.conn, deadline, true) IS NULL THEN
             RAISE EXCEPTION USING
                 ERRCODE = 'connection_failure',
                 MESSAGE = 'the target has got no message';
         END IF;
-        shipped := true;
+        RETURN true;
     EXCEPTION WHEN query_canceled OR OTHERS THEN
-        IF NOT sending THEN
-            RETURN NULL;
-        END IF;
         GET STACKED DIAGNOSTICS error_text = MESSAGE_TEXT, error_detail = PG_EXCEPTION_DETAIL, error_hint = PG_EXCEPTION_HINT;
-        lane := ROW(item.conn, item.target_id, item.sync, deadline, 'sent', NULL, message, NULL, NULL, NULL, NULL, NULL)::tbl_repl.lane;
-        SELECT ARRAY[ROW(item.target_id, item.source_id, item.server, item.conn, item.sync, item.timeout, s.fk_rank,
-                         nullif(rendered.deletes, ''), nullif(rendered.upserts, ''), 1)::tbl_repl.parcel]
-        INTO lane.parcels
+        SELECT item.conn, change.target_id, item.sync, deadline, 'sent',
+               ARRAY[ROW(change.target_id, item.source_id, item.server, item.conn, item.sync, item.timeout, s.fk_rank, NULL, message, 1)::tbl_repl.parcel],
+               message
+        INTO lane
         FROM tbl_repl.source AS s WHERE s.source_id = item.source_id;
-        IF answered THEN
-            lane := tbl_repl._lane_failed(lane, SQLSTATE, error_text, error_detail, error_hint);
-            lane.state := 'refused';
-        END IF;
+        lane := tbl_repl._lane_failed(lane, SQLSTATE, error_text, error_detail, error_hint);
+        lane.state := 'refused';
     END;
-    IF NOT shipped THEN
-        lane := tbl_repl._lane_finish(lane, own, false, false);
-        shipped := lane.state = 'done';
+    PERFORM tbl_repl._unpack(change);
+    lane := tbl_repl._lane_finish(lane, change.txid, false, false);
+    IF lane.state <> 'done' THEN
+        IF item.sync THEN
+            PERFORM tbl_repl._raise_lane(lane);
+        END IF;
+        PERFORM tbl_repl._count_shipped(change.target_id, -1);
+        PERFORM tbl_repl._log_error(change.target_id, NULL, lane.code, lane.error, lane.detail, lane.hint, message);
+        PERFORM tbl_repl._queue_for(change.txid, '{}', ARRAY[change.target_id]);
+    ELSE
+        PERFORM tbl_repl._count_shipped(change.target_id, 0);  -- another receipt
     END IF;
-    IF shipped THEN
-        PERFORM tbl_repl._count_shipped(item.target_id, 1);
-        RETURN '{}';
-    ELSIF item.sync THEN
-        PERFORM tbl_repl._raise_lane(lane);
-    END IF;
-    PERFORM tbl_repl._log_error(item.target_id, NULL, lane.code, lane.error, lane.detail, lane.hint, message);
-    RETURN ARRAY[item.target_id];
+    DELETE FROM tbl_repl.stash AS s WHERE s.txid = change.txid;
+    RETURN true;
 END
 $function$;
-COMMENT ON FUNCTION tbl_repl._ship_quickly(xid8) IS
+COMMENT ON FUNCTION tbl_repl._ship_quickly(tbl_repl.flush) IS
     'ships a single row to its only direct target, if there is nothing unusual about it';
+
+-- A change that cannot be shipped quickly is one of several.
+CREATE OR REPLACE FUNCTION tbl_repl._unpack(change tbl_repl.flush)
+RETURNS void
+LANGUAGE sql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    INSERT INTO tbl_repl.stash (source_id, op, keys, row_count, first)
+    SELECT t.source_id, change.op, ARRAY[change.key], 1, true
+    FROM tbl_repl.target AS t WHERE t.target_id = change.target_id AND change.key IS NOT NULL
+$function$;
+COMMENT ON FUNCTION tbl_repl._unpack(tbl_repl.flush) IS 'puts the change that was kept in flush into the stash';
 
 CREATE OR REPLACE FUNCTION tbl_repl._rows_per_message() RETURNS integer
 LANGUAGE sql IMMUTABLE PARALLEL SAFE RETURN 1000;
@@ -537,6 +567,10 @@ AS $function$
 BEGIN
     INSERT INTO tbl_repl.error (target_id, key, sqlstate, message, detail, hint, statement)
     VALUES (target_id, key, code, message, nullif(detail, ''), nullif(hint, ''), left(statement, 10000));
+    -- One call in sixteen clears up, for it looks at a thousand rows: by the clock, for random() is the application's.
+    IF extract(microseconds FROM clock_timestamp())::integer % 16 = 0 THEN
+        PERFORM tbl_repl._trim_errors(target_id);
+    END IF;
     BEGIN
         UPDATE tbl_repl.target_state AS st SET last_error = format('%s: %s', code, message), last_error_at = clock_timestamp()
         WHERE st.target_id IN (SELECT l.target_id FROM tbl_repl.target_state AS l
@@ -548,6 +582,22 @@ END
 $function$;
 COMMENT ON FUNCTION tbl_repl._log_error(integer, text, text, text, text, text, text) IS
     'keeps an error of a target for error_log and target_status';
+
+-- SKIP LOCKED: who fails beside us clears up the same rows, to its commit.
+CREATE OR REPLACE FUNCTION tbl_repl._trim_errors(target_id integer)
+RETURNS void
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+BEGIN
+    DELETE FROM tbl_repl.error AS e
+    WHERE e.ctid = ANY (ARRAY(SELECT x.ctid FROM tbl_repl.error AS x WHERE x.target_id = _trim_errors.target_id
+                              ORDER BY x.at DESC OFFSET 1000 FOR UPDATE SKIP LOCKED));
+EXCEPTION WHEN serialization_failure THEN
+    NULL;  -- under REPEATABLE READ: others have cleared up since our snapshot
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._trim_errors(integer) IS 'forgets all but the newest thousand errors of a target';
 
 -- receipts: how many it has left, so that the session's next transaction knows what to take over.
 CREATE OR REPLACE FUNCTION tbl_repl._count_shipped(target_id integer, rows bigint, receipts integer DEFAULT 1)
@@ -1044,6 +1094,8 @@ COMMENT ON FUNCTION tbl_repl._lane_commit(tbl_repl.lane) IS 'waits for a commit'
 -- _ship_large(parcels, own, mine): many rows, or a whole table after TRUNCATE or for the initial copy: one
 -- remote transaction a connection, in messages of bounded size, one connection after the other; the commits come
 -- last.  Returns the targets that failed and may; raises what a sync one says.
+-- Waiting does not add up.  All connections are asked at once whether they are alive, those that answer are
+-- served first; what tolerant ones then lose for us by failing is taken from what the others are given.
 CREATE OR REPLACE FUNCTION tbl_repl._ship_large(
     parcels tbl_repl.parcel[],
     own     xid8,
@@ -1054,60 +1106,108 @@ LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp
 AS $function$
 DECLARE
-    lane         record;
+    is_sync      boolean;
+    lanes        tbl_repl.lane[];
+    lane         tbl_repl.lane;
+    finished     integer[];
+    unasked      integer[];
+    n            integer;
+    began        timestamptz;
+    bound        interval;
+    patience     interval;
+    lost         interval := '0';
     done         text[] := '{}';
     failed       integer[] := '{}';
     loads        tbl_repl.load[];
     shipped      bigint;
-    left_there   jsonb;
+    receipts     jsonb;
     error_text   text;
     error_detail text;
     error_hint   text;
     parcel       tbl_repl.parcel;
 BEGIN
-    FOR lane IN
-        -- sync targets first, in transactions of their own: all of them or none
-        SELECT p.conn, p.sync, min(p.target_id) AS target_id, max(p.timeout) AS timeout, array_agg(p ORDER BY p.target_id) AS parcels
-        FROM unnest(parcels) AS p GROUP BY p.conn, p.sync ORDER BY p.sync DESC, 3
-    LOOP
-        IF NOT lane.sync THEN
-            PERFORM tbl_repl._commit_all(done, parcels);
-            done := '{}';
-        END IF;
-        BEGIN
-            PERFORM tbl_repl._connect_alive(lane.target_id, lane.conn, clock_timestamp() + lane.timeout);
-            SELECT array_agg(l) INTO loads
-            FROM unnest(lane.parcels) AS p CROSS JOIN LATERAL tbl_repl._loads_of_transaction(p.target_id, own) AS l;
-            IF loads IS NULL THEN
-                CONTINUE;
-            END IF;
-            shipped := tbl_repl._stream_any_way(lane.conn, loads, mine, lane.timeout);
-            left_there := tbl_repl._leave_receipts(lane.conn, loads, own, lane.timeout);
-            IF lane.sync THEN
-                done := array_append(done, lane.conn);
+    -- sync targets first, in transactions of their own: all of them or none
+    FOREACH is_sync IN ARRAY '{true,false}'::boolean[] LOOP
+        SELECT array_agg(ROW(g.conn, g.target_id, is_sync, clock_timestamp() + g.timeout, 'new', g.parcels,
+                             NULL, NULL, NULL, NULL, NULL, NULL)::tbl_repl.lane ORDER BY g.target_id)
+        INTO lanes
+        FROM (SELECT p.conn, min(p.target_id) AS target_id, max(p.timeout) AS timeout, array_agg(p ORDER BY p.target_id) AS parcels
+              FROM unnest(parcels) AS p WHERE p.sync = is_sync GROUP BY p.conn) AS g;
+        CONTINUE WHEN lanes IS NULL;
+        finished := '{}';
+        unasked := '{}';
+        FOR i IN 1 .. cardinality(lanes) LOOP
+            IF tbl_repl._is_usable(lanes[i].conn) AND tbl_repl._dblink_send(lanes[i].conn, 'SELECT 1') = 1 THEN
+                lane := lanes[i];
+                lane.state := 'sent';
+                lanes[i] := lane;
             ELSE
-                PERFORM tbl_repl._commit(lane.conn, lane.timeout);
+                -- connecting may hang: last
+                unasked := array_append(unasked, i);
             END IF;
-            FOREACH parcel IN ARRAY lane.parcels LOOP
-                PERFORM tbl_repl._count_shipped(parcel.target_id, CASE WHEN parcel.target_id = lane.target_id THEN shipped ELSE 0 END,
-                                                coalesce((left_there ->> parcel.target_id::text)::integer, 0));
-            END LOOP;
-        EXCEPTION WHEN query_canceled OR OTHERS THEN
-            GET STACKED DIAGNOSTICS error_text = MESSAGE_TEXT, error_detail = PG_EXCEPTION_DETAIL, error_hint = PG_EXCEPTION_HINT;
-            IF lane.conn = ANY (tbl_repl._dblink_connections()) THEN
-                PERFORM tbl_repl._dblink_disconnect(lane.conn);
+        END LOOP;
+        FOR turn IN 1 .. cardinality(lanes) LOOP
+            began := clock_timestamp();
+            IF turn <= cardinality(lanes) - cardinality(unasked) THEN
+                n := tbl_repl._next_lane(lanes, finished || unasked);
+                finished := array_append(finished, n);
+            ELSE
+                n := unasked[turn - cardinality(lanes) + cardinality(unasked)];
             END IF;
-            IF lane.sync THEN
-                PERFORM tbl_repl._dblink_disconnect(c) FROM unnest(done) AS c WHERE c = ANY (tbl_repl._dblink_connections());
-                RAISE;
-            END IF;
-            FOREACH parcel IN ARRAY lane.parcels LOOP
-                PERFORM tbl_repl._log_error(parcel.target_id, NULL, SQLSTATE, error_text, error_detail, error_hint, NULL);
-                failed := array_append(failed, parcel.target_id);
-            END LOOP;
-        END;
+            lane := lanes[n];
+            bound := (lane.parcels[1]).timeout;
+            patience := CASE WHEN is_sync THEN bound ELSE greatest(bound - lost, least(bound, greatest(bound / 10, interval '200 milliseconds'))) END;
+            BEGIN
+                IF lane.state = 'sent' THEN
+                    BEGIN
+                        PERFORM tbl_repl._receive(lane.conn, lane.deadline);
+                    EXCEPTION WHEN OTHERS THEN
+                        -- often found out only now, and one that can be opened again is none that hangs
+                        IF clock_timestamp() > lane.deadline THEN
+                            RAISE;
+                        END IF;
+                        IF lane.conn = ANY (tbl_repl._dblink_connections()) THEN
+                            PERFORM tbl_repl._dblink_disconnect(lane.conn);
+                        END IF;
+                    END;
+                END IF;
+                PERFORM tbl_repl._connect(lane.target_id, lane.conn, clock_timestamp() + patience);
+                SELECT array_agg(l) INTO loads
+                FROM unnest(lane.parcels) AS p CROSS JOIN LATERAL tbl_repl._loads_of_transaction(p.target_id, own) AS l;
+                IF loads IS NULL THEN
+                    CONTINUE;
+                END IF;
+                shipped := tbl_repl._stream_any_way(lane.conn, loads, mine, patience);
+                receipts := tbl_repl._leave_receipts(lane.conn, loads, own, patience);
+                IF is_sync THEN
+                    done := array_append(done, lane.conn);
+                ELSE
+                    PERFORM tbl_repl._commit(lane.conn, patience);
+                END IF;
+                FOREACH parcel IN ARRAY lane.parcels LOOP
+                    PERFORM tbl_repl._count_shipped(parcel.target_id, CASE WHEN parcel.target_id = lane.target_id THEN shipped ELSE 0 END,
+                                                    coalesce((receipts ->> parcel.target_id::text)::integer, 0));
+                END LOOP;
+            EXCEPTION WHEN query_canceled OR OTHERS THEN
+                GET STACKED DIAGNOSTICS error_text = MESSAGE_TEXT, error_detail = PG_EXCEPTION_DETAIL, error_hint = PG_EXCEPTION_HINT;
+                IF lane.conn = ANY (tbl_repl._dblink_connections()) THEN
+                    PERFORM tbl_repl._dblink_disconnect(lane.conn);
+                END IF;
+                IF is_sync THEN
+                    -- open remote transactions end with their connection; the others have an answer nobody reads
+                    PERFORM tbl_repl._dblink_disconnect(l.conn) FROM unnest(lanes) AS l WHERE l.conn = ANY (tbl_repl._dblink_connections());
+                    RAISE;
+                END IF;
+                lost := lost + (clock_timestamp() - began);
+                FOREACH parcel IN ARRAY lane.parcels LOOP
+                    PERFORM tbl_repl._log_error(parcel.target_id, NULL, SQLSTATE, error_text, error_detail, error_hint, NULL);
+                    failed := array_append(failed, parcel.target_id);
+                END LOOP;
+            END;
+        END LOOP;
+        PERFORM tbl_repl._commit_all(done, parcels);
+        done := '{}';
     END LOOP;
-    PERFORM tbl_repl._commit_all(done, parcels);
     RETURN failed;
 END
 $function$;

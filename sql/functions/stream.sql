@@ -107,14 +107,38 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._stream_query(tbl_repl.load[], boolean, text) IS
     'the query that renders a remote transaction; variant: ''deletes first'' | ''upserts first'' | ''clear''';
 
--- _stream(conn, loads, mine, timeout, variant): begins a remote transaction and sends everything; does not
+-- STABLE: the cursor reads in the snapshot of the statement that calls.
+CREATE OR REPLACE FUNCTION tbl_repl._open_stream(
+    loads   tbl_repl.load[],
+    mine    boolean,
+    variant text
+)
+RETURNS refcursor
+LANGUAGE plpgsql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    portal refcursor;
+BEGIN
+    OPEN portal FOR EXECUTE tbl_repl._stream_query(loads, mine, variant);
+    RETURN portal;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._open_stream(tbl_repl.load[], boolean, text) IS
+    'a cursor over the statements of a remote transaction';
+
+-- _stream(conn, loads, mine, timeout, variant, variants): begins a remote transaction and sends everything; does not
 -- commit.  Returns the number of keys.  Errors: the target's; the caller ends the connection.
+--   variants: a cursor that has for each variant, in turn, a cursor over its statements, all in one snapshot;
+--             NULL: read now.
+-- A cancel takes effect at once: nothing of this is committed.
 CREATE OR REPLACE FUNCTION tbl_repl._stream(
     conn    text,
     loads   tbl_repl.load[],
     mine    boolean,
     timeout interval,
-    variant text
+    variant text,
+    variants refcursor
 )
 RETURNS bigint
 LANGUAGE plpgsql VOLATILE
@@ -122,6 +146,7 @@ SET search_path = pg_catalog, pg_temp
 AS $function$
 DECLARE
     portal    refcursor;
+    opened    text;
     statement text;
     rows      bigint;
     total     bigint := 0;
@@ -129,30 +154,35 @@ DECLARE
 BEGIN
     PERFORM tbl_repl._send(conn, 'BEGIN; SET CONSTRAINTS ALL DEFERRED');
     IF EXISTS (SELECT FROM unnest(loads) AS l WHERE l.truncate) THEN
-        PERFORM tbl_repl._receive(conn, clock_timestamp() + timeout);
+        PERFORM tbl_repl._receive(conn, clock_timestamp() + timeout, false, true);
         PERFORM tbl_repl._truncate(conn, loads, timeout);
         in_flight := false;
     END IF;
-    OPEN portal FOR EXECUTE tbl_repl._stream_query(loads, mine, variant);
+    IF variants IS NULL THEN
+        portal := tbl_repl._open_stream(loads, mine, variant);
+    END IF;
+    WHILE variants IS NOT NULL AND opened IS DISTINCT FROM variant LOOP
+        FETCH variants INTO opened, portal;
+    END LOOP;
     LOOP
         FETCH portal INTO statement, rows;
         EXIT WHEN NOT FOUND;
         total := total + rows;
         CONTINUE WHEN coalesce(statement, '') = '';
         IF in_flight THEN
-            PERFORM tbl_repl._receive(conn, clock_timestamp() + timeout);
+            PERFORM tbl_repl._receive(conn, clock_timestamp() + timeout, false, true);
         END IF;
         PERFORM tbl_repl._send(conn, statement);
         in_flight := true;
     END LOOP;
     CLOSE portal;
     IF in_flight THEN
-        PERFORM tbl_repl._receive(conn, clock_timestamp() + timeout);
+        PERFORM tbl_repl._receive(conn, clock_timestamp() + timeout, false, true);
     END IF;
     RETURN total;
 END
 $function$;
-COMMENT ON FUNCTION tbl_repl._stream(text, tbl_repl.load[], boolean, interval, text) IS
+COMMENT ON FUNCTION tbl_repl._stream(text, tbl_repl.load[], boolean, interval, text, refcursor) IS
     'sends the state of many keys in one remote transaction, without committing it';
 
 -- All tables in one command, so that foreign keys between them do not matter; rows are deleted where a
@@ -191,7 +221,8 @@ CREATE OR REPLACE FUNCTION tbl_repl._stream_any_way(
     conn    text,
     loads   tbl_repl.load[],
     mine    boolean,
-    timeout interval
+    timeout interval,
+    variants refcursor DEFAULT NULL
 )
 RETURNS bigint
 LANGUAGE plpgsql VOLATILE
@@ -208,9 +239,10 @@ DECLARE
 BEGIN
     LOOP
         BEGIN
-            rows := tbl_repl._stream(conn, loads, mine, timeout, variant);
+            rows := tbl_repl._stream(conn, loads, mine, timeout, variant, variants);
             -- what is deferred on the target has to be found out while it can still be done another way
-            PERFORM tbl_repl._call(conn, 'SET CONSTRAINTS ALL IMMEDIATE', clock_timestamp() + timeout);
+            PERFORM tbl_repl._send(conn, 'SET CONSTRAINTS ALL IMMEDIATE');
+            PERFORM tbl_repl._receive(conn, clock_timestamp() + timeout, false, true);
             RETURN rows;
         EXCEPTION WHEN foreign_key_violation OR unique_violation THEN
             code := SQLSTATE;
@@ -228,7 +260,7 @@ BEGIN
     END LOOP;
 END
 $function$;
-COMMENT ON FUNCTION tbl_repl._stream_any_way(text, tbl_repl.load[], boolean, interval) IS
+COMMENT ON FUNCTION tbl_repl._stream_any_way(text, tbl_repl.load[], boolean, interval, refcursor) IS
     'streams, in another order of statements where constraints of the target ask for it';
 
 CREATE OR REPLACE FUNCTION tbl_repl._commit(conn text, timeout interval)

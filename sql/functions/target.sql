@@ -395,7 +395,8 @@ BEGIN
     target.remote := facts || jsonb_build_object('unique',
         (SELECT coalesce(jsonb_agg(u), '[]') FROM jsonb_array_elements(facts -> 'unique') AS u
          WHERE NOT (u @> to_jsonb(target.dst_keys) AND u <@ to_jsonb(target.dst_keys))));
-    target.receipts := (facts ->> 'receipts')::boolean;
+    -- one that is async now may have some from before
+    target.receipts := (facts ->> 'receipts')::boolean AND (target.mode <> 'async' OR coalesce(target.receipts, false));
     RETURN target;
 END
 $function$;
@@ -429,6 +430,7 @@ DECLARE
     rel     record;
     parts   text[];
     owner   name;
+    whole   integer[];
 BEGIN
     IF source_table IS NULL OR server IS NULL THEN
         RAISE EXCEPTION USING
@@ -508,6 +510,7 @@ BEGIN
     PERFORM tbl_repl._check_only_once(target, source_table);
     target := tbl_repl._define(target, source, path);
     target.target_id := nextval('tbl_repl.target_target_id_seq');
+    whole := tbl_repl._truncate_whole(target);
     INSERT INTO tbl_repl.target SELECT target.*;
     INSERT INTO tbl_repl.target_state (target_id, status, position, system_identifier, copy_after)
     SELECT target.target_id, CASE initial_copy WHEN 'background' THEN 'copying' ELSE 'ok' END,
@@ -516,6 +519,7 @@ BEGIN
     PERFORM tbl_repl._rebuild_target(target.target_id);
     PERFORM tbl_repl._rebuild_capture(source.source_id);
     PERFORM tbl_repl._rebuild_neighbours(target);
+    PERFORM tbl_repl._check_truncates(whole);
     PERFORM tbl_repl._prepare_now(target);
     PERFORM tbl_repl._rank_sources();
     PERFORM tbl_repl._boot();
@@ -536,8 +540,9 @@ LANGUAGE plpgsql STABLE
 SET search_path = pg_catalog, pg_temp
 AS $function$
 BEGIN
-    IF EXISTS (SELECT FROM tbl_repl.target AS t
-               WHERE t.source_id = target.source_id AND t.server = target.server AND t.dst_schema = target.dst_schema
+    -- also not by another key
+    IF EXISTS (SELECT FROM tbl_repl.target AS t JOIN tbl_repl.source AS s USING (source_id)
+               WHERE s.source_table = _check_only_once.source_table AND t.server = target.server AND t.dst_schema = target.dst_schema
                  AND t.dst_name = target.dst_name AND t.target_id IS DISTINCT FROM target.target_id) THEN
         RAISE EXCEPTION USING
             ERRCODE = 'duplicate_object',
@@ -548,6 +553,57 @@ END
 $function$;
 COMMENT ON FUNCTION tbl_repl._check_only_once(tbl_repl.target, regclass) IS
     'refuses a second target of a table at the same place (42710)';
+
+-- The target itself and those with the same place, as far as a TRUNCATE means their whole table.
+CREATE OR REPLACE FUNCTION tbl_repl._truncate_whole(target tbl_repl.target)
+RETURNS integer[]
+LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT array_agg(t.target_id ORDER BY t.target_id)
+    FROM tbl_repl.target AS t
+    WHERE (t.target_id = target.target_id
+           OR (t.server = target.server AND t.dst_schema = target.dst_schema AND t.dst_name = target.dst_name))
+      AND NOT tbl_repl._truncates_by_key(t.target_id)
+$function$;
+COMMENT ON FUNCTION tbl_repl._truncate_whole(tbl_repl.target) IS
+    'targets that a change of definition may take the right to empty their table';
+
+-- _check_truncates(targets): refuses (55000) a definition under which the target's table holds more than the source's
+-- rows, as long as a TRUNCATE waits that was recorded without keys: nobody could tell any more which rows it removes.
+-- Called when the locks on the tables are held: no such TRUNCATE is under way, and the next one records its keys.
+CREATE OR REPLACE FUNCTION tbl_repl._check_truncates(targets integer[])
+RETURNS void
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    item    record;
+    waiting boolean;
+BEGIN
+    FOR item IN
+        SELECT t.target_id, t.server, st.status,
+               format('SELECT EXISTS (SELECT FROM %s AND c.op = ''T'' AND c.keys IS NULL AND NOT EXISTS '
+                      '(SELECT FROM tbl_repl.change AS k WHERE k.txid = c.txid AND k.source_id = c.source_id AND k.op = ''T'' AND k.keys IS NOT NULL))'
+                      ' OR EXISTS (SELECT FROM tbl_repl.stash AS s WHERE s.txid = pg_current_xact_id() AND s.source_id = %s AND s.op = ''T'' AND s.keys IS NULL)',
+                      tbl_repl._pending_from(t, st.position), t.source_id) AS query
+        FROM tbl_repl.target AS t JOIN tbl_repl.target_state AS st USING (target_id)
+        WHERE t.target_id = ANY (targets) AND 'truncate' = ANY (t.operations) AND tbl_repl._truncates_by_key(t.target_id)
+    LOOP
+        EXECUTE item.query INTO waiting;
+        IF waiting THEN
+            RAISE EXCEPTION USING
+                ERRCODE = 'object_not_in_prerequisite_state',
+                MESSAGE = format('a TRUNCATE waits to be shipped to target %s', item.target_id),
+                DETAIL  = 'It means the whole table there; with a filter, or rows of another table in it, it could not be told any more which rows it removes.',
+                HINT    = CASE WHEN item.status = 'paused' THEN format('First SELECT tbl_repl.resume_target(%s); CALL tbl_repl.drain();', item.target_id)
+                               ELSE 'First CALL tbl_repl.drain();' END;
+        END IF;
+    END LOOP;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._check_truncates(integer[]) IS
+    'refuses to share or filter a target for which a TRUNCATE of the whole table is queued';
 
 -- Several tables may be replicated into one: then each has to capture the keys that a TRUNCATE removes.
 CREATE OR REPLACE FUNCTION tbl_repl._rebuild_neighbours(target tbl_repl.target)
@@ -701,8 +757,15 @@ DECLARE
     source tbl_repl.source%ROWTYPE;
     old    tbl_repl.target%ROWTYPE := target;
     parts  text[];
+    whole  integer[];
 BEGIN
     SELECT * INTO STRICT source FROM tbl_repl.source AS s WHERE s.source_id = target.source_id;
+    IF NOT EXISTS (SELECT FROM pg_class AS c WHERE c.oid = source.source_table) THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'undefined_table',
+            MESSAGE = format('the source table of target %s does not exist any more', target_id),
+            HINT    = format('End its replication: SELECT tbl_repl.drop_target(%s);', target_id);
+    END IF;
     target.mode := coalesce(mode, target.mode);
     target.operations := coalesce(operations, target.operations);
     target.on_conflict := coalesce(on_conflict, target.on_conflict);
@@ -725,6 +788,7 @@ BEGIN
     PERFORM tbl_repl._check_only_once(target, source.source_table);
     target := tbl_repl._define(target, source, path);
     target.generation := tbl_repl._new_generation();
+    whole := tbl_repl._truncate_whole(target);
     UPDATE tbl_repl.target AS t
     SET dst_schema = target.dst_schema, dst_name = target.dst_name, mode = target.mode, columns = target.columns,
         column_map = target.column_map, row_filter = target.row_filter, operations = target.operations,
@@ -739,6 +803,7 @@ BEGIN
     PERFORM tbl_repl._rebuild_target(target_id);
     PERFORM tbl_repl._rebuild_capture(source.source_id);
     PERFORM tbl_repl._rebuild_neighbours(target);
+    PERFORM tbl_repl._check_truncates(whole);
     PERFORM tbl_repl._prepare_now(target);
     PERFORM tbl_repl._rank_sources();
 END

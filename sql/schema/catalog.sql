@@ -179,22 +179,29 @@ INSERT INTO tbl_repl.queue_head (segment) VALUES (0);
 
 -- What a transaction in flight has changed in tables with direct targets.  Emptied by the flush at
 -- its commit; unlogged, because no row outlives its transaction.  Further ops: 'C': copy the whole table to
--- target_id; 'W': wake the worker.
+-- target_id; 'W': wake the worker.  first: came from flush, and was the transaction's first change.
 CREATE UNLOGGED TABLE tbl_repl.stash (
     txid      xid8 NOT NULL DEFAULT pg_current_xact_id(),
     source_id integer NOT NULL,
     target_id integer,
     op        "char" NOT NULL,
     keys      text[],
-    row_count integer NOT NULL
+    row_count integer NOT NULL,
+    first     boolean NOT NULL DEFAULT false
 ) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 5000);
 CREATE INDEX stash_txid ON tbl_repl.stash (txid);
 COMMENT ON TABLE tbl_repl.stash IS 'keys changed by transactions in flight, shipped at their commit';
 
 -- One row per transaction that has something to ship at commit; its deferred trigger is the flush.
+-- hop, written: see _flush.  target_id, op, key: the first change, where a single row of a table was changed that
+-- ships quickly (see _quick_target); everything else is in the stash.
 CREATE UNLOGGED TABLE tbl_repl.flush (
-    txid xid8 PRIMARY KEY DEFAULT pg_current_xact_id(),
-    hop  smallint NOT NULL DEFAULT 0
+    txid      xid8 PRIMARY KEY DEFAULT pg_current_xact_id(),
+    hop       smallint NOT NULL DEFAULT 0,
+    written   integer,
+    target_id integer,
+    op        "char",
+    key       text
 ) WITH (fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 5000);
 COMMENT ON TABLE tbl_repl.flush IS 'transactions in flight that ship at commit';
 

@@ -175,6 +175,8 @@ def _move(source: Connection, target: Target, watchdog: Watchdog, lane: Row) -> 
     counts: dict[int, int] = {}
     with source.transaction():
         source.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
+        # a table may be locked here for long, and by somebody who waits for the locks that we hold
+        source.execute("SET LOCAL lock_timeout = 1000")
         row = source.execute("SELECT pg_current_snapshot()::text AS snapshot").fetchone()
         assert row is not None
         jobs = source.execute("SELECT * FROM tbl_repl._bulk_jobs(%s)", (lane["targets"],)).fetchall()

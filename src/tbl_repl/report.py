@@ -73,7 +73,9 @@ def table(rows: Iterable[Row], columns: Sequence[str], title: str | None = None)
     for name in columns:
         out.add_column(name.replace("_", " "), overflow="fold")
     for row in rows:
-        out.add_row(*(cell(row.get(name)) for name in columns))
+        out.add_row(
+            *(cell(human_seconds(row["lag"]) if name == "lag" else row.get(name)) for name in columns)
+        )
     return out
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import signal
 import sys
 import threading
@@ -22,6 +23,8 @@ from tbl_repl.graph import Node, mermaid
 from tbl_repl.report import as_json, console, human_seconds, lag, print_json, table
 from tbl_repl.worker import POLL_SECONDS, Batch, Observer, Options, Worker, drain_once
 
+log = logging.getLogger("tbl_repl.verbs")
+
 STATUS_COLUMNS = (
     "target_id", "source_table", "server", "dst_table", "mode", "status", "pending_rows", "lag",
     "rows_shipped", "last_shipped_at", "next_try_at", "last_error",
@@ -35,10 +38,10 @@ def _open(args: argparse.Namespace) -> Connection:
 
 
 def target_rows(connection: Connection) -> list[Row]:
-    """Rows of target_status with lag in words."""
+    """Rows of target_status with lag in seconds."""
     rows = connection.execute("SELECT * FROM tbl_repl.target_status ORDER BY target_id").fetchall()
     for row in rows:
-        row["lag"] = human_seconds(lag(row))
+        row["lag"] = lag(row)
         row["source_table"] = str(row["source_table"])
     return rows
 
@@ -305,7 +308,19 @@ def _worker(args: argparse.Namespace) -> int:
     observer = Observer() if args.metrics_port is None else _serve_metrics(dsns, args.metrics_port)
     options = Options(args.batch_rows, args.poll_seconds)
     if args.once:
-        return int(bool(drain_once(dsns, options, observer)))
+        left = drain_once(dsns, options, observer)
+        for row in left:
+            logs.event(
+                log,
+                logging.WARNING,
+                "left",
+                target=row["target_id"],
+                server=row["server"],
+                status=row["status"],
+                pending=row["pending_rows"],
+                quarantined=row["held"],
+            )
+        return int(bool(left))
     _reachable(dsns)
     worker = Worker(dsns, options, observer)
     signals = 0
@@ -321,6 +336,8 @@ def _worker(args: argparse.Namespace) -> int:
 
 
 def _positive(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"not a number: {text!r}")
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
