@@ -51,7 +51,9 @@ def test_an_async_target_has_it_when_somebody_has_shipped_it(pair: Pair) -> None
         assert not arrived(pair, target, at, "100 ms")
     waiter = start(pair.source.connect(), f"SELECT tbl_repl.wait_for({target}, '{at}')")
     wait_until(
-        lambda: pair.source.admin("SELECT pid FROM pg_stat_activity WHERE query LIKE 'SELECT tbl_repl.wait_for%'")
+        lambda: pair.source.admin(
+            "SELECT pid FROM pg_stat_activity WHERE query LIKE 'SELECT tbl_repl.wait_for%'"
+        )
     )
     assert not waiter.done()
     pair.drain()
@@ -66,7 +68,9 @@ def test_read_your_writes(pair: Pair) -> None:
     with WorkerProcess(pair.source):
         for n in range(100):
             with writer.transaction():
-                writer.execute("INSERT INTO t VALUES (1, %s) ON CONFLICT (id) DO UPDATE SET v = excluded.v", [str(n)])
+                writer.execute(
+                    "INSERT INTO t VALUES (1, %s) ON CONFLICT (id) DO UPDATE SET v = excluded.v", [str(n)]
+                )
                 at = token(writer)
             assert writer.execute("SELECT tbl_repl.wait_for(%s, %s)", [target, at]).fetchone() == (True,)
             assert reader.execute("SELECT v FROM t WHERE id = 1").fetchone() == (str(n),)
@@ -162,7 +166,18 @@ def test_looking_at_a_large_queue_of_others_leaves_the_processor_alone(pair: Pai
 
 @pytest.mark.parametrize(
     "bad",
-    [None, "", "x", "1:2:", "1:2:/3", "1:2:/3/elsewhere", "2:1:/3/{node}", "1:2:/99999999999999999999999/{node}", "1:2:/999999999999/{node}", "1:2:x/3/{node}"],
+    [
+        None,
+        "",
+        "x",
+        "1:2:",
+        "1:2:/3",
+        "1:2:/3/elsewhere",
+        "2:1:/3/{node}",
+        "1:2:/99999999999999999999999/{node}",
+        "1:2:/999999999999/{node}",
+        "1:2:x/3/{node}",
+    ],
 )
 def test_what_is_no_token_of_this_node_is_refused(pair: Pair, bad: str | None) -> None:
     target = replicate(pair, "sync")
@@ -177,7 +192,9 @@ def test_what_is_no_token_of_this_node_is_refused(pair: Pair, bad: str | None) -
 def test_a_bad_timeout_is_refused(pair: Pair, timeout: str | None) -> None:
     target = replicate(pair, "sync")
     with pytest.raises(errors.InvalidParameterValue, match="timeout"):
-        pair.source.sql("SELECT tbl_repl.wait_for(%s, %s, %s::interval)", [target, token(pair.source), timeout])
+        pair.source.sql(
+            "SELECT tbl_repl.wait_for(%s, %s, %s::interval)", [target, token(pair.source), timeout]
+        )
 
 
 def test_an_unknown_target_is_refused(pair: Pair) -> None:
@@ -191,7 +208,9 @@ def test_a_target_that_is_dropped_meanwhile_is_unknown(pair: Pair) -> None:
     pair.source.sql("INSERT INTO t VALUES (1, 'x')")
     waiter = start(pair.source.connect(), f"SELECT tbl_repl.wait_for({target}, '{token(pair.source)}')")
     wait_until(
-        lambda: pair.source.admin("SELECT pid FROM pg_stat_activity WHERE query LIKE 'SELECT tbl_repl.wait_for%'")
+        lambda: pair.source.admin(
+            "SELECT pid FROM pg_stat_activity WHERE query LIKE 'SELECT tbl_repl.wait_for%'"
+        )
     )
     pair.call("drop_target", target_id=target)
     with pytest.raises(errors.UndefinedObject):

@@ -23,14 +23,32 @@ DECLARE
     truncated text;
     quick     integer := tbl_repl._quick_target(source_id);
     native    text;
+    old_s     text;  -- what a conflict policy needs of the old row
+    absent    text;  -- and where there was none
+    bury      text;
+    policy    record;
+    carries   boolean := tbl_repl._carries(source_id);
 BEGIN
     SELECT * INTO STRICT source FROM tbl_repl.source AS s WHERE s.source_id = _capture_sql.source_id;
     key_s := tbl_repl._key_text(source.key_columns, 's');
     SELECT tbl_repl._text_settings(array_agg(p.type_id)) INTO settings
     FROM tbl_repl._key_parts(source.source_table, source.key_columns) AS p;
+    SELECT tbl_repl._old_value_sql(t) AS old_s, CASE t.on_conflict WHEN 'newest' THEN 'NULL::text' ELSE '''''::text' END AS absent,
+           tbl_repl._text_settings('{timestamptz}'::regtype[]::oid[] || ARRAY(SELECT p.type_id FROM tbl_repl._key_parts(source.source_table, source.key_columns) AS p)
+                                   || ARRAY(SELECT coalesce(a.atttypid, 0) FROM unnest(t.sent_exprs) AS e
+                                            LEFT JOIN pg_attribute AS a ON a.attrelid = source.source_table AND e = format('s.%I', a.attname)
+                                                                       AND a.attnum > 0 AND NOT a.attisdropped)) AS settings
+    INTO policy
+    FROM tbl_repl.target AS t WHERE t.source_id = source.source_id AND t.on_conflict <> 'overwrite' ORDER BY t.target_id LIMIT 1;
+    IF FOUND THEN
+        old_s := policy.old_s;
+        absent := policy.absent;
+        settings := policy.settings;
+    END IF;
+    bury := tbl_repl._bury_sql(source);
     SELECT bool_or(t.mode <> 'async'), bool_or(t.mode = 'async'),
            -- A filter runs as its target's owner: only where all targets have the owner of this function.
-           CASE WHEN bool_and(t.filter_expr IS NOT NULL) AND count(DISTINCT t.owner) = 1
+           CASE WHEN bool_and(t.filter_expr IS NOT NULL) AND bool_and(t.on_conflict = 'overwrite') AND count(DISTINCT t.owner) = 1
                      AND min(t.owner::text) = coalesce((SELECT r.rolname::text FROM pg_proc AS f JOIN pg_roles AS r ON r.oid = f.proowner
                                                   WHERE f.pronamespace = 'tbl_repl'::regnamespace
                                                     AND f.proname = format('capture_%s', source.source_id)), current_user)
@@ -48,28 +66,58 @@ BEGIN
     store := concat_ws(E'\n    ',
         CASE WHEN direct THEN format(
             $piece$IF current_setting('transaction_isolation') = 'serializable' THEN
-        PERFORM tbl_repl._queue_serializable(%1$s, {op}, {keys});
+        PERFORM tbl_repl._queue_serializable(%1$s, {op}, {keys}{v});
     ELSE
         IF cardinality({keys}) = 1 AND %2$L THEN
             INSERT INTO tbl_repl.flush (target_id, op, key) VALUES (%3$L, {op}, {keys}[1]) ON CONFLICT DO NOTHING;
             stored := FOUND;
         END IF;
         IF NOT stored THEN
-            INSERT INTO tbl_repl.stash (source_id, op, keys, row_count) VALUES (%1$s, {op}, {keys}, coalesce(cardinality({keys}), 1));
+            INSERT INTO tbl_repl.stash (source_id, op, keys, row_count{c}) VALUES (%1$s, {op}, {keys}, coalesce(cardinality({keys}), 1){v});
             INSERT INTO tbl_repl.flush DEFAULT VALUES ON CONFLICT DO NOTHING;
         END IF;
         stored := false;
     END IF;$piece$, source.source_id, quick IS NOT NULL, quick) END,
         CASE WHEN queued THEN format(
-            $piece$INSERT INTO tbl_repl.change (segment, source_id, op, keys, row_count)
-    VALUES ((SELECT h.segment FROM tbl_repl.queue_head AS h), %1$s, {op}, {keys}, coalesce(cardinality({keys}), 1));
+            $piece$INSERT INTO tbl_repl.change (segment, source_id, op, keys, row_count{c})
+    VALUES ((SELECT h.segment FROM tbl_repl.queue_head AS h), %1$s, {op}, {keys}, coalesce(cardinality({keys}), 1){v});
     IF NOT pg_try_advisory_xact_lock_shared(%2$s, 0) AND current_setting('transaction_isolation') <> 'serializable' THEN
         -- the worker sleeps: the flush wakes it (not here: PREPARE TRANSACTION refuses what has notified)
         INSERT INTO tbl_repl.stash (source_id, op, row_count) VALUES (%1$s, 'W', 0);
         INSERT INTO tbl_repl.flush DEFAULT VALUES ON CONFLICT DO NOTHING;
     END IF;$piece$, source.source_id, tbl_repl._lock_sleep()) END);
 
-    IF source.capture = 'statement' THEN
+    IF carries THEN
+        store := format(E'IF carried <> '''' THEN\n        PERFORM tbl_repl._capture_carried(%s, {op}, {keys}, carried);\n    ELSE\n    %s\n    END IF;', source.source_id, store);
+    END IF;
+    store := concat_ws(E'\n    ', store, bury);
+    store := replace(replace(store, '{c}', CASE WHEN old_s IS NULL THEN '' ELSE ', olds' END),
+                     '{v}', CASE WHEN old_s IS NULL THEN '' ELSE ', {olds}' END);
+
+    IF old_s IS NOT NULL AND source.capture = 'statement' THEN
+        body := format($body$    IF TG_OP = 'INSERT' THEN
+        SELECT array_agg(%1$s), array_agg(%3$s) INTO changed, olds FROM new_rows AS s;
+    ELSIF TG_OP = 'DELETE' THEN
+        SELECT array_agg(%1$s), array_agg(%2$s) INTO changed, olds FROM old_rows AS s;
+    ELSE
+        SELECT array_agg(n.k), array_agg(coalesce(o.v, %3$s)) INTO changed, olds
+        FROM (SELECT %1$s AS k FROM new_rows AS s) AS n LEFT JOIN (SELECT %1$s AS k, %2$s AS v FROM old_rows AS s) AS o ON o.k = n.k;
+        SELECT array_agg(o.k), array_agg(o.v) INTO former, former_olds
+        FROM (SELECT %1$s AS k, %2$s AS v FROM old_rows AS s) AS o LEFT JOIN unnest(changed) AS n (k) ON n.k = o.k WHERE n.k IS NULL;
+    END IF;$body$, key_s, old_s, absent);
+    ELSIF old_s IS NOT NULL THEN
+        body := format($body$    IF TG_OP <> 'DELETE' THEN
+        SELECT ARRAY[%1$s], ARRAY[%3$s] INTO changed, olds FROM (SELECT (NEW).*) AS s;
+    END IF;
+    IF TG_OP <> 'INSERT' THEN
+        SELECT ARRAY[%1$s], ARRAY[%2$s] INTO former, former_olds FROM (SELECT (OLD).*) AS s;
+        IF TG_OP = 'DELETE' OR former = changed THEN
+            changed := former;
+            olds := former_olds;
+            former := NULL;
+        END IF;
+    END IF;$body$, key_s, old_s, absent);
+    ELSIF source.capture = 'statement' THEN
         body := concat(
             E'    IF TG_OP = ''INSERT'' THEN\n        ', tbl_repl._collect_sql(format('array_agg(%s)', key_s), 'changed', 'new_rows', filter),
             E'\n    ELSIF TG_OP = ''DELETE'' THEN\n        ', tbl_repl._collect_sql(format('array_agg(%s)', key_s), 'changed', 'old_rows', filter),
@@ -102,26 +150,28 @@ BEGIN
         E'    IF TG_OP = ''TRUNCATE'' THEN\n',
         E'        IF TG_WHEN = ''BEFORE'' THEN\n',
         format(E'            EXECUTE format(CASE WHEN EXISTS (SELECT FROM pg_class AS c WHERE c.oid = TG_RELID AND c.relkind = ''p'')\n'
-               '                                THEN %L ELSE %L END, TG_RELID::regclass, TG_NAME) INTO changed;\n',
-               format('SELECT array_agg(%s) FROM %%s AS s WHERE NOT EXISTS (SELECT FROM pg_trigger AS g WHERE g.tgrelid = s.tableoid AND g.tgname = %%L)',
-                      replace(key_s, '%', '%%')),
-               format('SELECT array_agg(%s) FROM ONLY %%s AS s', replace(key_s, '%', '%%'))),
+               '                                THEN %L ELSE %L END, TG_RELID::regclass, TG_NAME) INTO changed, olds;\n',
+               format('SELECT array_agg(%s)%s FROM %%s AS s WHERE NOT EXISTS (SELECT FROM pg_trigger AS g WHERE g.tgrelid = s.tableoid AND g.tgname = %%L)',
+                      replace(key_s, '%', '%%'), CASE WHEN old_s IS NULL THEN ', NULL::text[]' ELSE format(', array_agg(%s)', replace(old_s, '%', '%%')) END),
+               format('SELECT array_agg(%s)%s FROM ONLY %%s AS s', replace(key_s, '%', '%%'),
+                      CASE WHEN old_s IS NULL THEN ', NULL::text[]' ELSE format(', array_agg(%s)', replace(old_s, '%', '%%')) END)),
         E'            IF changed IS NULL THEN RETURN NULL; END IF;\n',
         E'        END IF;\n        ',
-        replace(replace(replace(store, '{op}', '''T'''), '{keys}', 'changed'), E'\n', E'\n        '),
+        replace(replace(replace(replace(replace(store, '{op}', '''T'''), '{keys}', 'changed'), '{olds}', 'olds'), '{gone}', 'true'), E'\n', E'\n        '),
         E'\n        RETURN NULL;\n    END IF;');
 
     body := concat(
         E'\n#variable_conflict use_column\nDECLARE\n',
         -- a variable: an expression over TG_OP would be planned anew at every call
         E'    op "char" := left(TG_OP, 1);\n',
-        E'    changed text[];\n    former text[];\n    stored boolean := false;\n',
+        E'    changed text[];\n    former text[];\n    olds text[];\n    former_olds text[];\n    stored boolean := false;\n',
+        E'    carried text := current_setting(''tbl_repl.origin'', true);\n',
         CASE WHEN native IS NOT NULL THEN format(E'    new_keys %1$s;\n    old_keys %1$s;\n', native) END, E'BEGIN\n',
-        E'    IF current_setting(''tbl_repl.origin'', true) <> '''' THEN RETURN NULL; END IF;\n', truncated, E'\n', body,
+        CASE WHEN NOT carries THEN E'    IF carried <> '''' THEN RETURN NULL; END IF;\n' END, truncated, E'\n', body,
         E'\n    IF changed IS NOT NULL THEN\n    ',
-        replace(replace(store, '{op}', 'op'), '{keys}', 'changed'),
+        replace(replace(replace(replace(store, '{op}', 'op'), '{keys}', 'changed'), '{olds}', 'olds'), '{gone}', 'false'),
         E'\n    END IF;\n    IF former IS NOT NULL THEN\n    ',
-        replace(replace(store, '{op}', '''K'''), '{keys}', 'former'),
+        replace(replace(replace(replace(store, '{op}', '''K'''), '{keys}', 'former'), '{olds}', 'former_olds'), '{gone}', 'false'),
         E'\n    END IF;\n    RETURN NULL;\nEND\n');
     RETURN format($sql$CREATE OR REPLACE FUNCTION tbl_repl.%I()
 RETURNS trigger
@@ -134,6 +184,17 @@ END
 $function$;
 COMMENT ON FUNCTION tbl_repl._capture_sql(integer) IS
     'text of the trigger function of a replicated table';
+
+-- Whether what appliers write into a table concerns us: it goes on to other nodes, or may meet a change made here.
+CREATE OR REPLACE FUNCTION tbl_repl._carries(source_id integer)
+RETURNS boolean
+LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT EXISTS (SELECT FROM tbl_repl.target AS t
+                   WHERE t.source_id = _carries.source_id AND (t.forward = 'any' OR t.remote ->> 'node' IS NOT NULL))
+$function$;
+COMMENT ON FUNCTION tbl_repl._carries(integer) IS 'whether changes made by appliers are captured, too';
 
 -- A filter that fails on a row must not fail the application: then all keys are taken, and what the failure means
 -- is decided where they are shipped.
@@ -180,7 +241,8 @@ AS $function$
             ('delete', 'AFTER DELETE', 'REFERENCING OLD TABLE AS old_rows')) AS v (suffix, event, referencing)
         WHERE s.capture = 'statement'
         UNION ALL
-        SELECT s.source_table, 'row', 'AFTER INSERT OR UPDATE OR DELETE', NULL FROM s WHERE s.capture = 'row'
+        SELECT s.source_table, CASE WHEN tbl_repl._carries(s.source_id) THEN 'any' ELSE 'row' END, 'AFTER INSERT OR UPDATE OR DELETE', NULL
+        FROM s WHERE s.capture = 'row'
         UNION ALL
         SELECT s.source_table, 'truncate', 'AFTER TRUNCATE', NULL FROM s
         UNION ALL
@@ -191,7 +253,7 @@ AS $function$
     SELECT w.rel, format('_tbl_repl_%s_%s', source_id, w.suffix)::name,
            concat_ws(' ', format('CREATE TRIGGER %I %s ON %s', format('_tbl_repl_%s_%s', source_id, w.suffix), w.event, w.rel),
                      w.referencing,
-                     CASE WHEN w.suffix = 'row' THEN 'FOR EACH ROW' ELSE 'FOR EACH STATEMENT' END,
+                     CASE WHEN w.suffix IN ('row', 'any') THEN 'FOR EACH ROW' ELSE 'FOR EACH STATEMENT' END,
                      CASE WHEN w.suffix = 'row' THEN 'WHEN (nullif(current_setting(''tbl_repl.origin'', true), '''') IS NULL)' END,
                      format('EXECUTE FUNCTION tbl_repl.%I()', format('capture_%s', source_id)))
     FROM wanted AS w
@@ -206,7 +268,7 @@ RETURNS boolean
 LANGUAGE sql STABLE
 SET search_path = pg_catalog, pg_temp
 AS $function$
-    SELECT t.filter_expr IS NOT NULL
+    SELECT t.filter_expr IS NOT NULL OR t.forward = 'any' OR t.on_conflict <> 'overwrite'
         OR s.source_table IN (SELECT c.oid FROM pg_class AS c WHERE c.relispartition)
         OR EXISTS (SELECT FROM tbl_repl.target AS o
                    WHERE o.server = t.server AND o.dst_schema = t.dst_schema AND o.dst_name = t.dst_name
@@ -224,7 +286,8 @@ COMMENT ON FUNCTION tbl_repl._truncates_by_key(integer) IS
 CREATE OR REPLACE FUNCTION tbl_repl._queue_serializable(
     source_id integer,
     op        "char",
-    keys      text[]
+    keys      text[],
+    olds      text[] DEFAULT NULL
 )
 RETURNS void
 LANGUAGE plpgsql VOLATILE
@@ -247,14 +310,14 @@ BEGIN
             DETAIL  = format('The commit on server %I could not be taken back after a serialization failure here.', refusing.server),
             HINT    = 'Use READ COMMITTED or REPEATABLE READ, or make the target tolerant or async.';
     END IF;
-    INSERT INTO tbl_repl.change (segment, source_id, target_id, op, keys, row_count)
+    INSERT INTO tbl_repl.change (segment, source_id, target_id, op, keys, row_count, olds)
     SELECT h.segment, t.source_id, t.target_id, _queue_serializable.op, _queue_serializable.keys,
-           coalesce(cardinality(_queue_serializable.keys), 1)
+           coalesce(cardinality(_queue_serializable.keys), 1), _queue_serializable.olds
     FROM tbl_repl.target AS t, tbl_repl.queue_head AS h
     WHERE t.source_id = _queue_serializable.source_id AND t.mode <> 'async';
 END
 $function$;
-COMMENT ON FUNCTION tbl_repl._queue_serializable(integer, "char", text[]) IS
+COMMENT ON FUNCTION tbl_repl._queue_serializable(integer, "char", text[], text[]) IS
     'queues what a SERIALIZABLE transaction changed for the direct targets of a table; 0A000 for sync ones';
 
 -- Creates or replaces what _capture_sql and _trigger_sql say, drops triggers no longer wanted.

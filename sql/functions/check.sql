@@ -42,9 +42,12 @@ BEGIN
             reached := jsonb_set(reached, ARRAY[conn], to_jsonb(tbl_repl._reach(target, conn)));
         END IF;
         IF reached ->> conn <> '' THEN
-            RETURN QUERY SELECT target.target_id, 'error', 'unreachable',
-                format('server %I cannot be reached: %s', target.server, reached ->> conn),
-                'See that it runs, and that the options of server and user mapping are right; what is queued is kept.'::text;
+            RETURN QUERY SELECT target.target_id, 'error', p.code, p.message, p.hint
+            FROM (VALUES (true, 'node_name_taken', format('server %I: %s', target.server, reached ->> conn),
+                          'Name one of them: SELECT tbl_repl.set_node_name(''...'');'),
+                         (false, 'unreachable', format('server %I cannot be reached: %s', target.server, reached ->> conn),
+                          'See that it runs, and that the options of server and user mapping are right; what is queued is kept.')) AS p (same_name, code, message, hint)
+            WHERE p.same_name = (reached ->> conn LIKE 'the target has the name of this node%');
             CONTINUE;
         END IF;
         RETURN QUERY SELECT target.target_id, p.severity, p.code, p.message, p.hint FROM tbl_repl._remote_problems(target, conn) AS p;
@@ -323,6 +326,7 @@ SET search_path = pg_catalog, pg_temp
 AS $function$
 DECLARE
     facts   jsonb;
+    node    jsonb;
     here    text;
     there   text;
     dst     text := tbl_repl._dst_table(target);
@@ -385,6 +389,24 @@ BEGIN
             RETURN QUERY SELECT 'error', 'node_name_taken', format('the target''s node has the same name as this one: %s', tbl_repl.node_name()),
                 'Name one of them: SELECT tbl_repl.set_node_name(''...'');'::text;
         END IF;
+        node := tbl_repl._remote_node(conn, clock_timestamp() + target.timeout);
+        IF node ->> 'node' NOT IN (coalesce(target.remote ->> 'node', ''), tbl_repl.node_name()) THEN
+            RETURN QUERY SELECT 'warning', 'node_renamed', format('the target''s node is called %s, not %s', node ->> 'node', coalesce(target.remote ->> 'node', 'unknown')),
+                format('Changes made there may come back: %s', rebuild);
+        END IF;
+        IF target.on_conflict <> 'overwrite' AND NOT coalesce((node ->> 'settles')::boolean, false) THEN
+            RETURN QUERY SELECT 'error', 'may_not_settle', format('role %s may not settle conflicts on the target', facts ->> 'user'),
+                format('There: SELECT tbl_repl.grant_access(%L, ''operator'');', facts ->> 'user');
+        ELSIF target.on_conflict = 'newest' AND tbl_repl._call(conn, format(
+                'SELECT pg_catalog.count(*) FROM tbl_repl.target AS t JOIN tbl_repl.source AS s USING (source_id) '
+                'WHERE s.source_table = pg_catalog.to_regclass(%L) AND t.on_conflict = ''newest'' AND t.remote ->> ''node'' = %L', dst, tbl_repl.node_name()),
+                clock_timestamp() + target.timeout) = '0' THEN
+            RETURN QUERY SELECT 'warning', 'newest_one_way', format('table %s on the target has no target with on_conflict => ''newest'' back to this node', dst),
+                'A value that is refused there could not be answered: add_target there as well, with on_conflict => ''newest''.'::text;
+        END IF;
+    ELSIF target.on_conflict <> 'overwrite' THEN
+        RETURN QUERY SELECT 'error', 'may_not_settle', 'tbl_repl is not installed on the target, where conflicts are settled',
+            'There: CREATE EXTENSION tbl_repl CASCADE;'::text;
     END IF;
 EXCEPTION
     WHEN undefined_table THEN

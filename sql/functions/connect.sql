@@ -182,6 +182,7 @@ BEGIN
             SET standard_conforming_strings = on; SET xmloption = 'content'; SET array_nulls = on;
             SET default_transaction_isolation = 'read committed'; SET tbl_repl.origin = %L;
             SELECT pg_catalog.json_build_object(
+                'extension', EXISTS (SELECT FROM pg_catalog.pg_namespace AS n WHERE n.nspname = 'tbl_repl'),
                 'now', extract(epoch FROM pg_catalog.clock_timestamp()),
                 'receipts', %s,
                 'older', (SELECT pg_catalog.json_agg(pg_catalog.json_build_object('pid', a.pid, 'name', a.application_name))
@@ -222,6 +223,9 @@ BEGIN
                 END IF;
                 PERFORM pg_sleep(0.002);
             END LOOP;
+        END IF;
+        IF (answer::json ->> 'extension')::boolean THEN
+            PERFORM tbl_repl._check_node(tbl_repl._remote_node(conn, deadline));
         END IF;
     EXCEPTION WHEN query_canceled OR OTHERS THEN
         IF conn = ANY (tbl_repl._dblink_connections()) THEN

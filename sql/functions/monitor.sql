@@ -11,7 +11,8 @@ AS $function$
                                      CASE WHEN 'update' = ANY (target.operations) THEN 'U' END,
                                      CASE WHEN 'update' = ANY (target.operations) THEN 'K' END,
                                      CASE WHEN 'delete' = ANY (target.operations) THEN 'D' END,
-                                     CASE WHEN 'truncate' = ANY (target.operations) THEN 'T' END], NULL),
+                                     CASE WHEN 'truncate' = ANY (target.operations) THEN 'T' END,
+                                     CASE WHEN target.on_conflict = 'newest' THEN 'B' END], NULL),
                   CASE WHEN tbl_repl._truncates_by_key(target.target_id) THEN ' AND (c.op <> ''T'' OR c.keys IS NOT NULL)' END)
 $function$;
 COMMENT ON FUNCTION tbl_repl._wanted(tbl_repl.target) IS
@@ -83,7 +84,7 @@ BEGIN
     LOOP
         RETURN QUERY EXECUTE format($query$
             SELECT %s, %L::regclass,
-                   CASE c.op WHEN 'I' THEN 'insert' WHEN 'U' THEN 'update' WHEN 'K' THEN 'update' WHEN 'D' THEN 'delete' ELSE 'truncate' END,
+                   CASE c.op WHEN 'I' THEN 'insert' WHEN 'U' THEN 'update' WHEN 'K' THEN 'update' WHEN 'B' THEN 'update' WHEN 'D' THEN 'delete' ELSE 'truncate' END,
                    tbl_repl._key_json(%L::regclass, %L, k.key), c.captured_at, k.key, c.txid, c.op IN ('K', 'D', 'T')
             FROM (SELECT c.* FROM %s) AS c LEFT JOIN LATERAL unnest(c.keys) WITH ORDINALITY AS k (key, n) ON true
             ORDER BY c.captured_at, k.n$query$, item.target_id, item.source_table::oid, item.source_table::oid, item.key_columns, item.pending);

@@ -210,7 +210,7 @@ BEGIN
         deletes := array_to_json(gone)::text;
         upserts := rendered;
         RETURN;
-    END IF;
+    END IF;%14$s
     IF gone IS NOT NULL THEN
         deletes := CASE WHEN tbl_repl_form = 'prepared' AND cardinality(gone) = 1
                         THEN %4$s
@@ -251,7 +251,8 @@ $body$,
                              format(' AND NOT EXISTS (SELECT FROM pg_catalog.pg_constraint AS f WHERE f.contype = ''f'' AND f.confrelid = %L::pg_catalog.regclass '
                                     'AND (f.conrelid <> f.confrelid OR f.confdeltype <> ''a''))', tbl_repl._dst_table(target))) END,
             mismatch,
-            CASE WHEN NOT tbl_repl._has_exact_key(source.source_table, source.key_columns) THEN 'DISTINCT ' END);
+            CASE WHEN NOT tbl_repl._has_exact_key(source.source_table, source.key_columns) THEN 'DISTINCT ' END,
+            tbl_repl._render_values_sql(target, source));
     RETURN format($sql$CREATE OR REPLACE FUNCTION tbl_repl.%I(
     tbl_repl_keys   text[],
     tbl_repl_mine   boolean,
@@ -273,6 +274,49 @@ END
 $function$;
 COMMENT ON FUNCTION tbl_repl._render_sql(integer) IS
     'text of render_N, which says the state of some keys in SQL for one target';
+
+-- For policies that the target settles: the statements of render_N that say the values of the keys, for _settle.
+CREATE OR REPLACE FUNCTION tbl_repl._render_values_sql(target tbl_repl.target, source tbl_repl.source)
+RETURNS text
+LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT format($piece$
+    SELECT json_agg(json_build_object('k', %1$s, 'r', v.row_values, 't', v.row_text, 'v', %2$s, 'e', %3$s))::text
+    INTO rendered
+    FROM unnest(tbl_repl_keys) AS u (tbl_repl_key)
+    LEFT JOIN LATERAL (
+        SELECT json_build_array(%4$s) AS row_values, %5$s AS row_text, %6$s AS version
+        FROM %7$s AS s
+        WHERE %8$s AND (NOT tbl_repl_mine OR tbl_repl._is_mine(s.xmin))%9$s
+    ) AS v ON true
+    %10$s
+    WHERE tbl_repl_absent OR v.row_values IS NOT NULL;
+    upserts := format(%11$L, rendered);
+    IF rendered IS NULL THEN
+        upserts := NULL;
+    END IF;
+    RETURN;$piece$,
+        CASE WHEN cardinality(source.key_columns) = 1 THEN 'json_build_array(u.tbl_repl_key)' ELSE 'u.tbl_repl_key::json' END,
+        CASE WHEN target.on_conflict = 'newest' THEN 'coalesce(v.version, x.version)' ELSE 'v.version' END,
+        CASE WHEN target.on_conflict = 'newest' THEN 'NULL::text[]' ELSE 'x.digests' END,
+        (SELECT string_agg(format('(%s)::text', e), ', ' ORDER BY n) FROM unnest(target.sent_exprs) WITH ORDINALITY AS e (e, n)),
+        tbl_repl._row_text_sql(target),
+        CASE WHEN target.version_column IS NULL THEN 'NULL::text' ELSE format('s.%I::text', target.version_column) END,
+        source.source_table,
+        tbl_repl._key_match(source.source_table, source.key_columns),
+        ' AND (' || target.filter_expr || ')',
+        CASE WHEN target.on_conflict = 'newest'
+             THEN format('LEFT JOIN tbl_repl.tombstone AS x ON x.local_table = %L::regclass AND x.key = u.tbl_repl_key', source.source_table::oid)
+             ELSE format('LEFT JOIN tbl_repl._expected(%s, tbl_repl_keys) AS x ON x.key = u.tbl_repl_key', target.target_id) END,
+        format('SELECT tbl_repl._settle(%s, %L, %s, %s, %s, %%L)',
+               replace(quote_literal(tbl_repl._dst_table(target)), '%', '%%'), target.on_conflict,
+               replace(quote_literal(target.sent_columns::text), '%', '%%'), replace(quote_literal(target.dst_keys::text), '%', '%%'),
+               replace(quote_nullable(target.version_column::text), '%', '%%')))
+    WHERE target.on_conflict <> 'overwrite'
+$function$;
+COMMENT ON FUNCTION tbl_repl._render_values_sql(tbl_repl.target, tbl_repl.source) IS
+    'statements that say the values of some keys to a target that settles conflicts';
 
 -- A row version is ours while its transaction is in progress: nobody else's would be visible.
 CREATE OR REPLACE FUNCTION tbl_repl._is_mine(version xid)
@@ -427,7 +471,7 @@ AS $function$
     SELECT min(t.target_id)
     FROM tbl_repl.target AS t
     WHERE t.source_id = _quick_target.source_id AND t.mode <> 'async'
-    HAVING count(*) = 1 AND bool_and(t.operations @> '{insert,update,delete,truncate}')
+    HAVING count(*) = 1 AND bool_and(t.operations @> '{insert,update,delete,truncate}' AND t.on_conflict = 'overwrite')
        AND NOT bool_or(EXISTS (SELECT FROM jsonb_array_elements(t.remote -> 'columns') AS c
                                WHERE c ->> 'identity' = 'a' AND c ->> 'name' = ANY (t.sent_columns::text[])))
 $function$;

@@ -122,6 +122,19 @@ $procedure$;
 COMMENT ON PROCEDURE tbl_repl.drain(name, integer) IS
     'replays until nothing is left that can be shipped, commits after each batch';
 
+-- What was changed elsewhere is carried on to targets that take any origin, never back to where it was made.
+CREATE OR REPLACE FUNCTION tbl_repl._takes_origin(target tbl_repl.target)
+RETURNS text
+LANGUAGE sql IMMUTABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT CASE WHEN target.forward = 'local' THEN ' AND c.origin IS NULL'
+                WHEN target.remote ->> 'node' IS NULL THEN ''
+                ELSE format(' AND c.origin IS DISTINCT FROM %L', target.remote ->> 'node') END
+$function$;
+COMMENT ON FUNCTION tbl_repl._takes_origin(tbl_repl.target) IS
+    'SQL condition: row c of the queue was changed where the target may get it from';
+
 -- Pending rows of a target, as what follows FROM: rows meant for it that are not in its position.
 CREATE OR REPLACE FUNCTION tbl_repl._pending_from(
     target   tbl_repl.target,
@@ -132,13 +145,14 @@ RETURNS text
 LANGUAGE sql IMMUTABLE
 SET search_path = pg_catalog, pg_temp
 AS $function$
-    SELECT format('tbl_repl.change AS c WHERE c.source_id = %s AND %s AND (c.txid >= %L%s)%s',
+    SELECT format('tbl_repl.change AS c WHERE c.source_id = %s AND %s AND (c.txid >= %L%s)%s%s',
                   target.source_id,
                   CASE WHEN target.mode = 'async' THEN format('(c.target_id IS NULL OR c.target_id = %s)', target.target_id)
                        ELSE format('c.target_id = %s', target.target_id) END,
                   pg_snapshot_xmax(passed),
                   (SELECT format(' OR c.txid = ANY (%L)', array_agg(x)) FROM pg_snapshot_xip(passed) AS x HAVING count(*) > 0),
-                  ' AND c.txid <= ' || quote_literal(cut))
+                  ' AND c.txid <= ' || quote_literal(cut),
+                  tbl_repl._takes_origin(target))
 $function$;
 COMMENT ON FUNCTION tbl_repl._pending_from(tbl_repl.target, pg_snapshot, xid8) IS
     'the queue rows of a target that its position does not contain, as text that follows FROM';
@@ -259,7 +273,7 @@ BEGIN
     FROM tbl_repl.target AS t
     JOIN tbl_repl.target_state AS st USING (target_id)
     CROSS JOIN LATERAL (SELECT array_agg(o::"char") AS found FROM jsonb_array_elements_text(_open_batch.ops -> t.target_id::text) AS o WHERE o <> 't') AS o
-    CROSS JOIN LATERAL tbl_repl._loads(t, o.found, false,
+    CROSS JOIN LATERAL tbl_repl._loads_by_origin(t, o.found,
         tbl_repl._pending_from(t, st.position, CASE WHEN NOT _open_batch.complete THEN _open_batch.cut END)) AS l
     WHERE t.target_id = ANY (targets) AND st.copy_after IS NULL AND _open_batch.ops ? t.target_id::text;
     OPEN variants FOR
@@ -339,6 +353,9 @@ BEGIN
     -- paused or dropped while we waited
     SELECT array_agg(st.target_id ORDER BY st.target_id) INTO targets
     FROM tbl_repl.target_state AS st WHERE st.target_id = ANY (targets) AND tbl_repl._may_replay(st);
+    IF EXISTS (SELECT FROM tbl_repl.target AS t WHERE t.target_id = ANY (targets) AND t.on_conflict = 'newest') THEN
+        targets := tbl_repl._cut_off_too_long(targets);
+    END IF;
     IF targets IS NULL THEN
         RETURN 0;
     END IF;
@@ -372,7 +389,7 @@ BEGIN
         IF page IS NOT NULL THEN
             loads := array_append(loads, ROW(item.target_id, item.fk_rank, format(
                 'SELECT array_agg(e.k) AS keys FROM unnest(%L::text[]) WITH ORDINALITY AS e (k, n) GROUP BY (e.n - 1) / %s ORDER BY (e.n - 1) / %s',
-                page, tbl_repl._chunk_rows(item.source_table), tbl_repl._chunk_rows(item.source_table)), true, false)::tbl_repl.load);
+                page, tbl_repl._chunk_rows(item.source_table), tbl_repl._chunk_rows(item.source_table)), true, false, NULL)::tbl_repl.load);
         END IF;
     END LOOP;
 
@@ -382,7 +399,7 @@ BEGIN
                    'SELECT array_agg(q.key) AS keys FROM (SELECT key FROM tbl_repl.quarantined WHERE target_id = %s AND (sqlstate = ''57014'') = %L '
                    'ORDER BY last_failed_at LIMIT %s) AS q HAVING count(*) > 0',
                    -- together: they may be in each other's way; but those that take too long one by one, and in turn
-                   q.target_id, q.slow, CASE WHEN q.slow THEN 1 ELSE greatest(max_rows, tbl_repl._rows_per_message()) END), true, false)::tbl_repl.load), '{}')
+                   q.target_id, q.slow, CASE WHEN q.slow THEN 1 ELSE greatest(max_rows, tbl_repl._rows_per_message()) END), true, false, NULL)::tbl_repl.load), '{}')
         INTO loads
         FROM (SELECT DISTINCT ON (x.target_id) x.target_id, x.sqlstate = '57014' AS slow
               FROM tbl_repl.quarantined AS x WHERE x.target_id = ANY (targets) ORDER BY x.target_id, x.last_failed_at) AS q
@@ -703,6 +720,9 @@ BEGIN
         counted := 0;
         slow := 0;
         size := tbl_repl._rows_per_message();
+        IF item.origin IS NOT NULL THEN
+            PERFORM tbl_repl._call(conn, tbl_repl._set_origin(item.origin), clock_timestamp() + timeout);
+        END IF;
         OPEN portal FOR EXECUTE item.chunks;
         LOOP
             IF coalesce(cardinality(keys), 0) = 0 THEN
@@ -908,6 +928,7 @@ DECLARE
     resting regclass;
     needed  boolean;
 BEGIN
+    PERFORM tbl_repl._purge_tombstones();
     FOR turn IN 1 .. 2 LOOP
         SELECT h.segment INTO head FROM tbl_repl.queue_head AS h;
         resting := format('tbl_repl.change_%s', 1 - head)::regclass;
@@ -917,6 +938,7 @@ BEGIN
                 EXECUTE format('SELECT EXISTS (SELECT FROM %s AS c JOIN tbl_repl.target AS t ON t.source_id = c.source_id '
                                'JOIN tbl_repl.target_state AS st ON st.target_id = t.target_id '
                                'WHERE (c.target_id = t.target_id OR (c.target_id IS NULL AND t.mode = ''async'')) '
+                              'AND (c.origin IS NULL OR (t.forward = ''any'' AND c.origin IS DISTINCT FROM t.remote ->> ''node'')) '
                                'AND NOT pg_visible_in_snapshot(c.txid, st.position))', resting) INTO needed;
                 IF needed THEN
                     RETURN;

@@ -333,8 +333,8 @@ BEGIN
             CONTINUE WHEN cardinality(failed) = 0;
             item.has_failed := true;
         END IF;
-        INSERT INTO tbl_repl.change (segment, source_id, target_id, op, keys, row_count)
-        SELECT h.segment, c.source_id, item.target_id, c.op, c.keys, c.row_count
+        INSERT INTO tbl_repl.change (segment, source_id, target_id, op, keys, row_count, olds)
+        SELECT h.segment, c.source_id, item.target_id, c.op, c.keys, c.row_count, c.olds
         FROM tbl_repl.stash AS c
         JOIN tbl_repl.target AS t ON t.source_id = c.source_id AND t.target_id = item.target_id
         CROSS JOIN tbl_repl.queue_head AS h

@@ -50,7 +50,7 @@ BEGIN
                    'SELECT tbl_repl.page_%1$s(p.keys[cardinality(p.keys)], %2$s) FROM p WHERE cardinality(p.keys) = %2$s) '
                    'SELECT p.keys FROM p WHERE p.keys IS NOT NULL',
                    target.target_id, tbl_repl._chunk_rows(source.source_table)),
-            true, truncated;
+            true, truncated, NULL::text;
     END IF;
     IF truncated THEN
         RETURN;
@@ -59,7 +59,7 @@ BEGIN
                'FROM (SELECT DISTINCT unnest(c.keys) AS k FROM %s AND c.op = ANY (%L)) AS d) AS e GROUP BY e.n ORDER BY e.n';
     IF target.operations @> '{insert,update,delete,truncate}' THEN
         RETURN QUERY SELECT target.target_id, source.fk_rank,
-            format(listing, tbl_repl._chunk_rows(source.source_table), keys_from, '{I,U,K,D,T}'), true, false;
+            format(listing, tbl_repl._chunk_rows(source.source_table), keys_from, '{I,U,K,D,T,B}'), true, false, NULL::text;
         RETURN;
     END IF;
     wanted := array_remove(ARRAY[CASE WHEN 'insert' = ANY (target.operations) THEN 'I' END,
@@ -67,19 +67,60 @@ BEGIN
     IF cardinality(wanted) > 0 THEN
         RETURN QUERY SELECT target.target_id, source.fk_rank,
             format(listing, tbl_repl._chunk_rows(source.source_table), keys_from, wanted),
-            'delete' = ANY (target.operations), false;
+            'delete' = ANY (target.operations), false, NULL::text;
     END IF;
     wanted := array_remove(ARRAY[CASE WHEN 'update' = ANY (target.operations) THEN 'K' END,
                                  CASE WHEN 'delete' = ANY (target.operations) THEN 'D' END,
                                  CASE WHEN 'truncate' = ANY (target.operations) THEN 'T' END]::"char"[], NULL);
     IF cardinality(wanted) > 0 THEN
         RETURN QUERY SELECT target.target_id, source.fk_rank,
-            format(listing, tbl_repl._chunk_rows(source.source_table), keys_from, wanted), true, false;
+            format(listing, tbl_repl._chunk_rows(source.source_table), keys_from, wanted), true, false, NULL::text;
     END IF;
 END
 $function$;
 COMMENT ON FUNCTION tbl_repl._loads(tbl_repl.target, "char"[], boolean, text) IS
     'what a set of changes means for one target';
+
+CREATE OR REPLACE FUNCTION tbl_repl._set_origin(origin text)
+RETURNS text
+LANGUAGE sql IMMUTABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT format('SET LOCAL tbl_repl.origin = %L', origin) WHERE origin IS NOT NULL
+$function$;
+COMMENT ON FUNCTION tbl_repl._set_origin(text) IS
+    'statement that tells the target where the changes that follow were made';
+
+-- _loads_by_origin(target, ops, keys_from): what a batch of the queue means for a target, a load for each node where
+-- changes were made.  A row goes with the origin of its last change, for its state is that one's: with an earlier one
+-- a node would get back its own change over a newer one, or not get one made elsewhere.
+CREATE OR REPLACE FUNCTION tbl_repl._loads_by_origin(target tbl_repl.target, ops "char"[], keys_from text)
+RETURNS SETOF tbl_repl.load
+LANGUAGE plpgsql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    origins text[];
+    node    text;
+BEGIN
+    IF target.forward = 'any' THEN
+        EXECUTE format('SELECT array_agg(DISTINCT c.origin) FROM %s', keys_from) INTO origins;
+    END IF;
+    IF origins IS NULL OR origins = '{NULL}' THEN
+        RETURN QUERY SELECT l.* FROM tbl_repl._loads(target, ops, false, keys_from) AS l;
+        RETURN;
+    END IF;
+    FOREACH node IN ARRAY origins LOOP
+        RETURN QUERY SELECT l.target_id, l.fk_rank, l.chunks, l.absent, l.truncate, coalesce(node, tbl_repl.node_name())
+        FROM tbl_repl._loads(target, ops, false, format(
+            '(SELECT f.op, ARRAY[f.key] AS keys FROM (SELECT DISTINCT ON (k.key) k.key, c.op, c.origin FROM (SELECT c.* FROM %s) AS c '
+            'CROSS JOIN LATERAL unnest(c.keys) AS k (key) ORDER BY k.key, c.captured_at DESC) AS f WHERE f.origin IS NOT DISTINCT FROM %L) AS c WHERE true',
+            keys_from, node)) AS l;
+    END LOOP;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._loads_by_origin(tbl_repl.target, "char"[], text) IS
+    'what a batch of the queue means for one target, by the nodes where changes were made';
 
 -- The one statement that reads everything, in the order in which it has to be sent.
 CREATE OR REPLACE FUNCTION tbl_repl._stream_query(
@@ -88,15 +129,19 @@ CREATE OR REPLACE FUNCTION tbl_repl._stream_query(
     variant text
 )
 RETURNS text
-LANGUAGE sql IMMUTABLE
+LANGUAGE sql STABLE
 SET search_path = pg_catalog, pg_temp
 AS $function$
     SELECT CASE WHEN cardinality(loads) = 1 AND variant = 'deletes first'
-        THEN format('SELECT concat_ws(''; '', r.deletes, r.upserts) AS statement, r.rows::bigint AS rows FROM (%s) AS c CROSS JOIN LATERAL tbl_repl.render_%s(c.keys, %L, %L, ''plain'') AS r',
-                    loads[1].chunks, loads[1].target_id, mine, loads[1].absent)
+        THEN format('SELECT concat_ws(''; '', %L, r.deletes, r.upserts) AS statement, r.rows::bigint AS rows FROM (%s) AS c CROSS JOIN LATERAL tbl_repl.render_%s(c.keys, %L, %L, ''plain'') AS r',
+                    tbl_repl._set_origin(loads[1].origin), loads[1].chunks, loads[1].target_id, mine, loads[1].absent)
         ELSE (
-            SELECT string_agg(format('(SELECT r.%I AS statement, %s AS rows FROM (%s) AS c CROSS JOIN LATERAL tbl_repl.render_%s(c.keys, %L, %L, %L) AS r)',
-                                     step.part, CASE step.part WHEN 'upserts' THEN 'r.rows::bigint' ELSE '0::bigint' END,
+            SELECT string_agg(format('(SELECT CASE WHEN r.%1$I <> '''' THEN concat_ws(''; '', %2$L, r.%1$I) END AS statement, %3$s AS rows FROM (%4$s) AS c CROSS JOIN LATERAL tbl_repl.render_%5$s(c.keys, %6$L, %7$L, %8$L) AS r)',
+                                     step.part,
+                                     -- who comes after another origin says its own
+                                     tbl_repl._set_origin(CASE WHEN EXISTS (SELECT FROM unnest(loads) AS o WHERE o.origin IS NOT NULL)
+                                                               THEN coalesce(l.origin, tbl_repl.node_name()) END),
+                                     CASE step.part WHEN 'upserts' THEN 'r.rows::bigint' ELSE '0::bigint' END,
                                      l.chunks, l.target_id, mine, l.absent,
                                      CASE WHEN variant = 'clear' AND step.part = 'deletes' THEN 'clear' ELSE 'plain' END),
                               ' UNION ALL ' ORDER BY step.n, CASE step.part WHEN 'deletes' THEN -l.fk_rank ELSE l.fk_rank END, l.target_id)

@@ -98,12 +98,6 @@ BEGIN
     END LOOP;
     PERFORM tbl_repl._check_word('conflict policy', on_conflict, '{overwrite,keep,newest,error}');
     PERFORM tbl_repl._check_word('forward rule', forward, '{local,any}');
-    IF on_conflict <> 'overwrite' OR forward <> 'local' OR version_column IS NOT NULL THEN
-        RAISE EXCEPTION USING
-            ERRCODE = 'feature_not_supported',
-            MESSAGE = 'conflict policies other than overwrite and forward => any are not available in this version',
-            HINT    = 'Leave on_conflict, version_column and forward at their defaults.';
-    END IF;
     IF timeout IS NULL OR timeout < interval '100 milliseconds' OR timeout > interval '1 day' THEN
         RAISE EXCEPTION USING
             ERRCODE = 'invalid_parameter_value',
@@ -397,6 +391,10 @@ BEGIN
          WHERE NOT (u @> to_jsonb(target.dst_keys) AND u <@ to_jsonb(target.dst_keys))));
     -- one that is async now may have some from before
     target.receipts := (facts ->> 'receipts')::boolean AND (target.mode <> 'async' OR coalesce(target.receipts, false));
+    IF (facts ->> 'extension')::boolean THEN
+        target.remote := target.remote || tbl_repl._remote_node(conn, deadline);
+    END IF;
+    PERFORM tbl_repl._check_policy(target, source);
     RETURN target;
 END
 $function$;
@@ -820,8 +818,8 @@ AS $function$
 DECLARE
     moved bigint;
 BEGIN
-    EXECUTE (SELECT format('INSERT INTO tbl_repl.change (segment, source_id, target_id, op, keys, row_count, captured_at) '
-                           'SELECT h.segment, c.source_id, %s, c.op, c.keys, c.row_count, c.captured_at FROM tbl_repl.queue_head AS h, %s AND c.target_id IS NULL',
+    EXECUTE (SELECT format('INSERT INTO tbl_repl.change (segment, source_id, target_id, op, keys, row_count, captured_at, origin, olds) '
+                           'SELECT h.segment, c.source_id, %s, c.op, c.keys, c.row_count, c.captured_at, c.origin, c.olds FROM tbl_repl.queue_head AS h, %s AND c.target_id IS NULL',
                            target.target_id, tbl_repl._pending_from(target, st.position))
              FROM tbl_repl.target_state AS st WHERE st.target_id = target.target_id);
     GET DIAGNOSTICS moved = ROW_COUNT;

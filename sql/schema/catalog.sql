@@ -148,7 +148,9 @@ COMMENT ON TABLE tbl_repl.doubt IS 'shipped by transactions that did not commit 
 
 -- The queue.  target_id NULL: for every async target of the source; set: for one target only.
 -- op: 'I' inserted, 'U' updated, 'K' former key of an update, 'D' deleted, 'T' truncated
--- (without keys: the whole table).  keys: one text per row, the key's own text form, or a JSON array
+-- (without keys: the whole table), 'B' sent back in answer to a value that was refused here.
+-- origin: the node where the change was made, NULL: here.  olds: what conflict policies need of each old row, see
+-- _old_value_sql.  keys: one text per row, the key's own text form, or a JSON array
 -- of text forms where the key has several columns.
 -- Segments are filled one after the other and truncated when everybody has passed them.
 CREATE TABLE tbl_repl.change (
@@ -159,7 +161,9 @@ CREATE TABLE tbl_repl.change (
     op          "char" NOT NULL,
     keys        text[],
     row_count   integer NOT NULL,
-    captured_at timestamptz NOT NULL DEFAULT clock_timestamp()
+    captured_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    origin      text,
+    olds        text[]
 ) PARTITION BY LIST (segment);
 COMMENT ON TABLE tbl_repl.change IS 'the queue: keys whose current state is still to be shipped';
 CREATE TABLE tbl_repl.change_0 PARTITION OF tbl_repl.change FOR VALUES IN (0);
@@ -187,7 +191,8 @@ CREATE UNLOGGED TABLE tbl_repl.stash (
     op        "char" NOT NULL,
     keys      text[],
     row_count integer NOT NULL,
-    first     boolean NOT NULL DEFAULT false
+    first     boolean NOT NULL DEFAULT false,
+    olds      text[]
 ) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 5000);
 CREATE INDEX stash_txid ON tbl_repl.stash (txid);
 COMMENT ON TABLE tbl_repl.stash IS 'keys changed by transactions in flight, shipped at their commit';
@@ -251,6 +256,19 @@ CREATE TABLE tbl_repl.piece (
 COMMENT ON TABLE tbl_repl.piece IS 'pieces of tables that are being copied';
 SELECT pg_catalog.pg_extension_config_dump('tbl_repl.piece', '');
 
+-- Deleted rows of tables that are replicated under newest; key: as in change.  Kept for a while (see
+-- _purge_tombstones), for an older value may still be on its way.
+CREATE TABLE tbl_repl.tombstone (
+    local_table regclass NOT NULL,
+    key         text NOT NULL,
+    version     text NOT NULL,
+    at          timestamptz NOT NULL DEFAULT clock_timestamp(),
+    PRIMARY KEY (local_table, key)
+);
+CREATE INDEX tombstone_at ON tbl_repl.tombstone (at);
+COMMENT ON TABLE tbl_repl.tombstone IS 'versions of deleted rows, for on_conflict newest';
+SELECT pg_catalog.pg_extension_config_dump('tbl_repl.tombstone', '');
+
 -- conflict_type: the names of PostgreSQL 18 (insert_exists, update_missing, ...)
 CREATE TABLE tbl_repl.conflict (
     at             timestamptz NOT NULL DEFAULT clock_timestamp(),
@@ -300,13 +318,15 @@ CREATE TYPE tbl_repl.lane AS (
 COMMENT ON TYPE tbl_repl.lane IS 'what one connection has to do at one commit';
 
 -- Part of a remote transaction: the state of some keys of one target.  chunks: a query that gives arrays
--- of keys, one a message; absent: see render_N; truncate: empty the target's table first.
+-- of keys, one a message; absent: see render_N; truncate: empty the target's table first; origin: node where the
+-- changes were made, NULL: here.
 CREATE TYPE tbl_repl.load AS (
     target_id integer,
     fk_rank   integer,
     chunks    text,
     absent    boolean,
-    truncate  boolean
+    truncate  boolean,
+    origin    text
 );
 COMMENT ON TYPE tbl_repl.load IS 'the keys of one target that go into a remote transaction';
 

@@ -1,0 +1,695 @@
+-- Conflict: several nodes that write the same table.
+--
+-- Promises that a change goes round no loop, that a policy settles each conflict row by row where it is met, and that
+-- under newest all nodes end with the same row, whatever the order in which values meet.  A target with another policy
+-- than overwrite is not sent INSERT and DELETE but values, as arguments of _settle, which runs on the target and
+-- compares them with what is there.  Needs the extension there.
+--
+-- Why newest converges.  A key's value is its row, or its tombstone where it is deleted.  Values are ordered: by
+-- version, then tombstone over row, then by the row's own text; every node decides alike.  A node keeps the greater one;
+-- who refuses a value queues its own for all its targets, so no node is left with a smaller one.  Rows are locked
+-- before tombstones, everywhere; and who has waited for a row looks at the tombstone once more.
+
+-- _remote_node(conn, deadline): what the extension on the target says of itself: {node, system, database,
+-- settles}; {} where there is none, or the role may not ask.
+CREATE OR REPLACE FUNCTION tbl_repl._remote_node(conn text, deadline timestamptz)
+RETURNS jsonb
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+BEGIN
+    IF tbl_repl._call(conn, $remote$
+            SELECT pg_catalog.count(*) FROM pg_catalog.pg_namespace AS n JOIN pg_catalog.pg_proc AS f ON f.pronamespace = n.oid
+            WHERE n.nspname = 'tbl_repl' AND f.proname = 'node_name' AND pg_catalog.has_schema_privilege(n.oid, 'USAGE')
+              AND pg_catalog.has_function_privilege(f.oid, 'EXECUTE')$remote$, deadline) = '0' THEN
+        RETURN '{}';
+    END IF;
+    RETURN tbl_repl._call(conn, $remote$
+        SELECT pg_catalog.jsonb_build_object('node', tbl_repl.node_name(), 'system', s.system_identifier::text,
+            'database', pg_catalog.current_database(),
+            'settles', coalesce((SELECT pg_catalog.bool_or(pg_catalog.has_function_privilege(f.oid, 'EXECUTE')) FROM pg_catalog.pg_proc AS f
+                                 JOIN pg_catalog.pg_namespace AS n ON n.oid = f.pronamespace
+                                 WHERE n.nspname = 'tbl_repl' AND f.proname = '_settle'), false))
+        FROM pg_catalog.pg_control_system() AS s$remote$, deadline)::jsonb;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._remote_node(text, timestamptz) IS
+    'name of the target''s node, and whether this role may have it settle conflicts';
+
+-- Two nodes of one name would take each other's changes for their own.
+CREATE OR REPLACE FUNCTION tbl_repl._check_node(remote jsonb)
+RETURNS void
+LANGUAGE plpgsql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+BEGIN
+    IF remote ->> 'node' = tbl_repl.node_name()
+       AND (remote ->> 'system', remote ->> 'database') IS DISTINCT FROM
+           ((SELECT c.system_identifier::text FROM pg_control_system() AS c), current_database()::text) THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'object_not_in_prerequisite_state',
+            MESSAGE = format('the target has the name of this node: %s', remote ->> 'node'),
+            DETAIL  = 'Changes carry the name of the node where they were made, so that they do not come back.',
+            HINT    = 'Give one of them another name: SELECT tbl_repl.set_node_name(''...'');';
+    END IF;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._check_node(jsonb) IS 'refuses a target with the name of this node (55000)';
+
+-- _check_policy(target, source): what a conflict policy needs.  Errors: 22023, 42703, 0A000, 55000.
+CREATE OR REPLACE FUNCTION tbl_repl._check_policy(target tbl_repl.target, source tbl_repl.source)
+RETURNS void
+LANGUAGE plpgsql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    version_type oid;
+    others       record;
+BEGIN
+    IF target.version_column IS NOT NULL THEN
+        SELECT a.atttypid INTO version_type FROM pg_attribute AS a
+        WHERE a.attrelid = source.source_table AND a.attname = target.version_column AND a.attnum > 0 AND NOT a.attisdropped;
+        IF NOT FOUND THEN
+            RAISE EXCEPTION USING
+                ERRCODE = 'undefined_column',
+                MESSAGE = format('column %I of table %s does not exist', target.version_column, source.source_table),
+                HINT    = 'version_column names a column of the source table.';
+        ELSIF version_type NOT IN ('timestamptz'::regtype, 'int8'::regtype) THEN
+            RAISE EXCEPTION USING
+                ERRCODE = 'invalid_parameter_value',
+                MESSAGE = format('version column %I is of type %s', target.version_column, format_type(version_type, -1)),
+                HINT    = 'Use a column of type timestamptz or bigint that grows with every change.';
+        END IF;
+    END IF;
+    IF target.forward = 'any' AND (target.remote ->> 'extension')::boolean AND target.remote ->> 'node' IS NULL THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'insufficient_privilege',
+            MESSAGE = format('role %I may not ask the target for the name of its node', target.remote ->> 'user'),
+            DETAIL  = 'With forward => ''any'' a change must not go back to the node where it was made.',
+            HINT    = format('There: SELECT tbl_repl.grant_access(%L, ''reader'');', target.remote ->> 'user');
+    ELSIF target.on_conflict = 'overwrite' THEN
+        RETURN;
+    ELSIF NOT (target.remote ->> 'extension')::boolean THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'object_not_in_prerequisite_state',
+            MESSAGE = format('on_conflict => %L needs tbl_repl on the target', target.on_conflict),
+            DETAIL  = 'Conflicts are settled there, beside the row.',
+            HINT    = 'There: CREATE EXTENSION tbl_repl CASCADE;';
+    ELSIF NOT coalesce((target.remote ->> 'settles')::boolean, false) THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'insufficient_privilege',
+            MESSAGE = format('role %I may not settle conflicts on the target', target.remote ->> 'user'),
+            HINT    = format('There: SELECT tbl_repl.grant_access(%L, ''operator'');', target.remote ->> 'user');
+    ELSIF NOT tbl_repl._has_exact_key(source.source_table, source.key_columns) THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'feature_not_supported',
+            MESSAGE = format('on_conflict => %L needs a key whose equal values look alike', target.on_conflict),
+            DETAIL  = '1.0 and 1.00 are one key of type numeric.',
+            HINT    = 'Use a key of integers, text, uuid or the like.';
+    ELSIF target.on_conflict = 'newest' AND target.version_column IS NULL THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'invalid_parameter_value',
+            MESSAGE = 'on_conflict => ''newest'' needs version_column',
+            HINT    = 'Name a column of type timestamptz or bigint that grows with every change.';
+    ELSIF target.on_conflict = 'newest'
+          AND (target.row_filter IS NOT NULL OR target.column_map IS NOT NULL OR NOT target.operations @> '{insert,update,delete,truncate}'
+               OR EXISTS (SELECT FROM pg_attribute AS a WHERE a.attrelid = source.source_table AND a.attnum > 0 AND NOT a.attisdropped
+                          AND a.attgenerated = '' AND a.attname <> ALL (target.sent_columns))) THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'feature_not_supported',
+            MESSAGE = 'on_conflict => ''newest'' needs whole rows',
+            DETAIL  = 'All nodes have to compare the same values.',
+            HINT    = 'Leave columns, column_map, row_filter and operations at their defaults.';
+    END IF;
+    SELECT o.target_id, o.on_conflict INTO others
+    FROM tbl_repl.target AS o
+    WHERE o.source_id = target.source_id AND o.target_id IS DISTINCT FROM target.target_id AND o.on_conflict <> 'overwrite'
+      AND (o.on_conflict = 'newest') <> (target.on_conflict = 'newest')
+       OR o.source_id = target.source_id AND o.target_id IS DISTINCT FROM target.target_id AND o.on_conflict <> 'overwrite'
+      AND tbl_repl._old_value_sql(o) <> tbl_repl._old_value_sql(target)
+    LIMIT 1;
+    IF FOUND THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'feature_not_supported',
+            MESSAGE = format('target %s of the same table has on_conflict => %L', others.target_id, others.on_conflict),
+            DETAIL  = 'What capture keeps of the old row serves one policy, one set of columns and one version column.',
+            HINT    = 'Use the same policy, columns, map and version column for all targets of the table, or overwrite.';
+    END IF;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._check_policy(tbl_repl.target, tbl_repl.source) IS
+    'refuses a conflict policy that cannot work';
+
+-- The text of a whole row s as sent, columns in order of their names there: the same on every node.
+CREATE OR REPLACE FUNCTION tbl_repl._row_text_sql(target tbl_repl.target)
+RETURNS text
+LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT format('array_to_string(ARRAY[%s], '','')',
+                  (SELECT string_agg(format('quote_nullable((%s)::text)', x.expr), ', ' ORDER BY x.name::text COLLATE "C")
+                   FROM unnest(target.sent_columns, target.sent_exprs) AS x (name, expr)))
+$function$;
+COMMENT ON FUNCTION tbl_repl._row_text_sql(tbl_repl.target) IS 'SQL expression: row s as the target has it, as one text';
+
+-- What capture keeps of an old row s: its version (newest), or a digest of what the target should have, '' for
+-- nothing (keep, error).  NULL: nothing is kept.
+CREATE OR REPLACE FUNCTION tbl_repl._old_value_sql(target tbl_repl.target)
+RETURNS text
+LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT CASE target.on_conflict
+               WHEN 'overwrite' THEN NULL
+               WHEN 'newest' THEN format('s.%I::text', target.version_column)
+               ELSE format(CASE WHEN target.filter_expr IS NULL THEN 'md5(%1$s)' ELSE 'CASE WHEN %2$s THEN md5(%1$s) ELSE '''' END' END,
+                           tbl_repl._row_text_sql(target), target.filter_expr) END
+$function$;
+COMMENT ON FUNCTION tbl_repl._old_value_sql(tbl_repl.target) IS 'SQL expression: what capture keeps of an old row';
+
+-- Statements of the capture function that keep the tombstones of a newest table, or NULL.  The state decides, not
+-- the event: an application's own trigger may have written the row again already.
+CREATE OR REPLACE FUNCTION tbl_repl._bury_sql(source tbl_repl.source)
+RETURNS text
+LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT format($piece$IF current_setting('tbl_repl.settling', true) IS DISTINCT FROM 'on' THEN
+        INSERT INTO tbl_repl.tombstone AS b (local_table, key, version)
+        SELECT %1$L::regclass, u.tbl_repl_key, max(%2$s)::text
+        FROM unnest({keys}, {olds}) AS u (tbl_repl_key, old)
+        WHERE {gone} OR NOT EXISTS (SELECT FROM %3$s AS s WHERE %4$s)
+        GROUP BY u.tbl_repl_key
+        ON CONFLICT (local_table, key) DO UPDATE
+        SET version = greatest(b.version::%5$s, excluded.version::%5$s)::text, at = clock_timestamp();
+        DELETE FROM tbl_repl.tombstone AS b USING unnest({keys}) AS u (tbl_repl_key)
+        WHERE NOT {gone} AND b.local_table = %1$L::regclass AND b.key = u.tbl_repl_key
+          AND EXISTS (SELECT FROM %3$s AS s WHERE %4$s);
+    END IF;$piece$, source.source_table::oid,
+        CASE v.type WHEN 'timestamptz' THEN 'greatest(u.old::timestamptz, clock_timestamp())' ELSE 'coalesce(u.old::int8, -9223372036854775808)' END,
+        source.source_table, tbl_repl._key_match(source.source_table, source.key_columns), v.type)
+    FROM (SELECT t.version_column FROM tbl_repl.target AS t
+          WHERE t.source_id = source.source_id AND t.on_conflict = 'newest' LIMIT 1) AS t
+    JOIN pg_attribute AS a ON a.attrelid = source.source_table AND a.attname = t.version_column
+    CROSS JOIN LATERAL (SELECT CASE a.atttypid WHEN 'timestamptz'::regtype THEN 'timestamptz' ELSE 'int8' END) AS v (type)
+$function$;
+COMMENT ON FUNCTION tbl_repl._bury_sql(tbl_repl.source) IS 'statements that keep the tombstones of a table';
+
+-- What an applier has changed in a table that is replicated from here, too: it is carried on to the targets
+-- that take any origin, always by the queue; and it may have met a change made here.
+-- SECURITY DEFINER: called by the capture function on behalf of any applier.
+CREATE OR REPLACE FUNCTION tbl_repl._capture_carried(
+    source_id integer,
+    op        "char",
+    keys      text[],
+    origin    text
+)
+RETURNS void
+LANGUAGE plpgsql VOLATILE
+SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+AS $function$
+BEGIN
+    IF keys IS NULL THEN
+        RETURN;  -- TRUNCATE: targets that take any origin have got its keys before
+    END IF;
+    IF current_setting('tbl_repl.settling', true) IS DISTINCT FROM 'on' THEN
+        PERFORM tbl_repl._note_conflicts(source_id, op, keys, origin);
+    END IF;
+    INSERT INTO tbl_repl.change (segment, source_id, target_id, op, keys, row_count, origin)
+    SELECT h.segment, _capture_carried.source_id, x.target_id, _capture_carried.op, _capture_carried.keys,
+           cardinality(_capture_carried.keys), _capture_carried.origin
+    FROM tbl_repl.queue_head AS h,
+         (SELECT DISTINCT CASE WHEN t.mode <> 'async' THEN t.target_id END AS target_id
+          FROM tbl_repl.target AS t
+          WHERE t.source_id = _capture_carried.source_id AND t.forward = 'any'
+            AND t.remote ->> 'node' IS DISTINCT FROM _capture_carried.origin) AS x;
+    IF FOUND THEN
+        PERFORM tbl_repl._wake_worker(source_id);
+    END IF;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._capture_carried(integer, "char", text[], text) IS
+    'captures what an applier has changed; SECURITY DEFINER, for appliers have no right here';
+
+-- The worker sleeps: the flush wakes it (not at once: PREPARE TRANSACTION refuses what has notified).
+CREATE OR REPLACE FUNCTION tbl_repl._wake_worker(source_id integer)
+RETURNS void
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+BEGIN
+    IF NOT pg_try_advisory_xact_lock_shared(tbl_repl._lock_sleep(), 0) AND current_setting('transaction_isolation') <> 'serializable' THEN
+        INSERT INTO tbl_repl.stash (source_id, op, row_count) VALUES (source_id, 'W', 0);
+        INSERT INTO tbl_repl.flush DEFAULT VALUES ON CONFLICT DO NOTHING;
+    END IF;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._wake_worker(integer) IS 'sees to it that a sleeping worker wakes at commit';
+
+-- Keys among those given that were changed here, and not yet shipped to the node named: what an arriving change of
+-- them is in conflict with.  A long backlog is not searched: that would cost more than it tells.
+CREATE OR REPLACE FUNCTION tbl_repl._changed_here(local_table regclass, keys text[], origin text)
+RETURNS TABLE (key text, op "char")
+LANGUAGE plpgsql VOLATILE
+SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+AS $function$
+#variable_conflict use_column
+DECLARE
+    item record;
+BEGIN
+    -- SECURITY DEFINER: called on behalf of any applier
+    FOR item IN
+        SELECT tbl_repl._pending_from(t, st.position) AS pending
+        FROM tbl_repl.source AS s JOIN tbl_repl.target AS t USING (source_id) JOIN tbl_repl.target_state AS st USING (target_id)
+        WHERE s.source_table = local_table AND t.remote ->> 'node' = origin
+    LOOP
+        RETURN QUERY EXECUTE format(
+            'SELECT DISTINCT ON (k.key) k.key, q.op FROM (SELECT c.* FROM %s AND c.origin IS NULL AND c.op <> ''B'' LIMIT 10000) AS q '
+            'CROSS JOIN LATERAL unnest(q.keys) AS k (key) WHERE k.key = ANY ($1) ORDER BY k.key, q.captured_at DESC', item.pending)
+        USING keys;
+    END LOOP;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._changed_here(regclass, text[], text) IS
+    'keys with a change made here that a node has not got yet; SECURITY DEFINER, for appliers have no right here';
+
+CREATE OR REPLACE FUNCTION tbl_repl._note_conflicts(
+    source_id integer,
+    op        "char",
+    keys      text[],
+    origin    text
+)
+RETURNS void
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+BEGIN
+    INSERT INTO tbl_repl.conflict (target_id, local_table, key, conflict_type, origin, resolution)
+    SELECT (SELECT min(t.target_id) FROM tbl_repl.target AS t WHERE t.source_id = s.source_id AND t.remote ->> 'node' = _note_conflicts.origin),
+           s.source_table, tbl_repl._key_json(s.source_table, s.key_columns, h.key),
+           CASE WHEN _note_conflicts.op = 'I' AND h.op IN ('D', 'K', 'T') THEN 'update_missing'
+                WHEN h.op = 'I' THEN 'insert_exists'
+                WHEN _note_conflicts.op = 'U' THEN 'update_origin_differs'
+                ELSE 'delete_origin_differs' END,
+           _note_conflicts.origin, 'applied'
+    FROM tbl_repl.source AS s
+    CROSS JOIN LATERAL tbl_repl._changed_here(s.source_table, _note_conflicts.keys, _note_conflicts.origin) AS h
+    WHERE s.source_id = _note_conflicts.source_id AND _note_conflicts.op <> 'K';
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._note_conflicts(integer, "char", text[], text) IS
+    'notes that an applier has overwritten what was changed here';
+
+-- Queues keys of a table for all its targets as if they had been written here: what was refused is answered by what
+-- is here.  SECURITY DEFINER: called on behalf of any applier.
+CREATE OR REPLACE FUNCTION tbl_repl._send_back(local_table regclass, keys text[])
+RETURNS void
+LANGUAGE plpgsql VOLATILE
+SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    found_id integer;
+BEGIN
+    FOR found_id IN SELECT s.source_id FROM tbl_repl.source AS s WHERE s.source_table = local_table ORDER BY 1 LOOP
+        INSERT INTO tbl_repl.change (segment, source_id, target_id, op, keys, row_count)
+        SELECT h.segment, found_id, x.target_id, 'B', _send_back.keys, cardinality(_send_back.keys)
+        FROM tbl_repl.queue_head AS h,
+             (SELECT DISTINCT CASE WHEN t.mode <> 'async' THEN t.target_id END AS target_id
+              FROM tbl_repl.target AS t WHERE t.source_id = found_id AND t.on_conflict = 'newest') AS x;
+        PERFORM tbl_repl._wake_worker(found_id);
+    END LOOP;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._send_back(regclass, text[]) IS
+    'queues what is here in answer to values that were refused; SECURITY DEFINER, for appliers have no right here';
+
+-- _expected(target_id, keys): for keep and error: digests of what the source has known on the target, '' for no row,
+-- as kept by the changes that are being shipped; NULL: whatever is there, for rows that a person has queued.  Keys
+-- that are not queued (a copy, rows in quarantine) are expected to be absent.
+-- SECURITY DEFINER: render_N runs as the target's owner.
+CREATE OR REPLACE FUNCTION tbl_repl._expected(target_id integer, keys text[])
+RETURNS TABLE (key text, digests text[])
+LANGUAGE plpgsql STABLE
+SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+AS $function$
+#variable_conflict use_column
+BEGIN
+    RETURN QUERY EXECUTE (
+        SELECT format($query$
+            SELECT u.key, CASE WHEN bool_or(x.known AND x.digest IS NULL) THEN NULL ELSE coalesce(array_agg(x.digest) FILTER (WHERE x.known), '{""}') END
+            FROM unnest($1) AS u (key)
+            LEFT JOIN (
+                SELECT true AS known, k.key, CASE WHEN c.olds IS NOT NULL THEN k.old END AS digest
+                FROM (SELECT c.keys, c.olds FROM %s AND c.keys && $1
+                      UNION ALL
+                      SELECT s.keys, s.olds FROM tbl_repl.stash AS s
+                      WHERE s.txid = pg_current_xact_id_if_assigned() AND s.source_id = %s AND s.keys IS NOT NULL) AS c
+                CROSS JOIN LATERAL unnest(c.keys, c.olds) AS k (key, old)) AS x ON x.key = u.key
+            GROUP BY u.key$query$, tbl_repl._pending_from(t, st.position), t.source_id)
+        FROM tbl_repl.target AS t JOIN tbl_repl.target_state AS st USING (target_id)
+        WHERE t.target_id = _expected.target_id)
+    USING keys;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._expected(integer, text[]) IS
+    'what the source has known of some rows on the target; SECURITY DEFINER, for owners of targets';
+
+-- _settle(dst_table, policy, columns, key_columns, version_column, items): runs on the target.  items: one object a key:
+--   k: key values; r: values of the row as text, null: deleted; t: the row as one text (_row_text_sql); v: version,
+--   of the row or of its tombstone; e: digests the source expects, '' for no row, null: any (keep, error).
+-- Returns the number of items.  Errors: 23000 a conflict under error; what the table says.
+-- Not pinned: the target's own triggers need the search_path of this session.
+CREATE OR REPLACE FUNCTION tbl_repl._settle(
+    dst_table      text,
+    policy         text,
+    columns        name[],
+    key_columns    name[],
+    version_column name,
+    items          jsonb
+)
+RETURNS integer
+LANGUAGE plpgsql VOLATILE
+AS $function$
+BEGIN
+    RETURN tbl_repl._settle_items(dst_table::pg_catalog.regclass, policy, columns, key_columns, version_column, items,
+                                  pg_catalog.current_setting('search_path'));
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._settle(text, text, name[], name[], name, jsonb) IS
+    'applies values that another node has sent, by a conflict policy; returns how many';
+
+CREATE OR REPLACE FUNCTION tbl_repl._settle_items(
+    local_table    regclass,
+    policy         text,
+    columns        name[],
+    key_columns    name[],
+    version_column name,
+    items          jsonb,
+    path           text
+)
+RETURNS integer
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    origin      text := nullif(current_setting('tbl_repl.origin', true), '');
+    old_settling text := coalesce(current_setting('tbl_repl.settling', true), '');
+    local_keys  name[];
+    version_type text;
+    matches     text;
+    row_text    text;
+    newer       text;
+    lock_sql    text;
+    put_sql     text;
+    add_sql     text;
+    drop_sql    text;
+    item        record;
+    here        record;
+    rivals      jsonb;
+    key         text;
+    changed     bigint;
+    refused     text[] := '{}';
+    kind        text;
+BEGIN
+    SELECT coalesce((SELECT s.key_columns FROM tbl_repl.source AS s
+                     WHERE s.source_table = local_table AND s.key_columns @> _settle_items.key_columns AND s.key_columns <@ _settle_items.key_columns
+                     ORDER BY s.source_id LIMIT 1), key_columns) INTO local_keys;
+    SELECT CASE a.atttypid WHEN 'timestamptz'::regtype THEN 'timestamptz' ELSE 'int8' END INTO version_type
+    FROM pg_attribute AS a WHERE a.attrelid = local_table AND a.attname = version_column;
+    WITH c AS (
+        SELECT u.name, u.n, format_type(a.atttypid, -1) AS type, a.attidentity = 'a' AS always, u.name = ANY (key_columns) AS is_key
+        FROM unnest(columns) WITH ORDINALITY AS u (name, n)
+        JOIN pg_attribute AS a ON a.attrelid = local_table AND a.attname = u.name
+    )
+    SELECT (SELECT string_agg(format('d.%I OPERATOR(pg_catalog.=) ($1)[%s]::%s', k.name, k.n, format_type(a.atttypid, -1)), ' AND ' ORDER BY k.n)
+            FROM unnest(key_columns) WITH ORDINALITY AS k (name, n) JOIN pg_attribute AS a ON a.attrelid = local_table AND a.attname = k.name),
+           format('pg_catalog.array_to_string(ARRAY[%s], '','')', string_agg(format('pg_catalog.quote_nullable(d.%I::text)', c.name), ', ' ORDER BY c.name::text COLLATE "C")),
+           format('INSERT INTO %s AS d (%s)%s VALUES (%s)', local_table, string_agg(format('%I', c.name), ', ' ORDER BY c.n),
+                  CASE WHEN bool_or(c.always) THEN ' OVERRIDING SYSTEM VALUE' ELSE '' END,
+                  string_agg(format('($2)[%s]::%s', c.n, c.type), ', ' ORDER BY c.n)),
+           coalesce(string_agg(format('%1$I = excluded.%1$I', c.name), ', ' ORDER BY c.n) FILTER (WHERE NOT c.always), '')
+    INTO matches, row_text, add_sql, put_sql
+    FROM c;
+    newer := CASE WHEN policy = 'newest' THEN
+        format('coalesce(d.%1$I, %2$s) < $3::%3$s OR coalesce(d.%1$I, %2$s) = $3::%3$s AND %4$s COLLATE "C" < $4',
+               version_column, CASE version_type WHEN 'timestamptz' THEN '''-infinity''' ELSE '-9223372036854775808' END, version_type, row_text)
+        ELSE format('%s = $4', row_text) END;
+    put_sql := format('%s ON CONFLICT (%s) DO UPDATE SET %s WHERE %s', add_sql,
+                      (SELECT string_agg(format('%I', k), ', ' ORDER BY n) FROM unnest(key_columns) WITH ORDINALITY AS k (k, n)), put_sql, newer);
+    add_sql := format('%s ON CONFLICT (%s) DO NOTHING', add_sql,
+                      (SELECT string_agg(format('%I', k), ', ' ORDER BY n) FROM unnest(key_columns) WITH ORDINALITY AS k (k, n)));
+    lock_sql := format('SELECT %s AS row_text, %s AS version FROM %s AS d WHERE %s FOR UPDATE', row_text,
+                       CASE WHEN version_column IS NULL THEN 'NULL::text' ELSE format('d.%I::text', version_column) END, local_table, matches);
+    drop_sql := format('DELETE FROM %s AS d WHERE %s AND %s', local_table, matches,
+                       CASE WHEN policy = 'newest' THEN format('(d.%1$I IS NULL OR d.%1$I <= $2::%2$s)', version_column, version_type)
+                            ELSE format('%s = $3', row_text) END);
+
+    PERFORM set_config('tbl_repl.settling', 'on', true);
+    -- values that were changed here meanwhile: an arriving one that wins is a conflict as well
+    SELECT coalesce(jsonb_object_agg(h.key, h.op), '{}') INTO rivals
+    FROM tbl_repl._changed_here(local_table, ARRAY(
+        SELECT tbl_repl._own_key(key_columns, local_keys, x.item -> 'k') FROM jsonb_array_elements(items) AS x (item)), origin) AS h;
+    FOR item IN
+        SELECT ARRAY(SELECT e FROM jsonb_array_elements_text(x.item -> 'k') AS e) AS keys, x.item -> 'k' AS key_values,
+               CASE jsonb_typeof(x.item -> 'r') WHEN 'array' THEN ARRAY(SELECT e FROM jsonb_array_elements_text(x.item -> 'r') AS e) END AS row_values,
+               x.item ->> 't' AS row_text, x.item ->> 'v' AS version,
+               CASE jsonb_typeof(x.item -> 'e') WHEN 'array' THEN ARRAY(SELECT e FROM jsonb_array_elements_text(x.item -> 'e') AS e) END AS expected
+        FROM jsonb_array_elements(items) AS x (item)
+    LOOP
+        key := tbl_repl._own_key(key_columns, local_keys, item.key_values);
+        kind := NULL;
+        PERFORM set_config('search_path', path, true);
+        EXECUTE lock_sql INTO here USING item.keys;
+        PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
+        IF policy = 'newest' THEN
+            kind := tbl_repl._settle_newest(local_table, item.keys, key, item.row_values, item.row_text, item.version, here.row_text, here.version,
+                                            version_type, rivals ->> key, put_sql, drop_sql, path);
+            IF kind LIKE '%!' THEN
+                refused := array_append(refused, key);
+            END IF;
+        ELSE
+            PERFORM set_config('search_path', path, true);
+            IF item.row_values IS NOT NULL AND here.row_text IS NULL THEN
+                IF item.expected IS NULL OR '' OPERATOR(pg_catalog.=) ANY (item.expected) THEN
+                    EXECUTE add_sql USING item.keys, item.row_values;
+                    GET DIAGNOSTICS changed = ROW_COUNT;
+                    kind := CASE WHEN changed OPERATOR(pg_catalog.=) 0 THEN 'insert_exists!' END;
+                ELSE
+                    kind := 'update_missing!';
+                END IF;
+            ELSIF item.row_values IS NOT NULL AND here.row_text OPERATOR(pg_catalog.<>) item.row_text THEN
+                IF item.expected IS NULL OR pg_catalog.md5(here.row_text) OPERATOR(pg_catalog.=) ANY (item.expected) THEN
+                    EXECUTE put_sql USING item.keys, item.row_values, item.version, here.row_text;
+                ELSE
+                    kind := CASE WHEN item.expected OPERATOR(pg_catalog.=) '{""}' THEN 'insert_exists!' ELSE 'update_origin_differs!' END;
+                END IF;
+            ELSIF item.row_values IS NULL AND here.row_text IS NOT NULL THEN
+                IF item.expected IS NULL OR pg_catalog.md5(here.row_text) OPERATOR(pg_catalog.=) ANY (item.expected) THEN
+                    EXECUTE drop_sql USING item.keys, item.version, here.row_text;
+                ELSE
+                    kind := 'delete_origin_differs!';
+                END IF;
+            END IF;
+            PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
+            IF kind IS NOT NULL AND policy = 'error' THEN
+                RAISE EXCEPTION USING
+                    ERRCODE = 'integrity_constraint_violation',
+                    MESSAGE = format('conflict %s on table %s, key %s: sent %s, found %s', rtrim(kind, '!'), local_table, item.key_values,
+                                     coalesce(format('(%s)', item.row_text), 'a deletion'), coalesce(format('(%s)', here.row_text), 'no row')),
+                    HINT    = 'Make the row the same on both sides, or delete it on the target, then replay.';
+            END IF;
+        END IF;
+        IF kind IS NOT NULL THEN
+            INSERT INTO tbl_repl.conflict (local_table, key, conflict_type, origin, local_version, remote_version, resolution)
+            VALUES (_settle_items.local_table, (SELECT jsonb_object_agg(k.name, v.value) FROM unnest(key_columns) WITH ORDINALITY AS k (name, n)
+                                                JOIN unnest(item.keys) WITH ORDINALITY AS v (value, n) USING (n)),
+                    rtrim(kind, '!'), origin, here.version, item.version, CASE WHEN kind LIKE '%!' THEN 'kept' ELSE 'applied' END);
+        END IF;
+    END LOOP;
+    PERFORM set_config('tbl_repl.settling', old_settling, true);
+    IF cardinality(refused) > 0 THEN
+        PERFORM tbl_repl._send_back(local_table, refused);
+    END IF;
+    RETURN jsonb_array_length(items);
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._settle_items(regclass, text, name[], name[], name, jsonb, text) IS
+    '_settle with the search_path that the target''s own triggers need';
+
+-- A key as this node writes it: the columns may stand in another order there.
+CREATE OR REPLACE FUNCTION tbl_repl._own_key(key_columns name[], local_keys name[], key_values jsonb)
+RETURNS text
+LANGUAGE sql IMMUTABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT CASE WHEN cardinality(local_keys) = 1 THEN key_values ->> 0
+                ELSE (SELECT json_build_array(VARIADIC array_agg(key_values ->> (array_position(key_columns, l.name) - 1) ORDER BY l.n))::text
+                      FROM unnest(local_keys) WITH ORDINALITY AS l (name, n)) END
+$function$;
+COMMENT ON FUNCTION tbl_repl._own_key(name[], name[], jsonb) IS 'key values as the one text that this node uses';
+
+-- Locks and reads a tombstone.  No sequential scans: the plan may be older than the tombstones.
+CREATE OR REPLACE FUNCTION tbl_repl._buried(local_table regclass, key text)
+RETURNS text
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+SET enable_seqscan = off
+AS $function$
+BEGIN
+    RETURN (SELECT b.version FROM tbl_repl.tombstone AS b WHERE b.local_table = _buried.local_table AND b.key = _buried.key FOR UPDATE);
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._buried(regclass, text) IS 'version of a deleted row, NULL: none is known; locks it';
+
+CREATE OR REPLACE FUNCTION tbl_repl._unbury(local_table regclass, key text)
+RETURNS void
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+SET enable_seqscan = off
+AS $function$
+BEGIN
+    DELETE FROM tbl_repl.tombstone AS b WHERE b.local_table = _unbury.local_table AND b.key = _unbury.key;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._unbury(regclass, text) IS 'forgets that a row was deleted';
+
+-- _settle_newest: one value under newest; the caller has locked the row.  Returns the conflict it was, NULL: none; with ! at
+-- its end: refused, what is here is greater.
+CREATE OR REPLACE FUNCTION tbl_repl._settle_newest(
+    local_table  regclass,
+    keys         text[],
+    key          text,
+    row_values   text[],
+    row_text     text,
+    version      text,
+    here_text    text,
+    here_version text,
+    version_type text,
+    rival        text,
+    put_sql      text,
+    drop_sql     text,
+    path         text
+)
+RETURNS text
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    sent     numeric := tbl_repl._rank(version, version_type);
+    standing numeric := tbl_repl._rank(here_version, version_type);
+    buried   numeric;
+    changed  bigint;
+BEGIN
+    IF row_values IS NULL AND version IS NULL THEN
+        RETURN NULL;  -- gone before there were tombstones: nothing is known of it
+    END IF;
+    buried := tbl_repl._rank(b, version_type) FROM tbl_repl._buried(local_table, key) AS b WHERE b IS NOT NULL;
+    IF row_values IS NULL THEN
+        IF here_text IS NOT NULL AND standing > sent THEN
+            RETURN 'delete_origin_differs!';
+        ELSIF here_text IS NOT NULL THEN
+            PERFORM set_config('search_path', path, true);
+            EXECUTE drop_sql USING keys, version;
+            GET DIAGNOSTICS changed = ROW_COUNT;
+            PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
+            IF changed = 0 THEN
+                RETURN 'delete_origin_differs!';
+            END IF;
+        END IF;
+        INSERT INTO tbl_repl.tombstone AS b (local_table, key, version) VALUES (local_table, key, version)
+        ON CONFLICT ON CONSTRAINT tombstone_pkey DO UPDATE
+        SET version = excluded.version, at = clock_timestamp()
+        WHERE tbl_repl._rank(b.version, version_type) < tbl_repl._rank(excluded.version, version_type);
+        RETURN CASE WHEN here_text IS NOT NULL AND rival IS NOT NULL THEN 'delete_origin_differs' END;
+    END IF;
+    IF here_text = row_text THEN
+        IF buried < sent THEN
+            PERFORM tbl_repl._unbury(local_table, key);
+        END IF;
+        RETURN NULL;
+    ELSIF buried >= sent THEN
+        RETURN 'update_missing!';
+    ELSIF here_text IS NOT NULL AND (standing > sent OR (standing = sent AND here_text COLLATE "C" > row_text)) THEN
+        RETURN CASE WHEN rival = 'I' THEN 'insert_exists!' ELSE 'update_origin_differs!' END;
+    END IF;
+    PERFORM set_config('search_path', path, true);
+    EXECUTE put_sql USING keys, row_values, version, row_text;
+    GET DIAGNOSTICS changed = ROW_COUNT;
+    PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
+    IF changed = 0 THEN
+        RETURN 'insert_exists!';  -- written here since we looked, and greater
+    END IF;
+    -- The upsert may have waited for a local DELETE, and have put the row back.
+    buried := tbl_repl._rank(b, version_type) FROM tbl_repl._buried(local_table, key) AS b WHERE b IS NOT NULL;
+    IF buried >= sent THEN
+        PERFORM set_config('search_path', path, true);
+        EXECUTE drop_sql USING keys, version;
+        PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
+        RETURN 'update_missing!';
+    END IF;
+    PERFORM tbl_repl._unbury(local_table, key);
+    RETURN CASE WHEN rival IN ('D', 'K', 'T') THEN 'update_missing' WHEN rival = 'I' THEN 'insert_exists'
+                WHEN rival IS NOT NULL THEN 'update_origin_differs' END;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._settle_newest(regclass, text[], text, text[], text, text, text, text, text, text, text, text, text) IS
+    'settles one value under newest';
+
+-- A tombstone may go when no older value can come any more.  Nobody knows what a node that is cut off still has queued:
+-- so they are kept for long, and a node that has been cut off for longer sends nothing (_cut_off_too_long).
+CREATE OR REPLACE FUNCTION tbl_repl._tombstone_retention() RETURNS interval
+LANGUAGE sql IMMUTABLE PARALLEL SAFE RETURN interval '30 days';
+COMMENT ON FUNCTION tbl_repl._tombstone_retention() IS 'how long versions of deleted rows are kept';
+
+-- Those that a target of this node has not got yet are kept longer.
+CREATE OR REPLACE FUNCTION tbl_repl._purge_tombstones()
+RETURNS void
+LANGUAGE sql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    DELETE FROM tbl_repl.tombstone AS b
+    WHERE b.at < clock_timestamp() - tbl_repl._tombstone_retention()
+      AND NOT EXISTS (SELECT FROM tbl_repl.source AS s JOIN tbl_repl.target AS t USING (source_id)
+                      WHERE s.source_table = b.local_table AND t.on_conflict = 'newest' AND tbl_repl._has_pending(t.target_id))
+$function$;
+COMMENT ON FUNCTION tbl_repl._purge_tombstones() IS 'removes versions of deleted rows that nobody needs any more';
+
+-- Marks targets as failed that would bring back rows whose tombstones are gone by now; returns the others.
+CREATE OR REPLACE FUNCTION tbl_repl._cut_off_too_long(targets integer[])
+RETURNS integer[]
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    item record;
+BEGIN
+    FOR item IN
+        SELECT t.target_id, p.oldest
+        FROM tbl_repl.target AS t CROSS JOIN LATERAL tbl_repl._pending_rows(t.target_id) AS p
+        WHERE t.target_id = ANY (targets) AND t.on_conflict = 'newest' AND p.oldest < clock_timestamp() - tbl_repl._tombstone_retention()
+    LOOP
+        targets := array_remove(targets, item.target_id);
+        PERFORM tbl_repl._log_error(item.target_id, NULL, '55000', format('cut off since %s, longer than deleted rows are remembered', item.oldest), NULL,
+                                    'What is queued could bring back rows that were deleted there. Drop the targets between the two nodes on both sides, '
+                                    'empty the table on the node that was cut off, and add them again.', NULL);
+        UPDATE tbl_repl.target_state AS st SET status = 'failed' WHERE st.target_id = item.target_id;
+    END LOOP;
+    RETURN nullif(targets, '{}');
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._cut_off_too_long(integer[]) IS
+    'marks newest targets as failed whose backlog is older than the tombstones; returns the others';
+
+-- Versions of both kinds as numbers; no version is less than any.
+CREATE OR REPLACE FUNCTION tbl_repl._rank(version text, version_type text)
+RETURNS numeric
+LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT coalesce(CASE version_type WHEN 'timestamptz' THEN extract(epoch FROM version::timestamptz) ELSE version::numeric END, '-Infinity')
+$function$;
+COMMENT ON FUNCTION tbl_repl._rank(text, text) IS 'a version as a number';

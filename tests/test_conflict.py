@@ -1,0 +1,286 @@
+"""Several nodes that write the same table: origins, policies, tombstones."""
+
+from __future__ import annotations
+
+import psycopg
+import pytest
+from psycopg import errors
+
+from support import Node, Pair, wait_until
+
+TABLE = "CREATE TABLE t (id integer PRIMARY KEY, v text, at timestamptz NOT NULL DEFAULT clock_timestamp())"
+
+
+@pytest.fixture
+def two(pair: Pair) -> Pair:
+    """Table t on both nodes; `there` leads from the target back to the source."""
+    pair.both(TABLE)
+    pair.join(pair.target, pair.source, "there")
+    return pair
+
+
+def both_ways(pair: Pair, **options: object) -> tuple[int, int]:
+    """Targets in both directions."""
+    forth = pair.add_target("t", **options)
+    back = pair.target.one(
+        "SELECT tbl_repl.add_target('t', 'there', mode => %(mode)s, on_conflict => %(on_conflict)s, "
+        "version_column => %(version_column)s, initial_copy => 'none')",
+        {"mode": "tolerant", "on_conflict": "overwrite", "version_column": None, **options},
+    )
+    return forth, int(back)
+
+
+def drain_all(*nodes: Node) -> None:
+    """Until no node has anything queued for another."""
+
+    def done() -> bool:
+        for node in nodes:
+            node.fresh("CALL tbl_repl.drain()")
+        return all(
+            node.one("SELECT coalesce(sum(pending_rows), 0) FROM tbl_repl.target_status") == 0
+            for node in nodes
+        )
+
+    wait_until(done, timeout=30)
+
+
+def content(node: Node) -> list[object]:
+    return node.sql("SELECT * FROM t ORDER BY id")
+
+
+def conflicts(node: Node) -> list[object]:
+    return node.sql("SELECT conflict_type, key, resolution FROM tbl_repl.conflict_log ORDER BY at")
+
+
+# --- origins
+
+
+@pytest.mark.parametrize("mode", ["sync", "tolerant", "async"])
+def test_a_change_does_not_come_back(two: Pair, mode: str) -> None:
+    both_ways(two, mode=mode)
+    two.source.sql("INSERT INTO t (id, v) VALUES (1, 'here')")
+    two.target.sql("INSERT INTO t (id, v) VALUES (2, 'there')")
+    drain_all(two.source, two.target)
+    two.source.sql("UPDATE t SET v = 'b' WHERE id = 2")
+    two.target.sql("DELETE FROM t WHERE id = 1")
+    drain_all(two.source, two.target)
+    assert content(two.source) == content(two.target)
+    assert [row[:2] for row in content(two.source)] == [(2, "b")]
+    shipped = [n.one("SELECT rows_shipped FROM tbl_repl.target_status") for n in (two.source, two.target)]
+    assert shipped == [2, 2]
+    assert two.source.admin("SELECT count(*) FROM tbl_repl.conflict") == [(0,)]
+
+
+def test_two_nodes_of_one_name_are_refused(two: Pair) -> None:
+    two.source.admin("SELECT tbl_repl.set_node_name('same')")
+    two.target.admin("SELECT tbl_repl.set_node_name('same')")
+    with pytest.raises(errors.ObjectNotInPrerequisiteState, match="has the name of this node"):
+        two.add_target("t")
+
+
+# --- policies
+
+
+def test_keep_keeps_what_was_changed_on_the_target(two: Pair) -> None:
+    two.add_target("t", mode="async", on_conflict="keep")
+    two.source.sql(
+        "INSERT INTO t VALUES (1, 'a', '2020-01-01'), (2, 'a', '2020-01-01'), (3, 'a', '2020-01-01'), (4, 'a', '2020-01-01')"
+    )
+    two.target.sql("INSERT INTO t VALUES (2, 'theirs', '2020-01-01')")
+    two.drain()
+    assert [r[:2] for r in content(two.target)] == [(1, "a"), (2, "theirs"), (3, "a"), (4, "a")]
+    two.target.sql("UPDATE t SET v = 'theirs' WHERE id IN (3, 4)")
+    two.source.sql("UPDATE t SET v = 'b' WHERE id IN (1, 3); DELETE FROM t WHERE id = 4")
+    two.drain()
+    assert [r[:2] for r in content(two.target)] == [(1, "b"), (2, "theirs"), (3, "theirs"), (4, "theirs")]
+    two.target.sql("DELETE FROM t WHERE id = 1")
+    two.source.sql("UPDATE t SET v = 'c' WHERE id = 1")
+    two.drain()
+    assert sorted(conflicts(two.target), key=str) == sorted(
+        [
+            ("insert_exists", {"id": "2"}, "kept"),
+            ("update_origin_differs", {"id": "3"}, "kept"),
+            ("delete_origin_differs", {"id": "4"}, "kept"),
+            ("update_missing", {"id": "1"}, "kept"),
+        ],
+        key=str,
+    )
+
+
+@pytest.mark.parametrize("mode", ["sync", "tolerant"])
+def test_keep_in_the_direct_modes(two: Pair, mode: str) -> None:
+    two.add_target("t", mode=mode, on_conflict="keep")
+    two.source.sql("INSERT INTO t VALUES (1, 'a', '2020-01-01')")
+    two.source.sql("UPDATE t SET v = 'b'")
+    two.assert_same("t")
+    two.target.sql("UPDATE t SET v = 'theirs'")
+    two.source.sql("UPDATE t SET v = 'c'")
+    assert content(two.target)[0][1] == "theirs"
+    assert conflicts(two.target) == [("update_origin_differs", {"id": "1"}, "kept")]
+
+
+def test_error_puts_the_row_into_quarantine_with_both_versions(two: Pair) -> None:
+    two.add_target("t", mode="async", on_conflict="error")
+    two.source.sql("INSERT INTO t VALUES (1, 'ours', '2020-01-01'), (2, 'a', '2020-01-01')")
+    two.target.sql("INSERT INTO t VALUES (1, 'theirs', '2020-01-01')")
+    two.drain()
+    assert [r[:2] for r in content(two.target)] == [(1, "theirs"), (2, "a")]
+    [(key, code, message)] = two.source.sql("SELECT key, sqlstate, message FROM tbl_repl.quarantine")
+    assert (key, code) == ({"id": 1}, "23000")
+    assert "insert_exists" in message and "ours" in message and "theirs" in message
+    # it stays there until somebody decides
+    two.drain()
+    assert two.source.one("SELECT count(*) FROM tbl_repl.quarantine") == 1
+    two.target.sql("DELETE FROM t WHERE id = 1")
+    two.drain()
+    two.assert_same("t")
+    assert two.source.one("SELECT count(*) FROM tbl_repl.quarantine") == 0
+
+
+def test_error_fails_a_sync_writer(two: Pair) -> None:
+    two.add_target("t", mode="sync", on_conflict="error")
+    two.target.sql("INSERT INTO t VALUES (1, 'theirs', '2020-01-01')")
+    with pytest.raises(errors.IntegrityConstraintViolation, match="insert_exists"):
+        two.source.sql("INSERT INTO t VALUES (1, 'ours', '2020-01-01')")
+    assert content(two.source) == []
+
+
+def test_overwrite_notes_what_it_overwrites(two: Pair) -> None:
+    both_ways(two, mode="async")
+    two.source.sql("INSERT INTO t VALUES (1, 'ours', '2020-01-01')")
+    two.target.sql("INSERT INTO t VALUES (1, 'theirs', '2020-01-01')")
+    drain_all(two.source, two.target)
+    assert content(two.source) == content(two.target)
+    assert [r[1] for r in content(two.source)] == ["ours"]
+    assert conflicts(two.target) == [("insert_exists", {"id": 1}, "applied")]
+
+
+@pytest.mark.parametrize("first", ["source", "target"])
+@pytest.mark.parametrize("version", ["timestamptz", "bigint"])
+def test_newest_wins_on_both_sides(pair: Pair, first: str, version: str) -> None:
+    pair.both(f"CREATE TABLE t (id integer PRIMARY KEY, v text, at {version} NOT NULL)")
+    pair.join(pair.target, pair.source, "there")
+    old, new = ("'2020-01-01'", "'2021-01-01'") if version == "timestamptz" else ("1", "2")
+    both_ways(pair, mode="async", on_conflict="newest", version_column="at")
+    pair.source.sql(f"INSERT INTO t VALUES (1, 'old', {old}), (2, 'new', {new}), (3, 'a', {old})")
+    pair.target.sql(f"INSERT INTO t VALUES (1, 'new', {new}), (2, 'old', {old}), (3, 'b', {old})")
+    nodes = (pair.source, pair.target) if first == "source" else (pair.target, pair.source)
+    drain_all(*nodes)
+    assert content(pair.source) == content(pair.target)
+    assert [r[1] for r in content(pair.source)] == ["new", "new", "b"]
+    assert conflicts(pair.source) + conflicts(pair.target) != []
+
+
+@pytest.mark.parametrize("first", ["source", "target"])
+def test_newest_a_delete_beats_an_older_update_and_loses_against_a_newer_one(two: Pair, first: str) -> None:
+    both_ways(two, mode="async", on_conflict="newest", version_column="at")
+    two.source.sql("INSERT INTO t VALUES (1, 'a', '2020-01-01'), (2, 'a', '2020-01-01')")
+    drain_all(two.source, two.target)
+    two.source.sql("DELETE FROM t")
+    two.target.sql("UPDATE t SET v = 'older', at = '2020-01-02' WHERE id = 1")
+    two.target.sql("UPDATE t SET v = 'newer', at = '2999-01-01' WHERE id = 2")
+    nodes = (two.source, two.target) if first == "source" else (two.target, two.source)
+    drain_all(*nodes)
+    assert content(two.source) == content(two.target)
+    assert [r[:2] for r in content(two.source)] == [(2, "newer")]
+
+
+@pytest.mark.parametrize("mode", ["sync", "tolerant"])
+def test_newest_in_the_direct_modes(two: Pair, mode: str) -> None:
+    both_ways(two, mode=mode, on_conflict="newest", version_column="at")
+    two.source.sql("INSERT INTO t (id, v) VALUES (1, 'a'), (2, 'a')")
+    two.target.sql("UPDATE t SET v = 'b', at = clock_timestamp() WHERE id = 1")
+    two.source.sql("DELETE FROM t WHERE id = 2")
+    assert content(two.source) == content(two.target)
+    # an older value is refused, and answered by the newer one
+    two.target.sql("INSERT INTO t (id, v) VALUES (3, 'newer')")
+    two.source.sql("UPDATE t SET v = 'older', at = '2000-01-01' WHERE id = 3")
+    drain_all(two.source, two.target)
+    assert content(two.source) == content(two.target)
+    assert content(two.source)[-1][1] == "newer"
+
+
+def test_newest_truncate_deletes_every_row(two: Pair) -> None:
+    both_ways(two, mode="async", on_conflict="newest", version_column="at")
+    two.source.sql("INSERT INTO t (id, v) SELECT g, 'a' FROM generate_series(1, 5) g")
+    drain_all(two.source, two.target)
+    two.source.sql("TRUNCATE t")
+    two.target.sql("INSERT INTO t (id, v) VALUES (9, 'meanwhile')")
+    drain_all(two.source, two.target)
+    assert content(two.source) == content(two.target)
+    assert [r[0] for r in content(two.source)] == [9]
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"on_conflict": "newest"}, errors.InvalidParameterValue),
+        ({"on_conflict": "newest", "version_column": "nope"}, errors.UndefinedColumn),
+        ({"on_conflict": "newest", "version_column": "v"}, errors.InvalidParameterValue),
+        (
+            {"on_conflict": "newest", "version_column": "at", "row_filter": "id > 0"},
+            errors.FeatureNotSupported,
+        ),
+        (
+            {"on_conflict": "newest", "version_column": "at", "columns": ["id", "at"]},
+            errors.FeatureNotSupported,
+        ),
+    ],
+)
+def test_policies_that_cannot_work_are_refused(
+    two: Pair, options: dict[str, object], error: type[psycopg.Error]
+) -> None:
+    with pytest.raises(error):
+        two.add_target("t", **options)
+    assert two.source.one("SELECT count(*) FROM tbl_repl.target_status") == 0
+
+
+@pytest.mark.plain_target
+@pytest.mark.parametrize("policy", ["keep", "newest", "error"])
+def test_policies_need_the_extension_on_the_target(pair: Pair, policy: str) -> None:
+    pair.both(TABLE)
+    with pytest.raises(errors.ObjectNotInPrerequisiteState) as caught:
+        pair.add_target("t", on_conflict=policy, version_column="at")
+    assert "CREATE EXTENSION" in str(caught.value.diag.message_hint)
+
+
+def test_tombstones_are_kept_until_nobody_needs_them(two: Pair) -> None:
+    both_ways(two, mode="async", on_conflict="newest", version_column="at")
+    two.source.sql("INSERT INTO t (id, v) VALUES (1, 'a'), (2, 'a')")
+    drain_all(two.source, two.target)
+    two.source.sql("DELETE FROM t WHERE id = 1")
+    for node in (two.source, two.target):
+        node.admin("UPDATE tbl_repl.tombstone SET at = at - interval '31 days'")
+    two.source.sql("SELECT 1")
+    assert two.source.admin("SELECT key FROM tbl_repl.tombstone") == [("1",)]
+    drain_all(two.source, two.target)
+    two.source.sql("UPDATE t SET v = 'b', at = clock_timestamp()")
+    drain_all(two.source, two.target)
+    assert two.source.admin("SELECT key FROM tbl_repl.tombstone") == []
+    assert two.target.admin("SELECT key FROM tbl_repl.tombstone") == [("1",)]  # it has got it just now
+
+
+def test_a_node_that_was_cut_off_for_too_long_is_refused(two: Pair) -> None:
+    both_ways(two, mode="async", on_conflict="newest", version_column="at")
+    two.source.sql("INSERT INTO t (id, v) VALUES (1, 'a')")
+    two.source.admin("UPDATE tbl_repl.change SET captured_at = captured_at - interval '31 days'")
+    two.source.fresh("CALL tbl_repl.drain()")
+    assert content(two.target) == []
+    status, error = two.source.sql("SELECT status, last_error FROM tbl_repl.target_status")[0]
+    assert status == "failed" and "cut off" in error
+    assert two.source.one("SELECT hint FROM tbl_repl.error_log").startswith("What is queued")
+
+
+def test_check_reports_what_keeps_conflicts_from_being_settled(two: Pair) -> None:
+    two.add_target("t", mode="async", on_conflict="newest", version_column="at")
+    codes = two.source.sql("SELECT severity, code FROM tbl_repl.check() WHERE code <> 'dblink_public'")
+    assert codes == [("warning", "newest_one_way")]
+    two.target.admin("SELECT tbl_repl.set_node_name('renamed')")
+    codes = two.source.sql("SELECT code FROM tbl_repl.check() WHERE code <> 'dblink_public'")
+    assert ("node_renamed",) in codes
+
+
+def test_check_reports_nothing_between_two_newest_nodes(two: Pair) -> None:
+    both_ways(two, mode="async", on_conflict="newest", version_column="at")
+    for node in (two.source, two.target):
+        assert node.sql("SELECT code FROM tbl_repl.check() WHERE code <> 'dblink_public'") == []

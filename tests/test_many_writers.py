@@ -1,0 +1,309 @@
+"""Many writers: histories in which several nodes write the same few rows, end with the same rows everywhere."""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+import time
+from typing import Any
+
+import psycopg
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from support import Node, Pair, wait_until
+
+TABLE = "CREATE TABLE t (id integer PRIMARY KEY, v text, at {version} NOT NULL)"
+LONG = bool(os.environ.get("TBL_REPL_LONG"))
+
+
+def connect_all(pair: Pair, nodes: list[Node], edges: list[tuple[int, int]]) -> None:
+    """A server on each node for each edge that leaves it, named by the number of the node it leads to."""
+    for here, there in edges:
+        pair.join(nodes[here], nodes[there], f"n{there}")
+
+
+def mesh(count: int) -> list[tuple[int, int]]:
+    return [(a, b) for a in range(count) for b in range(count) if a != b]
+
+
+def add_targets(nodes: list[Node], edges: list[tuple[int, int]], **options: Any) -> None:
+    given_ = {"mode": "async", "initial_copy": "none", **options}
+    names = ", ".join(f"{name} => %({name})s" for name in given_)
+    for here, there in edges:
+        nodes[here].fresh(f"SELECT tbl_repl.add_target('t', 'n{there}', {names})", given_)
+
+
+def pending(nodes: list[Node]) -> int:
+    return sum(n.one("SELECT coalesce(sum(pending_rows), 0) FROM tbl_repl.target_status") for n in nodes)
+
+
+def settle(nodes: list[Node]) -> None:
+    """Drain everywhere until nothing is queued anywhere."""
+
+    def done() -> bool:
+        for node in nodes:
+            node.fresh("CALL tbl_repl.drain()")
+        return pending(nodes) == 0
+
+    wait_until(done, timeout=60)
+
+
+def rows(node: Node) -> list[Any]:
+    return node.sql("SELECT * FROM t ORDER BY id")
+
+
+def assert_equal(nodes: list[Node]) -> None:
+    first = rows(nodes[0])
+    for node in nodes[1:]:
+        assert rows(node) == first
+
+
+@pytest.fixture
+def nodes(trio: Pair) -> list[Node]:
+    assert trio.third is not None
+    return [trio.source, trio.target, trio.third]
+
+
+# --- carrying on
+
+
+CHAIN = [(0, 1), (1, 2)]
+CHAIN_BOTH = [(0, 1), (1, 2), (2, 1), (1, 0)]
+RING = [(0, 1), (1, 2), (2, 0)]
+STAR = [(0, 1), (1, 0), (0, 2), (2, 0)]
+
+
+@pytest.mark.parametrize("mode", ["async", "tolerant", "sync"])
+@pytest.mark.parametrize(
+    ("edges", "writers"), [(CHAIN, [0]), (CHAIN_BOTH, [0, 1, 2]), (RING, [0, 1, 2]), (STAR, [0, 1, 2])]
+)
+def test_changes_are_carried_on_and_never_back(
+    trio: Pair, nodes: list[Node], edges: list[tuple[int, int]], writers: list[int], mode: str
+) -> None:
+    trio.both(TABLE.format(version="timestamptz"))
+    connect_all(trio, nodes, edges)
+    add_targets(nodes, edges, mode=mode, forward="any")
+    for n in writers:
+        nodes[n].sql(
+            f"INSERT INTO t SELECT 10 * {n} + g, 'from {n}', '2020-01-01' FROM generate_series(1, 4) g"
+        )
+        settle(nodes)
+    assert_equal(nodes)
+    assert len(rows(nodes[0])) == 4 * len(writers)
+    for n in writers:
+        nodes[n].sql(f"UPDATE t SET v = 'again', id = id + 100 WHERE id % 10 = 1 AND id / 10 = {n}")
+        nodes[n].sql(f"DELETE FROM t WHERE id % 10 = 2 AND id / 10 = {n}")
+        settle(nodes)
+    assert_equal(nodes)
+    before = [n.one("SELECT sum(rows_shipped) FROM tbl_repl.target_status") for n in nodes]
+    settle(nodes)
+    assert [n.one("SELECT sum(rows_shipped) FROM tbl_repl.target_status") for n in nodes] == before
+    nodes[0].sql("TRUNCATE t")
+    settle(nodes)
+    assert rows(nodes[0]) == rows(nodes[1]) == rows(nodes[2]) == []
+
+
+def test_local_targets_do_not_carry_on(trio: Pair, nodes: list[Node]) -> None:
+    trio.both(TABLE.format(version="timestamptz"))
+    connect_all(trio, nodes, CHAIN)
+    add_targets(nodes, CHAIN)
+    nodes[0].sql("INSERT INTO t VALUES (1, 'a', '2020-01-01')")
+    nodes[1].sql("INSERT INTO t VALUES (2, 'b', '2020-01-01')")
+    settle(nodes)
+    assert [r[0] for r in rows(nodes[2])] == [2]
+
+
+def test_a_row_goes_with_the_origin_of_its_last_change(trio: Pair, nodes: list[Node]) -> None:
+    """Changed elsewhere, then here: the other node has to get it, too."""
+    trio.both(TABLE.format(version="timestamptz"))
+    connect_all(trio, nodes, RING)
+    add_targets(nodes, RING, forward="any")
+    nodes[0].sql("INSERT INTO t VALUES (1, 'a', '2020-01-01'), (2, 'a', '2020-01-01')")
+    nodes[0].fresh("CALL tbl_repl.drain()")
+    nodes[1].sql("UPDATE t SET v = 'b' WHERE id = 1")
+    settle(nodes)
+    assert_equal(nodes)
+    assert [r[1] for r in rows(nodes[0])] == ["b", "a"]
+
+
+def test_seed_two_sided(pair: Pair) -> None:
+    """Ten thousand rows on each side with disjoint keys, then updates, deletes, TRUNCATE."""
+    both = [pair.source, pair.target]
+    pair.both(TABLE.format(version="timestamptz"))
+    connect_all(pair, both, mesh(2))
+    add_targets(both, mesh(2))
+    for n, node in enumerate(both):
+        node.sql(f"INSERT INTO t SELECT 2 * g + {n}, 'x', now() FROM generate_series(1, 10000) g")
+    settle(both)
+    assert_equal(both)
+    for n, node in enumerate(both):
+        node.sql(f"UPDATE t SET v = 'from {n}' WHERE id % 4 = {n}")
+        node.sql(f"DELETE FROM t WHERE id % 8 = {n + 4}")
+    settle(both)
+    assert_equal(both)
+    assert len(rows(both[0])) == 15_000
+    both[0].sql("TRUNCATE t")
+    settle(both)
+    assert rows(both[0]) == rows(both[1]) == []
+
+
+# --- newest
+
+
+ACTION = st.tuples(
+    st.sampled_from(["insert", "update", "delete", "move", "truncate", "drain"]),
+    st.integers(0, 2),  # node
+    st.integers(0, 3),  # row
+    st.integers(0, 5),  # version
+)
+EXAMPLES = 300 if LONG else 25
+
+
+def act(node: Node, what: str, row: int, version: int, kind: str) -> None:
+    at = (
+        f"('2020-01-01'::timestamptz + {version} * interval '1 day')"
+        if kind == "timestamptz"
+        else str(version)
+    )
+    word = f"'{what[0]}{row}{version}'"
+    statement = {
+        "insert": f"INSERT INTO t VALUES ({row}, {word}, {at}) ON CONFLICT (id) DO UPDATE SET v = excluded.v, at = excluded.at",
+        "update": f"UPDATE t SET v = {word}, at = {at} WHERE id = {row}",
+        "delete": f"DELETE FROM t WHERE id = {row}",
+        "move": f"UPDATE t SET id = {row + 4}, at = {at} WHERE id = {row} AND NOT EXISTS (SELECT FROM t WHERE id = {row + 4})",
+        "truncate": "TRUNCATE t",
+        "drain": "CALL tbl_repl.drain()",
+    }[what]
+    node.fresh(statement)
+
+
+@pytest.mark.parametrize("kind", ["timestamptz", "bigint"])
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("modes", ["async", "mixed"])
+def test_newest_converges_whatever_the_order(
+    trio: Pair, nodes: list[Node], kind: str, count: int, modes: str
+) -> None:
+    nodes = nodes[:count]
+    for node in nodes:
+        node.sql(TABLE.format(version=kind))
+    connect_all(trio, nodes, mesh(count))
+    for number, edge in enumerate(mesh(count)):
+        mode = "async" if modes == "async" else ("tolerant", "async", "sync")[number % 3]
+        add_targets(nodes, [edge], mode=mode, on_conflict="newest", version_column="at")
+
+    @settings(
+        max_examples=EXAMPLES,
+        deadline=None,
+        derandomize=not LONG,
+        print_blob=True,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(st.lists(ACTION, min_size=3, max_size=14))
+    def history(actions: list[tuple[str, int, int, int]]) -> None:
+        for what, number, row, version in actions:
+            act(nodes[number % count], what, row, version, kind)
+        settle(nodes)
+        assert_equal(nodes)
+
+    history()
+
+
+@pytest.mark.parametrize("mode", ["async", "tolerant"])
+def test_newest_converges_under_a_storm(trio: Pair, nodes: list[Node], mode: str) -> None:
+    """Writers on all three nodes and drainers everywhere at once, on few rows that move on."""
+    for node in nodes:
+        node.sql(TABLE.format(version="timestamptz"))
+    connect_all(trio, nodes, mesh(3))
+    add_targets(nodes, mesh(3), mode=mode, on_conflict="newest", version_column="at", timeout="2 s")
+    until = time.monotonic() + (40 if LONG else 5)
+    failures: list[str] = []
+
+    def write(node: Node, seed: int) -> None:
+        rng = random.Random(seed)
+        conn = node.connect()
+        n = 0
+        while time.monotonic() < until:
+            n += 1
+            row = n // 20 + rng.randrange(4)
+            try:
+                kind = rng.randrange(4)
+                if kind < 2:
+                    conn.execute(
+                        "INSERT INTO t VALUES (%s, %s, clock_timestamp()) ON CONFLICT (id) DO UPDATE SET v = excluded.v, at = excluded.at",
+                        [row, f"{seed}-{n}"],
+                    )
+                elif kind == 2:
+                    conn.execute(
+                        "UPDATE t SET v = %s, at = clock_timestamp() WHERE id = %s", [f"{seed}-{n}", row]
+                    )
+                else:
+                    conn.execute("DELETE FROM t WHERE id = %s", [row])
+            except (
+                psycopg.errors.LockNotAvailable,
+                psycopg.errors.QueryCanceled,
+                psycopg.errors.DeadlockDetected,
+            ):
+                pass
+            except psycopg.Error as error:
+                failures.append(str(error))
+        conn.close()
+
+    def drain(node: Node) -> None:
+        conn = node.connect()
+        while time.monotonic() < until:
+            conn.execute("SELECT tbl_repl.replay()")
+        conn.close()
+
+    threads = [
+        threading.Thread(target=write, args=(node, 10 * i + k))
+        for i, node in enumerate(nodes)
+        for k in range(2)
+    ]
+    threads += [threading.Thread(target=drain, args=(node,)) for node in nodes]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    settle(nodes)
+    assert_equal(nodes)
+    assert len(rows(nodes[0])) > 0
+
+
+# --- sync on both sides
+
+
+def test_sync_writers_that_lock_each_other_end_by_timeout_with_a_hint(pair: Pair) -> None:
+    both = [pair.source, pair.target]
+    pair.both(TABLE.format(version="timestamptz"))
+    connect_all(pair, both, mesh(2))
+    add_targets(both, mesh(2), mode="sync", timeout="1 s")
+    pair.source.sql("INSERT INTO t VALUES (1, 'a', now())")
+    conns = [node.connect() for node in both]
+    for conn in conns:
+        conn.execute("BEGIN")
+        conn.execute("UPDATE t SET v = %s WHERE id = 1", [str(id(conn))])
+    begun = time.monotonic()
+    raised: list[psycopg.Error] = []
+
+    def commit(conn: psycopg.Connection) -> None:
+        try:
+            conn.execute("COMMIT")
+        except psycopg.Error as error:
+            raised.append(error)
+
+    threads = [threading.Thread(target=commit, args=(conn,)) for conn in conns]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert time.monotonic() - begun < 5
+    assert raised
+    for error in raised:
+        assert error.sqlstate in ("55P03", "57014")
+        assert error.diag.message_hint
+    settle(both)
+    assert_equal(both)
