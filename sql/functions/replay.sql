@@ -61,6 +61,7 @@ BEGIN
             MESSAGE = format('server %I does not exist', _replay.server);
     END IF;
     PERFORM tbl_repl._check_positions();
+    PERFORM tbl_repl._resolve_receipts(server, retry);
     -- Those that failed last come last: one bad target must not keep the others waiting.  A failed one has
     -- a turn of its own, or its backlog would fill the batches of its neighbours.  Where nothing is queued,
     -- there is only a status to settle or a quarantine to try: last, for their locks are held to the end.
