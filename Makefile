@@ -55,7 +55,7 @@ help:
 	@echo "make test-long             the same, the property-based tests with many more examples"
 	@echo "make lint                  ruff, mypy --strict"
 	@echo "make format                let ruff put the style right"
-	@echo "make bench                 compare with postgres_fdw and dblink triggers"
+	@echo "make bench                 compare with postgres_fdw and dblink triggers, and with logical replication"
 	@echo "make docs                  run every example of the documentation"
 	@echo "make dist                  the PGXN archive $(EXTENSION)-$(EXTVERSION).zip"
 

@@ -138,7 +138,7 @@ PLAIN = Contender("no trigger", "t_plain", _no_trigger, replicated=False)
 ALL = (SYNC, ASYNC, FDW, DBLINK, PLAIN)
 
 
-def prepare(source: Cluster, target: Cluster, rows: int) -> None:
+def prepare(source: Cluster, target: Cluster, rows: int, contenders: tuple[Contender, ...] = ALL) -> None:
     """Databases, extensions, servers, the table of every contender."""
     for cluster in (source, target):
         with cluster.connect() as conn:
@@ -159,6 +159,6 @@ def prepare(source: Cluster, target: Cluster, rows: int) -> None:
                 CREATE USER MAPPING FOR {OWNER} SERVER {server} OPTIONS (user '{OWNER}', password '{PASSWORD}')
                 """
             )
-        for contender in ALL:
+        for contender in contenders:
             create_tables(here, there, contender.table, rows)
             contender.attach(here, contender.table)

@@ -14,12 +14,13 @@ from statistics import median
 from rich.console import Console
 from rich.table import Table
 
-BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
-
 
 @dataclass(frozen=True)
 class Goal:
-    """value(of) / value(to) is to be at most, or at least, the limit; row: what both are taken from."""
+    """value(of) / value(to) is to be at most, or at least, the limit; row: what both are taken from.
+
+    to: nothing where it is the value itself that counts.
+    """
 
     row: str
     of: str
@@ -45,7 +46,10 @@ class Results:
         return median(found) if found else None
 
     def ratio(self, goal: Goal) -> float | None:
-        of, to = self.median(goal.row, goal.of), self.median(goal.to_row or goal.row, goal.to)
+        of = self.median(goal.row, goal.of)
+        if not goal.to:
+            return of
+        to = self.median(goal.to_row or goal.row, goal.to)
         return of / to if of is not None and to else None
 
     def met(self, goal: Goal) -> bool | None:
@@ -84,7 +88,10 @@ def goals_table(results: Results, goals: list[Goal]) -> list[list[str]]:
     """Head and rows of what was to be reached."""
     rows = [["", "ratio of medians", "goal", "measured", ""]]
     for goal in goals:
-        of = f"{goal.of} / {goal.to}" if goal.of != goal.to else f"{goal.of} / the same: {goal.to_row}"
+        if not goal.to:
+            of = goal.of
+        else:
+            of = f"{goal.of} / {goal.to}" if goal.of != goal.to else f"{goal.of} / the same: {goal.to_row}"
         word = {True: "met", False: "missed", None: "not measured"}[results.met(goal)]
         rows.append([goal.row, of, f"{goal.word} {goal.limit:g}", short(results.ratio(goal)), word])
     return rows
@@ -128,10 +135,13 @@ def section(results: Results, goals: list[Goal], contenders: list[str], server: 
     )
 
 
-def write_page(page: Path, text: str) -> None:
-    """Put the text between the page's marks; a page without them is only the text."""
-    old = page.read_text(encoding="utf-8") if page.exists() else f"{BEGIN}\n{END}\n"
-    before, _, rest = old.partition(BEGIN)
-    _, _, after = rest.partition(END)
+def write_page(page: Path, name: str, text: str) -> None:
+    """Put the text between the page's marks of that name; where there are none, at its end."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    old = page.read_text(encoding="utf-8") if page.exists() else ""
+    if begin not in old:
+        old = f"{old}{begin}\n{end}\n"
+    before, _, rest = old.partition(begin)
+    _, _, after = rest.partition(end)
     page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+    page.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")

@@ -1,14 +1,16 @@
-"""Compare tbl_repl with the triggers that people write by hand; see README.md."""
+"""Compare tbl_repl with the triggers that people write by hand, and with logical replication; see README.md."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import native
 from contenders import ASYNC, DBLINK, FDW, PLAIN, SYNC, Contender, prepare
 from report import Goal, Results, figures_table, goals_table, section, show, write_page
 from rich.console import Console
@@ -120,6 +122,49 @@ def chosen(name: str) -> Server:
     )
 
 
+def measure(part: str, server: Server, options: argparse.Namespace, console: Console) -> None:
+    """Measure one part on two new clusters; show it and write it onto the page."""
+    sizes = QUICK if options.quick else Sizes()
+    if options.rounds:
+        sizes = dataclasses.replace(sizes, rounds=options.rounds)
+    settings = dict(SETTINGS) if part == TRIGGERS else {**SETTINGS, "wal_level": "logical"}
+    with contextlib.ExitStack() as stack:
+        workdir = make_workdir()
+        stack.callback(shutil.rmtree, workdir, ignore_errors=True)
+        source, target = (
+            Cluster(server, n, workdir=workdir, settings=settings) for n in ("source", "target")
+        )
+        install_for(source)
+        stack.enter_context(source)
+        stack.enter_context(target)
+        bench = Bench(source, target, sizes)
+        if part == TRIGGERS:
+            prepare(source, target, sizes.rows)
+            run = Run(bench, console)
+            goals, results = run.all(), run.results
+        else:
+            prepare(source, target, sizes.rows, native.CONTENDERS)
+            results = Results()
+            bounds = (options.soak_seconds, sizes.bulk * 10, 2_000_000 if options.quick else 100_000_000)
+            goals = ALL_NATIVE[part](
+                native.Native(bench, results, lambda text: console.print(text, highlight=False), *bounds)
+            )
+        version = source.sql("SHOW server_version")[0][0]
+    known = [c.name for c in (SYNC, FDW, DBLINK, ASYNC, native.NATIVE, PLAIN)]
+    names = [name for name in known if any(name in by_name for by_name in results.values.values())]
+    show(console, f"{part}: medians (least to greatest)", figures_table(results, names))
+    show(console, f"{part}: goals", goals_table(results, goals))
+    page = options.page or (None if options.quick else PAGE)
+    if page:
+        said = ", ".join(f"{key} = {value}" for key, value in settings.items())
+        write_page(page, part, section(results, goals, names, version, said))
+        console.print(f"written: {page}")
+
+
+TRIGGERS = "figures"
+ALL_NATIVE = {**native.PARTS, **native.SOAK}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
@@ -129,37 +174,35 @@ def main() -> int:
         "--quick", action="store_true", help="tiny sizes: shows that it works, measures nothing"
     )
     parser.add_argument(
+        "--only",
+        metavar="A,B",
+        help=f"these parts: {', '.join(('triggers', *ALL_NATIVE))} (default: all but the last two)",
+    )
+    parser.add_argument("--soak", action="store_true", help="also the parts that take long: snapshot, memory")
+    parser.add_argument(
+        "--soak-seconds", type=int, default=600, metavar="S", help="how long a snapshot is held (600)"
+    )
+    parser.add_argument("--rounds", type=int, metavar="N", help="rounds of each point (5)")
+    parser.add_argument(
         "--page", type=Path, help="where to write the figures (default: the documentation; --quick: nowhere)"
     )
     options = parser.parse_args()
+    wanted = (
+        options.only.split(",")
+        if options.only
+        else ["triggers", *(ALL_NATIVE if options.soak else native.PARTS)]
+    )
+    unknown = set(wanted) - {"triggers", *ALL_NATIVE}
+    if unknown:
+        parser.error(f"no such part: {', '.join(sorted(unknown))}")
     console = Console()
     try:
         server = chosen(options.pg)
-        sizes = QUICK if options.quick else Sizes()
-        with contextlib.ExitStack() as stack:
-            workdir = make_workdir()
-            stack.callback(shutil.rmtree, workdir, ignore_errors=True)
-            source, target = (
-                Cluster(server, n, workdir=workdir, settings=SETTINGS) for n in ("source", "target")
-            )
-            install_for(source)
-            stack.enter_context(source)
-            stack.enter_context(target)
-            prepare(source, target, sizes.rows)
-            run = Run(Bench(source, target, sizes), console)
-            goals = run.all()
-            version = source.sql("SHOW server_version")[0][0]
+        for part in wanted:
+            measure(TRIGGERS if part == "triggers" else part, server, options, console)
     except TblReplError as error:
         console.print(f"[bold red]{error}")
         return 1
-    names = [c.name for c in (SYNC, FDW, DBLINK, ASYNC, PLAIN)]
-    show(console, "medians (least to greatest)", figures_table(run.results, names))
-    show(console, "goals", goals_table(run.results, goals))
-    page = options.page or (None if options.quick else PAGE)
-    if page:
-        settings = ", ".join(f"{key} = {value}" for key, value in SETTINGS.items())
-        write_page(page, section(run.results, goals, names, version, settings))
-        console.print(f"written: {page}")
     return 0
 
 

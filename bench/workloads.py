@@ -53,6 +53,13 @@ def pgbench_of(server: Server) -> Path:
     raise TblReplError("no pgbench was found", "It comes with PostgreSQL: name a pg_config in PG_CONFIGS.")
 
 
+def _figure(text: str, pattern: str) -> float:
+    found = re.search(pattern, text)
+    if found is None:
+        raise TblReplError(f"pgbench does not say {pattern}:\n{text}")
+    return float(found[1])
+
+
 @dataclass
 class Bench:
     """Two clusters with the tables of every contender."""
@@ -63,27 +70,35 @@ class Bench:
 
     # --- many small transactions
 
-    def pgbench(self, contender: Contender, script: str, clients: int) -> tuple[float, float]:
+    def pgbench(
+        self, contender: Contender, script: str, clients: int, seconds: int | None = None
+    ) -> tuple[float, float]:
         """(mean latency in ms, transactions per second)."""
+        done = self._pgbench(contender, script, clients, seconds)
+        return _figure(done, r"latency average = ([\d.]+) ms"), _figure(done, r"tps = ([\d.]+)")
+
+    def pgbench_counted(self, contender: Contender, script: str, clients: int) -> tuple[float, int]:
+        """(transactions per second, number of transactions)."""
+        done = self._pgbench(contender, script, clients, None)
+        return _figure(done, r"tps = ([\d.]+)"), int(_figure(done, r"actually processed: (\d+)"))
+
+    def _pgbench(self, contender: Contender, script: str, clients: int, seconds: int | None) -> str:
         with tempfile.NamedTemporaryFile("w", suffix=".sql") as file:
             file.write(script.format(table=contender.table, rows=self.sizes.rows))
             file.flush()
             # fmt: off
             command = [
                 str(pgbench_of(self.source.server)), "-n", "-M", "prepared", "-f", file.name,
-                "-c", str(clients), "-j", str(min(clients, 2)), "-T", str(self.sizes.seconds),
+                "-c", str(clients), "-j", str(min(clients, 2)), "-T", str(seconds or self.sizes.seconds),
                 self.source.dsn(DBNAME, OWNER),
             ]
             # fmt: on
             done = subprocess.run(
                 command, env=self.source.server.env, capture_output=True, text=True, check=False
             )
-        latency = re.search(r"latency average = ([\d.]+) ms", done.stdout)
-        rate = re.search(r"tps = ([\d.]+)", done.stdout)
-        failed = re.search(r"failed transactions: [1-9]", done.stdout)
-        if done.returncode != 0 or latency is None or rate is None or failed:
+        if done.returncode != 0 or re.search(r"failed transactions: [1-9]", done.stdout):
             raise TblReplError(f"pgbench failed:\n{done.stdout}{done.stderr}")
-        return float(latency[1]), float(rate[1])
+        return done.stdout
 
     def update_one(self, contender: Contender, clients: int) -> tuple[float, float]:
         self.settle(contender.table)

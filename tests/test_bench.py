@@ -20,7 +20,7 @@ def test_the_benchmark_measures_every_point_and_writes_the_page(server: Server, 
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- figures: begin -->\nold\n<!-- figures: end -->\nafter\n", encoding="utf-8")
     done = subprocess.run(
-        [sys.executable, str(RUN), "--quick", "--pg", str(server), "--page", str(page)],
+        [sys.executable, str(RUN), "--quick", "--only", "triggers", "--pg", str(server), "--page", str(page)],
         capture_output=True,
         text=True,
         check=False,
@@ -40,6 +40,33 @@ def test_the_benchmark_measures_every_point_and_writes_the_page(server: Server, 
         "no trigger",
     ):
         assert contender in text
+
+
+@pytest.mark.slow
+@pytest.mark.once
+def test_every_point_against_logical_replication_is_measured(server: Server, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    parts = {"oltp": 4, "delay": 2, "statements": 3, "snapshot": 2, "memory": 2}
+    page.write_text("".join(f"<!-- {part}: begin -->\n<!-- {part}: end -->\n" for part in parts))
+    done = subprocess.run(
+        [
+            *(sys.executable, str(RUN), "--quick", "--soak", "--soak-seconds", "4", "--pg", str(server)),
+            *("--only", ",".join(parts), "--page", str(page)),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    text = page.read_text(encoding="utf-8")
+    for part, goals in parts.items():
+        (section,) = re.findall(rf"<!-- {part}: begin -->\n(.*?)<!-- {part}: end -->", text, re.DOTALL)
+        measured = re.findall(
+            r"^\| .* \| at (?:most|least) [\d.]+ \| [\d.]+ \| (?:met|missed) \|$", section, re.M
+        )
+        assert len(measured) == goals, section
+        assert "tbl_repl, async" in section
+        assert ("logical replication |" in section) == (part in ("oltp", "delay", "statements"))
 
 
 @pytest.mark.once

@@ -161,6 +161,28 @@ def test_compare_and_repair(pair: Pair, target: int) -> None:
     assert verb(pair, "compare", str(target)) == "equal\n"
 
 
+@pytest.mark.parametrize("name", ["compare", "repair", "copy"])
+def test_progress_is_told_in_lines_on_stderr(pair: Pair, target: int, name: str) -> None:
+    """A line a second; here every look is one."""
+    pair.source.sql("INSERT INTO t SELECT i, 'x' FROM generate_series(1, 3000) AS i; ANALYZE t")
+    program = (
+        "import sys, tbl_repl.cli, tbl_repl.progress as p; p.LINE_SECONDS = 0; sys.exit(tbl_repl.cli.main())"
+    )
+    command = [sys.executable, "-c", program, name, str(target), "--piece-rows", "1000"]
+    command += ["--dsn", dsn_of(pair.source)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), check=False, timeout=60)
+    assert done.returncode == 0, done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert re.fullmatch(
+        rf"target {target}: 3,000 of 3,000 rows, [\d,]+ rows/s(, [\d.,]+ MB/s)?, 0.0 s left", last
+    ), done.stderr
+    assert "rows/s" not in done.stdout
+    quiet = subprocess.run(
+        [*command, "--json"], capture_output=True, text=True, env=environment(), check=False, timeout=60
+    )
+    assert quiet.stderr == ""
+
+
 def test_top_once_shows_every_target(pair: Pair, target: int) -> None:
     shown = verb(pair, "top", "--once")
     assert "tolerant" in shown and "rows per s" in shown
@@ -246,6 +268,18 @@ def test_top_outlives_a_restart_of_the_server(pair: Pair, target: int, terminals
     pair.source.start()
     pair.call("pause_target", target_id=target)
     wait_until(lambda: "paused" in top.read(), 20)
+
+
+@pytest.mark.parametrize("name", ["compare", "repair", "copy"])
+def test_progress_is_a_bar_in_a_terminal(
+    pair: Pair, target: int, terminals: list[Terminal], name: str
+) -> None:
+    pair.source.sql("INSERT INTO t SELECT i, 'x' FROM generate_series(1, 3000) AS i; ANALYZE t")
+    shown = Terminal(name, str(target), "--dsn", dsn_of(pair.source))
+    terminals.append(shown)
+    assert shown.end() == 0, shown.text
+    assert "3000/3000" in shown.text
+    assert f"{ESCAPE}[" in shown.text and "rows/s" in shown.text
 
 
 @pytest.mark.once

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
+import psycopg
 import pytest
 from psycopg import errors
 
-from support import Pair
+from support import Pair, wait_until
+from support.background import in_background
+from support.programs import dsn_of
+from tbl_repl import compare
 
 
 def differences(pair: Pair, target: int) -> list[tuple[str, Any]]:
@@ -152,6 +157,7 @@ def test_only_chunks_that_differ_are_sent(simple: Pair) -> None:
     log = simple.target.log()
     assert "value-3000" in log
     assert "value-1500'" not in log
+    assert '"1500"' not in log, "nor is its key sent"
 
 
 def test_filter_columns_and_map_are_known(pair: Pair) -> None:
@@ -494,3 +500,137 @@ def test_case_under_a_collation_that_ignores_it(pair: Pair) -> None:
     assert differences(pair, target) == [("different", 2)]
     assert repaired(pair, target) == 1
     pair.assert_same("t")
+
+
+# --- several sessions at once, as the command line compares
+
+
+def in_pieces(pair: Pair, target: int, piece_rows: int = 700, jobs: int = 3, **options: Any) -> list[Any]:
+    """(difference, key) of every row, and what was queued where it repairs."""
+    found: list[Any] = []
+    queued = compare.compare(dsn_of(pair.source), target, jobs, piece_rows, on_found=found.extend, **options)
+    words = sorted(((row["difference"], next(iter(row["key"].values()))) for row in found), key=str)
+    return [*words, queued] if options else words
+
+
+@pytest.fixture
+def even(simple: Pair) -> Pair:
+    """Some chunks of rows with even numbers."""
+    simple.source.sql(
+        "DELETE FROM t; INSERT INTO t SELECT 2 * i, 'v' || i, i FROM generate_series(1, 5000) i"
+    )
+    return simple
+
+
+EXTRA = [-1, 1, 1999, 2001, 4001, 9999, 10001, 20000]
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_pieces_find_what_the_function_finds(even: Pair, jobs: int) -> None:
+    target = even.add_target("t")
+    assert in_pieces(even, target, jobs=jobs) == []
+    even.target.sql(
+        "DELETE FROM t WHERE id IN (2, 2000, 10000); UPDATE t SET v = 'x' WHERE id IN (1400, 1402)"
+    )
+    even.target.sql("INSERT INTO t SELECT unnest(%s::int[])", [EXTRA])
+    expected = sorted(
+        [("missing_on_target", i) for i in (2, 2000, 10000)]
+        + [("different", i) for i in (1400, 1402)]
+        + [("extra_on_target", i) for i in EXTRA],
+        key=str,
+    )
+    assert differences(even, target) == expected
+    assert in_pieces(even, target, jobs=jobs) == expected
+    assert in_pieces(even, target, repair=True, delete_extra=False)[-1] == 5
+    even.drain()
+    assert in_pieces(even, target, repair=True, delete_extra=True)[-1] == len(EXTRA)
+    even.drain()
+    even.assert_same("t")
+
+
+@pytest.mark.parametrize(("there", "index"), [("text", "id, part"), ("integer", "part, id")])
+def test_extra_rows_are_found_where_ranges_mean_something_else_there(
+    pair: Pair, there: str, index: str
+) -> None:
+    """Numbers in a text column sort as text; an index in another order does not help to find a range."""
+    pair.source.sql("CREATE TABLE t (id integer, part integer DEFAULT 1, v text, PRIMARY KEY (id, part))")
+    pair.target.sql(f"CREATE TABLE t (id {there}, part integer, v text, PRIMARY KEY ({index}))")
+    pair.source.sql("INSERT INTO t (id, v) SELECT i, 'v' FROM generate_series(1, 3000) i")
+    target = pair.add_target("t")
+    assert differences(pair, target) == in_pieces(pair, target) == []
+    pair.target.sql("DELETE FROM t WHERE id = '1500'")
+    pair.target.sql("INSERT INTO t VALUES ('15', 2), ('99999', 1), ('2500', 7), ('-3', 1)")
+    found = {(row[0], row[1]["id"], row[1]["part"]) for row in differences(pair, target)}
+    assert found == {
+        ("missing_on_target", 1500, 1),
+        ("extra_on_target", 15, 2),
+        ("extra_on_target", 99999, 1),
+        ("extra_on_target", 2500, 7),
+        ("extra_on_target", -3, 1),
+    }
+    assert [word for word, _ in in_pieces(pair, target)] == ["extra_on_target"] * 4 + ["missing_on_target"]
+
+
+def test_an_extra_row_beside_one_that_goes_meanwhile_is_found(even: Pair) -> None:
+    """The piece was divided by a row that is no longer there when its turn comes."""
+    target = even.add_target("t")
+    even.target.sql("INSERT INTO t VALUES (1001)")
+    even.source.sql("DELETE FROM t WHERE id BETWEEN 1000 AND 1002")
+    chunks = even.source.sql(
+        "SELECT after, upto, is_equal FROM tbl_repl._compare_rows(%s, '2', '1002')", [target]
+    )
+    assert chunks == [("2", "998", True), ("998", "1002", False)]
+    even.target.sql("DELETE FROM t WHERE id = 1001")
+    chunks = even.source.sql(
+        "SELECT after, upto, is_equal FROM tbl_repl._compare_rows(%s, '2', '1002')", [target]
+    )
+    assert chunks == [("2", "998", True), ("998", "1002", True)]
+
+
+def test_ranges_that_follow_on_one_another_are_put_together() -> None:
+    assert compare.joined({}) == []
+    ranges = {"c": "d", "": "a", "b": "c", "x": "y"}
+    assert sorted(compare.joined(ranges), key=str) == [("", "a"), ("b", "d"), ("x", "y")]
+
+
+def test_what_writers_do_meanwhile_is_no_difference(even: Pair) -> None:
+    target = even.add_target("t", mode="async")
+    stop = threading.Event()
+    written: list[int] = []
+
+    def write() -> None:
+        with even.source.connect() as connection:
+            n = 0
+            while not stop.is_set():
+                n += 1
+                connection.execute("UPDATE t SET v = 'w' || %s WHERE id = %s", (n, n * 34 % 10000 + 2))
+                connection.execute("DELETE FROM t WHERE id = %s", (n * 62 % 10000 + 2,))
+                connection.execute("INSERT INTO t VALUES (%s, 'new')", (n * 2 - 1,))
+                if n % 10 == 0:
+                    connection.execute("CALL tbl_repl.drain()")
+                written.append(n)
+
+    writer = in_background(write)
+    try:
+        wait_until(lambda: len(written) > 20)
+        before = len(written)
+        for _ in range(3):
+            assert in_pieces(even, target) == []
+        assert len(written) > before
+    finally:
+        stop.set()
+        writer.result(20)
+
+
+def test_a_target_that_is_being_copied_in_pieces_is_not_compared(even: Pair) -> None:
+    target = even.add_target("t", initial_copy="none")
+    even.source.sql("SELECT tbl_repl._copy_begin(%s, 1000)", [target])
+    with pytest.raises(errors.ObjectNotInPrerequisiteState, match="still being copied"):
+        differences(even, target)
+
+
+def test_the_first_failure_of_a_job_ends_all(even: Pair) -> None:
+    target = even.add_target("t")
+    even.target.sql("ALTER TABLE t RENAME TO gone")
+    with pytest.raises(psycopg.Error, match="does not exist"):
+        in_pieces(even, target)

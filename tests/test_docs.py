@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from support import Pair, World
+from support import Node, Pair, World
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -38,15 +38,14 @@ def bare(world: World) -> Iterator[Pair]:
     try:
         for node in pair.nodes:
             node.admin("CREATE EXTENSION dblink")
-        pair.source.admin("GRANT USAGE ON FOREIGN DATA WRAPPER dblink_fdw TO owner")
+            node.admin("GRANT USAGE ON FOREIGN DATA WRAPPER dblink_fdw TO owner")
         yield pair
     finally:
         pair.close()
 
 
-def at_home(sql: str, pair: Pair) -> str:
-    """The example with this machine's addresses and passwords in place of the page's."""
-    there = pair.target
+def at_home(sql: str, there: Node) -> str:
+    """The example with this machine's addresses and passwords in place of the page's: they lead to the other node."""
     here = f"host '127.0.0.1', port '{there.cluster.port}', dbname '{there.dbname}'"
     sql = re.sub(r"host '[^']*'(, port '[^']*')?, dbname '[^']*'", here, sql)
     return re.sub(r"user '[^']*', password '[^']*'", "user 'owner', password 'secret'", sql)
@@ -72,7 +71,7 @@ def test_examples_of_the_page_do_what_it_says(bare: Pair, page: Path) -> None:
             node = bare.source if info == "sql source" else bare.target
             # From a file, not by -c: each statement is a transaction of its own, as when typed.
             script = bare.world.workdir / "example.sql"
-            script.write_text(at_home(text, bare), encoding="utf-8")
+            script.write_text(at_home(text, bare.source if node is bare.target else bare.target), encoding="utf-8")
             script.chmod(0o644)
             try:
                 said = node.cluster.psql("-f", str(script), dbname=node.dbname, user="owner")

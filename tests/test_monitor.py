@@ -171,10 +171,11 @@ def test_errors_are_logged_and_what_is_queued_is_shown_as_sql(tables: Pair) -> N
 
 def test_the_error_log_is_bounded_and_nobody_waits_for_that(tables: Pair) -> None:
     target = tables.add_target(TABLE)
-    fail = (
-        "SELECT count(tbl_repl._log_error(%s, NULL, '23514', n::text, NULL, NULL, NULL)) FROM generate_series(%s::int, %s::int) n"
+    fail = "SELECT count(tbl_repl._log_error(%s, NULL, '23514', n::text, NULL, NULL, NULL)) FROM generate_series(%s::int, %s::int) n"
+    tables.source.sql(
+        "INSERT INTO tbl_repl.error (target_id, sqlstate, message) SELECT %s, '1', '1' FROM generate_series(1, 999)",
+        [target],
     )
-    tables.source.sql("INSERT INTO tbl_repl.error (target_id, sqlstate, message) SELECT %s, '1', '1' FROM generate_series(1, 999)", [target])
     tables.source.sql(fail, [target, 1, 2500])
     assert 1000 <= tables.source.one("SELECT count(*) FROM tbl_repl.error_log") < 1300
     assert tables.source.one("SELECT count(*) FROM tbl_repl.error_log WHERE message::int > 1500") == 1000

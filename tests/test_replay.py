@@ -156,9 +156,11 @@ def test_a_cancelled_replay_leaves_no_remote_transaction_behind(pair: Pair) -> N
     assert [error.sqlstate for error in errors] == ["57014"]
     blocker.execute("ROLLBACK")
     wait_until(
-        lambda: not pair.target.admin(
-            "SELECT pid FROM pg_stat_activity WHERE application_name LIKE 'tbl_repl%'"
-            " AND (state LIKE 'idle in transaction%' OR wait_event_type = 'Lock')"
+        lambda: (
+            not pair.target.admin(
+                "SELECT pid FROM pg_stat_activity WHERE application_name LIKE 'tbl_repl%'"
+                " AND (state LIKE 'idle in transaction%' OR wait_event_type = 'Lock')"
+            )
         )
     )
     conn.execute("CALL tbl_repl.drain()")
@@ -285,9 +287,9 @@ def test_a_table_locked_on_the_source_is_left_for_later_and_hurts_no_other(pair:
         assert pair.target.rows("free") == ["(1)"]
         assert pair.target.rows("t") == []
     assert heard == [f"WARNING 55P03: target {locked}: the table is locked on the source"]
-    assert pair.source.one("SELECT last_error FROM tbl_repl.target_status WHERE target_id = %s", [locked]) == (
-        "55P03: the table is locked on the source"
-    )
+    assert pair.source.one(
+        "SELECT last_error FROM tbl_repl.target_status WHERE target_id = %s", [locked]
+    ) == ("55P03: the table is locked on the source")
     pair.drain()
     pair.assert_same("t")
 
@@ -486,7 +488,9 @@ def together(pair: Pair) -> tuple[int, int]:
     """Async targets of two tables on one server; each holds ten rows."""
     pair.both("CREATE TABLE a (id integer PRIMARY KEY); CREATE TABLE b (id integer PRIMARY KEY)")
     targets = tuple(pair.add_target(table, mode="async") for table in "ab")
-    pair.source.sql("INSERT INTO a SELECT generate_series(1, 10); INSERT INTO b SELECT generate_series(1, 10)")
+    pair.source.sql(
+        "INSERT INTO a SELECT generate_series(1, 10); INSERT INTO b SELECT generate_series(1, 10)"
+    )
     pair.drain()
     return targets  # type: ignore[return-value]
 
@@ -547,6 +551,7 @@ def test_sent_in_another_order_it_is_still_of_one_snapshot(pair: Pair) -> None:
     pair.drain()
     # the child moves to a new parent, the old one goes: deletes first fail
     pair.source.sql("INSERT INTO p VALUES (2); UPDATE c SET p = 2; DELETE FROM p WHERE id = 1")
+    pair.source.sql("INSERT INTO p SELECT generate_series(101, 1200)")  # no small batch, which is read anew
     reader = pair.target.connect()
     reader.execute("BEGIN; SELECT FROM p WHERE id = 1 FOR UPDATE")
     drainer = start(pair.source.connect(), "SELECT tbl_repl.replay()")
@@ -783,7 +788,9 @@ def test_a_batch_too_slow_for_the_timeout_goes_in_smaller_messages(pair: Pair, m
 def test_a_row_too_slow_for_the_timeout_goes_into_quarantine(pair: Pair) -> None:
     target_id = async_table(pair, timeout="0.3 s")
     pair.target.sql(SLOW.format(seconds=20))
-    pair.source.sql("INSERT INTO t SELECT g, CASE g WHEN 77 THEN 'slow' ELSE 'x' END FROM generate_series(1, 1200) g")
+    pair.source.sql(
+        "INSERT INTO t SELECT g, CASE g WHEN 77 THEN 'slow' ELSE 'x' END FROM generate_series(1, 1200) g"
+    )
     pair.source.sql("INSERT INTO t VALUES (5000, 'slow')")
     pair.drain()
     pair.assert_same("t", where="v <> 'slow'")
@@ -819,7 +826,9 @@ def test_a_target_too_slow_for_any_row_fails_and_its_neighbours_go_on(pair: Pair
     pair.assert_same("n")
     assert (pair.status(target_id), pair.pending(target_id)) == ("failed", 60)
     assert quarantined(pair) == []
-    assert "57014" in pair.source.one("SELECT last_error FROM tbl_repl.target_status WHERE target_id = %s", [target_id])
+    assert "57014" in pair.source.one(
+        "SELECT last_error FROM tbl_repl.target_status WHERE target_id = %s", [target_id]
+    )
     pair.target.sql("DROP TRIGGER slow ON t")
     pair.drain()
     pair.assert_same("t")
@@ -1151,7 +1160,9 @@ def test_truncate_of_one_of_two_sources_leaves_the_rows_of_the_other(pair: Pair)
 
 @pytest.mark.parametrize("mode", ["tolerant", "async"])
 @pytest.mark.parametrize("change", ["filter", "second source", "moved there"])
-def test_a_queued_truncate_is_not_lost_to_a_filter_or_a_second_source(pair: Pair, mode: str, change: str) -> None:
+def test_a_queued_truncate_is_not_lost_to_a_filter_or_a_second_source(
+    pair: Pair, mode: str, change: str
+) -> None:
     pair.both("CREATE TABLE t (id integer PRIMARY KEY, v text)")
     pair.source.sql("CREATE TABLE b (id integer PRIMARY KEY, v text); INSERT INTO b VALUES (100, 'b')")
     pair.source.sql("INSERT INTO t SELECT g, 'x' FROM generate_series(1, 5) g")

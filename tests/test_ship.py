@@ -821,6 +821,20 @@ def test_a_single_row_transaction_is_one_message(pair: Pair) -> None:
     pair.assert_same("t")
 
 
+@pytest.mark.parametrize("mode", ["tolerant", "async"])
+def test_more_keys_than_fit_into_work_mem_take_no_longer_each(pair: Pair, mode: str) -> None:
+    """A hash of keys whose number the planner did not foresee was filled anew for nearly each of them."""
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY, v text)")
+    pair.add_target("t", mode=mode)
+    pair.source.sql("INSERT INTO t SELECT g, 'x' FROM generate_series(1, 30000) AS g")
+    pair.drain()
+    pair.source.sql("SET work_mem = '64kB'")
+    with within(20):
+        pair.source.sql("UPDATE t SET id = id + 1000000")
+        pair.drain()
+    pair.assert_same("t")
+
+
 def test_several_tables_of_one_server_are_one_message_and_move_together(pair: Pair) -> None:
     replicate(pair, "a", "id integer PRIMARY KEY, n integer", mode="sync")
     replicate(pair, "b", "id integer PRIMARY KEY, n integer", mode="tolerant")

@@ -195,7 +195,9 @@ def test_sessions_that_take_no_escaped_quote_may_write(pair: Pair, setting: str)
     conn.execute("CALL tbl_repl.drain()")
     pair.assert_same("t")
     assert conn.execute("SELECT * FROM tbl_repl.compare_target(%s)", [target_id]).fetchall() == []
-    assert [row for row in conn.execute("SELECT * FROM tbl_repl.check()").fetchall() if row[1] == "error"] == []
+    assert [
+        row for row in conn.execute("SELECT * FROM tbl_repl.check()").fetchall() if row[1] == "error"
+    ] == []
 
 
 KEYS = {

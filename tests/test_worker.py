@@ -194,15 +194,15 @@ def test_a_table_locked_on_the_source_delays_no_neighbour(pair: Pair) -> None:
     pair.both("CREATE TABLE t (id integer PRIMARY KEY); CREATE TABLE free (id integer PRIMARY KEY)")
     for table in ("t", "free"):
         pair.add_target(table, mode="async")
-    pair.source.sql("INSERT INTO t SELECT generate_series(1, 300)")
+    pair.source.sql("INSERT INTO t SELECT generate_series(1, 3000)")
     other = pair.source.connect()
     other.execute("BEGIN; LOCK TABLE t")
     pair.source.sql("INSERT INTO free VALUES (1)")
-    with WorkerProcess(pair.source, constants={"bulk.MIN_ROWS": 100}):
+    with WorkerProcess(pair.source, constants={"bulk.MIN_ROWS": 2000}):
         wait_until(lambda: pair.target.rows("free") == ["(1)"])
         assert pair.target.rows("t") == []
         other.execute("COMMIT")
-        wait_until(lambda: pair.target.one("SELECT count(*) FROM t") == 300)
+        wait_until(lambda: pair.target.one("SELECT count(*) FROM t") == 3000)
 
 
 def test_targets_come_and_go_while_it_runs(pair: Pair) -> None:
@@ -226,23 +226,159 @@ def test_targets_come_and_go_while_it_runs(pair: Pair) -> None:
         assert not worker.events("drainer failed")
 
 
-def test_an_initial_copy_in_the_background_is_made(pair: Pair) -> None:
+# --- the initial copy in the background
+
+
+def copied(pair: Pair, target: int, timeout: float = 30) -> None:
+    wait_until(lambda: pair.status(target) == "ok", timeout, "the copy has ended")
+
+
+def test_an_initial_copy_in_the_background_is_made_in_pieces(pair: Pair) -> None:
+    pair.both(TABLE)
+    pair.source.sql("INSERT INTO t SELECT i, 'x' FROM generate_series(1, 5000) AS i")
+    with WorkerProcess(pair.source, constants={"copy.PIECE_ROWS": 700}) as worker:
+        target = pair.add_target("t", mode="tolerant", initial_copy="background")
+        copied(pair, target)
+        pair.assert_same("t")
+        (said,) = worker.events("copied")
+        assert (said["rows"], said["server"]) == (5000, pair.server)
+    assert pair.source.one("SELECT count(*) FROM tbl_repl.piece") == 0
+
+
+def test_a_copy_in_the_background_delays_no_neighbour(pair: Pair, queue: int) -> None:
+    pair.both("CREATE TABLE u (id integer PRIMARY KEY)")
+    pair.source.sql("INSERT INTO u SELECT generate_series(1, 50)")
+    with WorkerProcess(pair.source), held(pair.target, "LOCK TABLE u"):
+        target = pair.add_target("u", mode="async", initial_copy="background", timeout="60 s")
+        waits_for_lock(pair.target)
+        pair.source.sql("INSERT INTO t VALUES (1, 'x'); INSERT INTO u VALUES (100)")
+        arrives(pair.target, 1)
+        assert pair.status(target) == "copying"
+
+
+def test_tables_that_refer_to_each_other_are_copied_in_order_while_writers_go_on(pair: Pair) -> None:
+    pair.both("CREATE TABLE parent (id integer PRIMARY KEY)")
+    pair.both("CREATE TABLE child (id integer PRIMARY KEY, parent integer NOT NULL REFERENCES parent)")
+    pair.source.sql("INSERT INTO parent SELECT generate_series(1, 3000)")
+    pair.source.sql("INSERT INTO child SELECT i, i FROM generate_series(1, 3000) AS i")
+    stop = threading.Event()
+
+    def write() -> None:
+        i = 10_000
+        with pair.source.connect() as session:
+            while not stop.is_set():
+                i += 1
+                session.execute("INSERT INTO parent VALUES (%s)", [i])
+                session.execute("INSERT INTO child VALUES (%s, %s)", [i, i])
+
+    writer = in_background(write)
+    try:
+        with WorkerProcess(pair.source, constants={"copy.PIECE_ROWS": 500}) as worker:
+            with pair.source.connect() as session, session.transaction():
+                for table in ("child", "parent"):
+                    session.execute(
+                        "SELECT tbl_repl.add_target(%s::regclass, %s, mode => 'async', initial_copy => 'background')",
+                        [table, pair.server],
+                    )
+            wait_until(
+                lambda: (
+                    not pair.source.one("SELECT count(*) FROM tbl_repl.target_state WHERE status <> 'ok'")
+                ),
+                60,
+            )
+            stop.set()
+            writer.result(20)
+            same(pair, "parent")
+            same(pair, "child")
+            assert worker.events("copied")
+    finally:
+        stop.set()
+
+
+@pytest.mark.parametrize("point", [name for name in failpoint.POINTS if name.startswith("piece")])
+@pytest.mark.parametrize("then", ["worker", "drain"])
+def test_killed_at_any_step_of_a_piece_the_tables_become_equal(pair: Pair, point: str, then: str) -> None:
+    """Another worker goes on with the pieces; where none comes, replay does."""
+    pair.both(TABLE)
+    pair.source.sql("INSERT INTO t SELECT i, 'x' FROM generate_series(1, 3000) AS i")
+    target = pair.add_target("t", mode="tolerant", initial_copy="background")
+    constants = {"copy.PIECE_ROWS": 500}
+    with WorkerProcess(
+        pair.source, env={"TBL_REPL_FAIL_AT": point}, constants=constants, wait=False
+    ) as worker:
+        assert worker.ended() == -signal.SIGKILL
+    assert pair.status(target) == "copying"
+    pair.source.sql("UPDATE t SET v = 'newer' WHERE id <= 700; DELETE FROM t WHERE id BETWEEN 900 AND 1100")
+    pair.source.sql("INSERT INTO t VALUES (5000, 'new')")
+    if then == "worker":
+        with WorkerProcess(pair.source, constants=constants):
+            copied(pair, target)
+    else:
+        # the copier's own session may still be ending
+        wait_until(lambda: (pair.drain(), pair.status(target) == "ok")[1], 20)
+    pair.assert_same("t")
+
+
+def test_replay_leaves_a_copy_alone_that_is_being_made_in_pieces(pair: Pair) -> None:
     pair.both(TABLE)
     pair.source.sql("INSERT INTO t SELECT i, 'x' FROM generate_series(1, 50) AS i")
-    with WorkerProcess(pair.source, options=("--batch-rows", "20")):
-        target = pair.add_target("t", mode="tolerant", initial_copy="background")
-        wait_until(lambda: pair.status(target) == "ok", 15)
+    target = pair.add_target("t", mode="async", initial_copy="background")
+    with pair.source.connect() as copier:
+        copier.execute("SELECT pg_advisory_lock(tbl_repl._lock_copy(), %s)", [target])
+        copier.execute("SELECT tbl_repl._copy_begin(%s, 20, true)", [target])
+        pair.drain()
+        assert count(pair.target) == 0
+        assert pair.source.one("SELECT count(*) FROM tbl_repl.piece") == 3
+    wait_until(lambda: (pair.drain(), pair.status(target) == "ok")[1], 20)
+    pair.assert_same("t")
+
+
+def test_a_row_that_the_target_rejects_does_not_stop_a_copy_in_the_background(pair: Pair) -> None:
+    pair.both(TABLE)
+    pair.target.sql("ALTER TABLE t ADD CHECK (id <> 1234)")
+    pair.source.sql("INSERT INTO t SELECT i, 'x' FROM generate_series(1, 3000) AS i")
+    with WorkerProcess(pair.source, constants={"copy.PIECE_ROWS": 500}) as worker:
+        target = pair.add_target("t", mode="async", initial_copy="background")
+        copied(pair, target)
+        assert count(pair.target) == 2999
+        assert pair.source.one("SELECT key FROM tbl_repl.quarantine") == {"id": 1234}
+        assert worker.events("copy failed")
+
+
+def test_a_copy_in_the_background_waits_for_a_target_that_is_down(pair: Pair, proxy: Proxy) -> None:
+    pair.both(TABLE)
+    pair.source.sql("INSERT INTO t SELECT i, 'x' FROM generate_series(1, 3000) AS i")
+    target = pair.add_target("t", mode="async", initial_copy="background")
+    proxy.set("refuse")
+    with WorkerProcess(pair.source, constants={"copy.PIECE_ROWS": 500}) as worker:
+        wait_until(lambda: worker.events("copy failed") and state(pair, target)["next_try_at"], 20)
+        assert "08" in str(state(pair, target)["last_error"])
+        proxy.set("pass")
+        copied(pair, target)
         pair.assert_same("t")
+        assert worker.events("copied")
+
+
+def test_a_role_that_may_not_read_the_mapping_leaves_the_copy_to_replay(pair: Pair) -> None:
+    pair.both(TABLE)
+    pair.source.sql("INSERT INTO t SELECT i, 'x' FROM generate_series(1, 500) AS i")
+    operator = pair.source.role("copy_operator")
+    pair.source.admin(f"SELECT tbl_repl.grant_access('{operator}', 'operator')")
+    with WorkerProcess(dsns=(dsn_of(pair.source, operator),), wait=False) as worker:
+        target = pair.add_target("t", mode="async", initial_copy="background")
+        copied(pair, target)
+        pair.assert_same("t")
+        assert not worker.events("copied")
 
 
 def test_an_operator_may_run_it(pair: Pair, queue: int) -> None:
     operator = pair.source.role("worker_operator")
     pair.source.sql(f"SELECT tbl_repl.grant_access('{operator}', 'operator')")
-    with WorkerProcess(dsns=(dsn_of(pair.source, operator),), constants={"bulk.MIN_ROWS": 50}) as worker:
+    with WorkerProcess(dsns=(dsn_of(pair.source, operator),), constants={"bulk.MIN_ROWS": 2000}) as worker:
         pair.source.sql("INSERT INTO t VALUES (0, 'x')")
         arrives(pair.target, 1)
-        pair.source.sql("INSERT INTO t SELECT i, 'x' FROM generate_series(1, 100) AS i")
-        arrives(pair.target, 101)
+        pair.source.sql("INSERT INTO t SELECT i, 'x' FROM generate_series(1, 3000) AS i")
+        arrives(pair.target, 3001)
         assert not worker.events("drainer failed")
         assert not worker.events("source failed")
 
@@ -460,7 +596,7 @@ def test_a_second_worker_waits_and_takes_over(pair: Pair, queue: int) -> None:
         falls_asleep(pair.source)
         pair.source.sql("INSERT INTO t VALUES (2, 'y')")
         arrives(pair.target, 2)
-        assert second.events("batch")
+        wait_until(lambda: second.events("batch"))
 
 
 def test_once_drains_and_ends(pair: Pair, queue: int) -> None:
@@ -602,7 +738,7 @@ def test_settings_of_the_role_do_not_hold_it_up(pair: Pair, queue: int) -> None:
         assert not worker.events("source failed")
 
 
-@pytest.mark.parametrize("point", [name for name in failpoint.POINTS if not name.startswith("copy")])
+@pytest.mark.parametrize("point", [name for name in failpoint.POINTS if " replay" in name or name == "awake"])
 def test_killed_at_any_step_the_tables_become_equal(pair: Pair, queue: int, point: str) -> None:
     with WorkerProcess(pair.source, env={"TBL_REPL_FAIL_AT": point}, wait=False) as worker:
         pair.source.sql("INSERT INTO t SELECT i, 'x' FROM generate_series(1, 100) AS i")
@@ -628,13 +764,13 @@ def test_killed_in_the_middle_of_a_batch_the_tables_become_equal(pair: Pair, que
 @pytest.mark.parametrize("point", [name for name in failpoint.POINTS if name.startswith("copy")])
 def test_killed_at_any_step_of_a_copy_the_tables_become_equal(pair: Pair, queue: int, point: str) -> None:
     """A large batch; and nothing is applied over what is newer."""
-    pair.source.sql("INSERT INTO t SELECT i, 'x' FROM generate_series(1, 300) AS i")
-    constants = {"bulk.MIN_ROWS": 100}
+    pair.source.sql("INSERT INTO t SELECT i, 'x' FROM generate_series(1, 3000) AS i")
+    constants = {"bulk.MIN_ROWS": 2000}
     with WorkerProcess(
         pair.source, env={"TBL_REPL_FAIL_AT": point}, constants=constants, wait=False
     ) as worker:
         assert worker.ended() == -signal.SIGKILL
-    pair.source.sql("UPDATE t SET v = 'newer' WHERE id <= 150; DELETE FROM t WHERE id > 290")
+    pair.source.sql("UPDATE t SET v = 'newer' WHERE id <= 150; DELETE FROM t WHERE id > 2900")
     with WorkerProcess(pair.source, constants=constants):
         same(pair)
         drained(pair)

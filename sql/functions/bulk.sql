@@ -72,7 +72,9 @@ BEGIN
         CONTINUE WHEN ops IS NULL;
         by_key := tbl_repl._truncates_by_key(target.target_id);
         parts := tbl_repl._upsert_parts(target);
-        keys := format('(SELECT DISTINCT unnest(c.keys) AS tbl_repl_key FROM %s AND c.op = ANY (%L)) AS u', pending,
+        -- sorted, as in _loads
+        keys := format('(SELECT DISTINCT ON (x.tbl_repl_key COLLATE "C") x.tbl_repl_key FROM (SELECT unnest(c.keys) AS tbl_repl_key '
+                       'FROM %s AND c.op = ANY (%L)) AS x ORDER BY x.tbl_repl_key COLLATE "C") AS u', pending,
                        CASE WHEN by_key THEN '{I,U,K,D,T}' ELSE '{I,U,K,D}' END);
         kept := coalesce(' AND (' || target.filter_expr || ')', '');
         target_id := target.target_id;

@@ -237,7 +237,8 @@ BEGIN
             RETURN QUERY SELECT p.severity, p.code, p.message, format('Build it anew: %s', rebuild)
                 FROM (VALUES (format('render_%s', target.target_id), tbl_repl._render_sql(target.target_id)),
                              (format('page_%s', target.target_id), tbl_repl._page_sql(target.target_id)),
-                             (format('connect_%s', target.target_id), tbl_repl._connect_sql(target.target_id))) AS g (name, statement)
+                             (format('connect_%s', target.target_id), tbl_repl._connect_sql(target.target_id)),
+                             (format('digest_%s', target.target_id), tbl_repl._digest_sql(target.target_id))) AS g (name, statement)
                 CROSS JOIN LATERAL tbl_repl._generated_problem(g.name::name, g.statement) AS p;
         END IF;
     END IF;

@@ -4,11 +4,19 @@
 -- and that is not queued; in bounded memory, each message to the target within its timeout.  Repairing is
 -- left to shipping: what is found is queued.
 --
--- Two passes.  The first goes through the source's keys, chunk by chunk: a hash over the rows' text on both
--- sides, and where it differs the source's values are sent, for the target to say which of its rows differ:
--- it alone knows what a value becomes in its column.  The second goes through the target's keys, in the
--- target's own order, and asks the source which it does not know.  So neither depends on both sides
--- sorting alike.
+-- Two passes.  The first goes through the source's keys, chunk by chunk, in its own order.  Both sides make a
+-- checksum over the rows of the same range of keys; equal ones end the matter, and nothing but two keys and
+-- the checksum has travelled.  Else both make one over the rows with exactly these keys (other sources may feed the
+-- same table); else the source's values are sent, for the target to say which of its rows differ: it alone knows what a
+-- value becomes in its column.
+--
+-- The second looks for rows that only the target has, in the target's own order: where the first found a range
+-- that is not equal, and after the last key.  Why that is enough although both sides may sort differently:
+-- as long as the bounds of the ranges ascend in the target's order too, the ranges are a partition of all keys
+-- there, and a range whose checksum is equal holds exactly the source's rows of that chunk.  Where the bounds do
+-- not ascend, or the target has no index in that order, it goes through all of the target's keys.
+--
+-- Pieces can be compared by several sessions at once, as the command line does: each starts where another ends.
 --
 -- Writers go on meanwhile.  The sides are read one after the other, so what seems to differ is looked at once
 -- more before it is reported.
@@ -70,10 +78,113 @@ $function$;
 COMMENT ON FUNCTION tbl_repl.repair_target(integer, boolean) IS
     'queues the rows that compare_target finds, those that only the target has if delete_extra; returns how many';
 
+-- For the command line, which repairs piece by piece.
+CREATE OR REPLACE FUNCTION tbl_repl._queue_found(target_id integer, keys text[])
+RETURNS void
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    target tbl_repl.target%ROWTYPE := tbl_repl._own_target(target_id);
+    size   integer := tbl_repl._rows_per_message();
+BEGIN
+    PERFORM tbl_repl._queue_keys(target, keys[n:n + size - 1]) FROM generate_series(1, cardinality(keys), size) AS n;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._queue_found(integer, text[]) IS 'queues rows of a target in which it differs';
+
 -- _compare(target_id): key_text: the key as it is queued; NULL for a row of the target whose key none of
 -- the source can have.
 CREATE OR REPLACE FUNCTION tbl_repl._compare(target_id integer)
 RETURNS TABLE (difference text, key_text text, key jsonb)
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    chunk   record;
+    last    text := '';
+    ordered boolean := true;
+    afters  text[] := '{}';
+    uptos   text[] := '{}';
+BEGIN
+    PERFORM tbl_repl._compare_begin(target_id);
+    FOR chunk IN SELECT r.* FROM tbl_repl._compare_rows(target_id, '', NULL) AS r LOOP
+        RETURN QUERY SELECT d ->> 'difference', d ->> 'key_text', d -> 'key' FROM jsonb_array_elements(chunk.differences) AS d;
+        ordered := ordered AND chunk.in_order;
+        IF NOT chunk.is_equal AND ordered THEN
+            IF uptos[cardinality(uptos)] = chunk.after THEN
+                uptos[cardinality(uptos)] := chunk.upto;
+            ELSE
+                afters := array_append(afters, chunk.after);
+                uptos := array_append(uptos, chunk.upto);
+            END IF;
+        END IF;
+        last := chunk.upto;
+    END LOOP;
+    IF NOT ordered THEN
+        afters := '{}';
+        uptos := '{}';
+        last := '';
+    END IF;
+    RETURN QUERY
+        SELECT 'extra_on_target', e.key_text, e.key
+        FROM (SELECT u.after, u.upto, u.n FROM unnest(afters, uptos) WITH ORDINALITY AS u (after, upto, n)
+              UNION ALL SELECT last, NULL, NULL ORDER BY n) AS r
+        CROSS JOIN LATERAL tbl_repl._compare_extra(target_id, r.after, r.upto) AS e;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._compare(integer) IS 'compare_target, with the keys as they are queued';
+
+-- Returns how many rows there are to compare: an estimate.
+CREATE OR REPLACE FUNCTION tbl_repl._compare_begin(target_id integer)
+RETURNS bigint
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+BEGIN
+    PERFORM tbl_repl._own_target(target_id);
+    IF EXISTS (SELECT FROM tbl_repl.target_state AS st
+               WHERE st.target_id = _compare_begin.target_id AND (st.copy_after IS NOT NULL OR st.status = 'copying')) THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'object_not_in_prerequisite_state',
+            MESSAGE = format('target %s is still being copied', target_id),
+            HINT    = 'Compare when the copy has ended: CALL tbl_repl.drain();';
+    END IF;
+    RETURN (SELECT greatest(0, sum(c.reltuples))::bigint
+            FROM tbl_repl.target AS t JOIN tbl_repl.source AS s USING (source_id)
+            CROSS JOIN LATERAL (SELECT s.source_table AS relid UNION SELECT p.relid FROM pg_partition_tree(s.source_table) AS p) AS p
+            JOIN pg_class AS c ON c.oid = p.relid AND c.relkind <> 'p'
+            WHERE t.target_id = _compare_begin.target_id);
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._compare_begin(integer) IS 'whether a target can be compared, and about how many rows that are';
+
+-- Where the piece that starts after a key ends; upto is NULL where nothing is left.
+CREATE OR REPLACE FUNCTION tbl_repl._compare_piece(
+    target_id  integer,
+    after      text,
+    piece_rows integer,
+    OUT upto text,
+    OUT rows integer
+)
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    page text[];
+BEGIN
+    EXECUTE format('SELECT tbl_repl.page_%s($1, $2)', target_id) INTO page USING after, piece_rows;
+    upto := page[cardinality(page)];
+    rows := coalesce(cardinality(page), 0);
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._compare_piece(integer, text, integer) IS 'the last key of the next piece to compare';
+
+-- _compare_rows(target_id, start, finish): the first pass over the source's keys after one ('': from the start) and up to
+-- another (NULL: to the end).  A row for each chunk: its bounds; is_equal: there is no difference at all between them,
+-- also no row that only the target has; in_order: its bounds ascend on the target too.
+CREATE OR REPLACE FUNCTION tbl_repl._compare_rows(target_id integer, start text, finish text)
+RETURNS TABLE (after text, upto text, rows integer, is_equal boolean, in_order boolean, differences jsonb)
 LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp
 AS $function$
@@ -83,51 +194,98 @@ DECLARE
     conn     text;
     shape    jsonb;
     chunk    integer;
-    after    text := '';
+    last     text := start;
+    here     record;
+    there    jsonb;
     page     text[];
-    hashing  boolean := true;
     unequal  jsonb;
-    listed   jsonb;
-    last_key jsonb;
     expected text[];
+    in_vain  integer := 0;
 BEGIN
     SELECT * INTO STRICT source FROM tbl_repl.source AS s WHERE s.source_id = target.source_id;
-    IF EXISTS (SELECT FROM tbl_repl.target_state AS st WHERE st.target_id = target.target_id AND st.copy_after IS NOT NULL) THEN
-        RAISE EXCEPTION USING
-            ERRCODE = 'object_not_in_prerequisite_state',
-            MESSAGE = format('target %s is still being copied', target.target_id),
-            HINT    = 'Compare when the copy has ended: CALL tbl_repl.drain();';
-    END IF;
     -- what an operation that is not replicated leaves behind is no difference
     expected := array_remove(ARRAY[CASE WHEN 'insert' = ANY (target.operations) THEN 'missing_on_target' END,
                                    CASE WHEN 'update' = ANY (target.operations) THEN 'different' END], NULL);
     conn := tbl_repl._target_connection(target);
     shape := tbl_repl._target_shape(target, conn);
     chunk := tbl_repl._chunk_rows(source.source_table);
-
     LOOP
-        EXECUTE format('SELECT tbl_repl.page_%s($1, $2)', target.target_id) INTO page USING after, chunk;
-        EXIT WHEN page IS NULL;
-        after := page[cardinality(page)];
-        CONTINUE WHEN hashing AND tbl_repl._is_same(target, conn, page);
+        EXECUTE format('SELECT d.keys, d.digest FROM tbl_repl.digest_%s($1, $2, $3) AS d', target.target_id)
+        INTO here USING last, finish, chunk;
+        after := last;
+        IF here.keys IS NULL THEN
+            -- the last row has gone meanwhile: what the target has after it would be left out
+            IF last <> finish THEN
+                upto := finish;
+                rows := 0;
+                differences := '[]';
+                there := tbl_repl._range_digest(target, conn, shape, after, upto, 0);
+                in_order := (there ->> 'in_order')::boolean;
+                is_equal := in_order AND there ->> 'rows' = '0';
+                RETURN NEXT;
+            END IF;
+            EXIT;
+        END IF;
+        page := here.keys;
+        last := page[cardinality(page)];
+        upto := last;
+        rows := cardinality(page);
+        differences := '[]';
+        there := tbl_repl._range_digest(target, conn, shape, after, upto, rows);
+        in_order := (there ->> 'in_order')::boolean;
+        is_equal := in_order AND coalesce((there ->> 'rows')::integer = rows AND there ->> 'digest' = here.digest, false);
+        -- where types differ so does the text of equal rows, and checksums tell nothing
+        IF is_equal OR (in_vain < 3 AND tbl_repl._is_same(target, conn, page)) THEN
+            in_vain := 0;
+            RETURN NEXT;
+            CONTINUE;
+        END IF;
         unequal := tbl_repl._differences(target, conn, shape, page);
-        -- where types differ so does the text of equal rows, and a hash tells nothing
-        hashing := hashing AND unequal <> '{}';
+        in_vain := CASE unequal WHEN '{}' THEN in_vain + 1 ELSE 0 END;
         page := tbl_repl._not_pending(target, ARRAY(SELECT p FROM unnest(page) WITH ORDINALITY AS x (p, n)
                                                     WHERE unequal ->> p = ANY (expected) ORDER BY n));
-        CONTINUE WHEN page = '{}';
-        PERFORM pg_sleep(0.002);
-        unequal := tbl_repl._differences(target, conn, shape, page);
-        page := tbl_repl._not_pending(target, page);
-        RETURN QUERY SELECT unequal ->> p, p, tbl_repl._key_json(source.source_table, source.key_columns, p)
-                     FROM unnest(page) WITH ORDINALITY AS x (p, n) WHERE unequal ->> p = ANY (expected) ORDER BY n;
+        IF page <> '{}' THEN
+            PERFORM pg_sleep(0.002);
+            unequal := tbl_repl._differences(target, conn, shape, page);
+            page := tbl_repl._not_pending(target, page);
+            SELECT coalesce(jsonb_agg(jsonb_build_object('difference', unequal ->> p, 'key_text', p,
+                                                         'key', tbl_repl._key_json(source.source_table, source.key_columns, p)) ORDER BY n), '[]')
+            INTO differences
+            FROM unnest(page) WITH ORDINALITY AS x (p, n) WHERE unequal ->> p = ANY (expected);
+        END IF;
+        RETURN NEXT;
     END LOOP;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._compare_rows(integer, text, text) IS
+    'differences of the rows that the source has between two keys, chunk by chunk';
 
+-- _compare_extra(target_id, after, upto): the second pass, over the target's keys in that range.
+CREATE OR REPLACE FUNCTION tbl_repl._compare_extra(target_id integer, after text, upto text)
+RETURNS TABLE (key_text text, key jsonb)
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    target   tbl_repl.target%ROWTYPE := tbl_repl._own_target(target_id);
+    source   tbl_repl.source%ROWTYPE;
+    conn     text;
+    shape    jsonb;
+    chunk    integer;
+    listed   jsonb;
+    last_key jsonb := CASE WHEN after <> '' THEN tbl_repl._key_list(cardinality(target.dst_keys), ARRAY[after]) -> 0 END;
+    end_key  jsonb := tbl_repl._key_list(cardinality(target.dst_keys), ARRAY[upto]) -> 0;
+BEGIN
     IF NOT 'delete' = ANY (target.operations) THEN
         RETURN;
     END IF;
+    SELECT * INTO STRICT source FROM tbl_repl.source AS s WHERE s.source_id = target.source_id;
+    conn := tbl_repl._target_connection(target);
+    shape := tbl_repl._target_shape(target, conn);
+    chunk := tbl_repl._chunk_rows(source.source_table);
     LOOP
-        listed := tbl_repl._call(conn, tbl_repl._target_page_sql(target, last_key, chunk), clock_timestamp() + target.timeout);
+        listed := tbl_repl._call(conn, tbl_repl._target_page_sql(target, last_key, CASE WHEN upto IS NOT NULL THEN end_key END, chunk),
+                                 clock_timestamp() + target.timeout);
         EXIT WHEN listed IS NULL;
         last_key := listed -> -1;
         listed := tbl_repl._unknown_to_all(target, conn, shape, listed);
@@ -137,16 +295,111 @@ BEGIN
                                               tbl_repl._by_key_list(target, jsonb_path_query_array(listed, '$[*].k'))), clock_timestamp() + target.timeout);
         listed := tbl_repl._unknown_to_all(target, conn, shape, coalesce(listed, '[]'));
         RETURN QUERY
-            SELECT 'extra_on_target', e ->> 's',
+            SELECT e ->> 's',
                    coalesce(tbl_repl._key_json(source.source_table, source.key_columns, e ->> 's'),
                             (SELECT jsonb_object_agg(c, e -> 'k' -> (n - 1)::integer) FROM unnest(source.key_columns) WITH ORDINALITY AS x (c, n)))
             FROM jsonb_array_elements(listed) AS e;
     END LOOP;
 END
 $function$;
-COMMENT ON FUNCTION tbl_repl._compare(integer) IS 'compare_target, with the keys as they are queued';
+COMMENT ON FUNCTION tbl_repl._compare_extra(integer, text, text) IS
+    'rows of the target, between two keys, that no target of this node brings there';
 
--- Types of the sent columns as the target has them now, in order: [{name, type, base, length}].
+-- digest_N(after, upto, count): the next keys in key order that pass the target's filter, and a checksum over what is
+-- sent for them: the sum of their hashes, for the target may list them in another order.  NULL where an expression
+-- fails on a row; on which is found out where the values are sent.
+CREATE OR REPLACE FUNCTION tbl_repl._digest_sql(target_id integer)
+RETURNS text
+LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT format($sql$CREATE OR REPLACE FUNCTION tbl_repl.%I(
+    tbl_repl_after text,
+    tbl_repl_upto  text,
+    tbl_repl_count integer,
+    OUT keys       text[],
+    OUT digest     text
+)
+LANGUAGE plpgsql STABLE
+SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp%s%s
+AS %L$sql$,
+        format('digest_%s', t.target_id), E'\n' || nullif(tbl_repl._text_settings(y.types), ''),
+        tbl_repl._literal_setting(b.body), b.body)
+    FROM tbl_repl.target AS t JOIN tbl_repl.source AS s USING (source_id)
+    CROSS JOIN LATERAL (SELECT array_agg(x.type_id) AS types FROM (
+        -- 0 stands for an expression: any type
+        SELECT coalesce(a.atttypid, 0) AS type_id
+        FROM unnest(t.sent_exprs) AS e
+        LEFT JOIN pg_attribute AS a ON a.attrelid = s.source_table AND e = format('s.%I', a.attname)
+                                   AND a.attnum > 0 AND NOT a.attisdropped
+        UNION ALL SELECT p.type_id FROM tbl_repl._key_parts(s.source_table, s.key_columns) AS p) AS x) AS y
+    CROSS JOIN LATERAL (SELECT format($body$
+DECLARE
+    bounds text := concat(CASE WHEN tbl_repl_after <> '' THEN %1$L END, CASE WHEN tbl_repl_upto IS NOT NULL THEN %2$L END, %3$L);
+BEGIN
+    EXECUTE concat(%4$L, bounds, ') AS x') INTO keys, digest USING tbl_repl_after, tbl_repl_upto, tbl_repl_count;
+EXCEPTION WHEN OTHERS THEN
+    EXECUTE concat(%5$L, bounds, ') AS x') INTO keys USING tbl_repl_after, tbl_repl_upto, tbl_repl_count;
+    digest := NULL;
+END
+$body$,
+            format(' AND (%s)', tbl_repl._key_after(s.source_table, s.key_columns)),
+            format(' AND (%s)', tbl_repl._key_until(s.source_table, s.key_columns)),
+            (SELECT format(' ORDER BY %s LIMIT $3', string_agg(format('s.%I', p.name), ', ' ORDER BY p.n))
+             FROM tbl_repl._key_parts(s.source_table, s.key_columns) AS p),
+            format('SELECT array_agg(x.k), sum(x.h)::text FROM (SELECT %s AS k, hashtextextended(ROW(%s)::text COLLATE "C", 0) AS h FROM %s AS s WHERE %s',
+                   tbl_repl._key_text(s.key_columns, 's'),
+                   (SELECT string_agg(format('(%s)::text', e), ', ' ORDER BY n) FROM unnest(t.sent_exprs) WITH ORDINALITY AS x (e, n)),
+                   s.source_table, CASE WHEN t.filter_expr IS NULL THEN 'true' ELSE format('(%s)', t.filter_expr) END),
+            format('SELECT array_agg(x.k) FROM (SELECT %s AS k FROM %s AS s WHERE true', tbl_repl._key_text(s.key_columns, 's'), s.source_table)) AS body) AS b
+    WHERE t.target_id = _digest_sql.target_id
+$function$;
+COMMENT ON FUNCTION tbl_repl._digest_sql(integer) IS
+    'text of digest_N, which lists keys of a target with a checksum over the values';
+
+-- The target's side of it: {in_order, rows, digest} of its rows in a range of keys, at most one more than
+-- there should be.  in_order is false where the range means nothing there.
+CREATE OR REPLACE FUNCTION tbl_repl._range_digest(
+    target tbl_repl.target,
+    conn   text,
+    shape  jsonb,
+    after  text,
+    upto   text,
+    rows   integer
+)
+RETURNS jsonb
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    first_key jsonb := CASE WHEN after <> '' THEN tbl_repl._key_list(cardinality(target.dst_keys), ARRAY[after]) -> 0 END;
+    last_key  jsonb := tbl_repl._key_list(cardinality(target.dst_keys), ARRAY[upto]) -> 0;
+BEGIN
+    IF NOT coalesce((shape -> 0 ->> 'indexed')::boolean, false) THEN
+        RETURN '{"in_order": false}';
+    END IF;
+    RETURN tbl_repl._call(conn, (
+        SELECT format('SELECT pg_catalog.json_build_object(''in_order'', %s, ''rows'', pg_catalog.count(x.h), ''digest'', pg_catalog.sum(x.h)::text) '
+                      'FROM (SELECT pg_catalog.hashtextextended(ROW(%s)::text COLLATE "C", 0) AS h FROM %s AS d WHERE %s LIMIT %s) AS x',
+                      CASE WHEN first_key IS NULL THEN 'true'
+                           ELSE format('(%s) < (%s)',
+                                       string_agg(format('%L::%s%s', first_key ->> (p.n - 1), p.type, ' COLLATE ' || (c.c ->> 'collation')), ', ' ORDER BY p.n),
+                                       string_agg(format('%L::%s%s', last_key ->> (p.n - 1), p.type, ' COLLATE ' || (c.c ->> 'collation')), ', ' ORDER BY p.n)) END,
+                      (SELECT string_agg(format('d.%I::text', n.name), ', ' ORDER BY n.n) FROM unnest(target.sent_columns) WITH ORDINALITY AS n (name, n)),
+                      tbl_repl._dst_table(target), tbl_repl._target_range(target, first_key, last_key), rows + 1)
+        FROM tbl_repl._dst_key_parts(target) AS p
+        JOIN LATERAL (SELECT c FROM jsonb_array_elements(shape) AS c WHERE c ->> 'name' = p.name::text) AS c ON true), clock_timestamp() + target.timeout);
+EXCEPTION WHEN data_exception OR integrity_constraint_violation OR undefined_function THEN
+    -- a key that the target's column cannot hold, or that is not ordered there
+    RETURN '{"in_order": false}';
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._range_digest(tbl_repl.target, text, jsonb, text, text, integer) IS
+    'checksum over the rows that the target has between two keys';
+
+-- Types of the sent columns as the target has them now, in order: [{name, type, base, length, collation, indexed}];
+-- indexed: whether an index has the target's keys in their order.
 -- Errors: 42P01, 42703 where table or column are gone.
 CREATE OR REPLACE FUNCTION tbl_repl._target_shape(target tbl_repl.target, conn text)
 RETURNS jsonb
@@ -162,13 +415,20 @@ BEGIN
         SELECT pg_catalog.set_config('search_path', 'pg_catalog', true);
         SELECT coalesce(json_object_agg(a.attname, json_build_object(
                    'name', a.attname, 'type', format_type(a.atttypid, a.atttypmod), 'base', b.typname,
-                   'length', CASE WHEN b.typname IN ('varchar', 'bpchar') THEN nullif(greatest(a.atttypmod, t.typtypmod), -1) - 4 END)), '{}')
+                   'length', CASE WHEN b.typname IN ('varchar', 'bpchar') THEN nullif(greatest(a.atttypmod, t.typtypmod), -1) - 4 END,
+                   'collation', (SELECT format('%%I.%%I', ln.nspname, l.collname) FROM pg_collation AS l JOIN pg_namespace AS ln ON ln.oid = l.collnamespace
+                                 WHERE l.oid = a.attcollation),
+                   'indexed', EXISTS (
+                       SELECT FROM pg_index AS i
+                       WHERE i.indrelid = c.oid AND i.indisvalid AND i.indpred IS NULL
+                         AND (SELECT array_agg(k.attname::text ORDER BY g) FROM generate_series(0, cardinality(%L::text[]) - 1) AS g
+                              JOIN pg_attribute AS k ON k.attrelid = c.oid AND k.attnum = i.indkey[g]) = %L::text[]))), '{}')
         FROM pg_class AS c
         JOIN pg_namespace AS n ON n.oid = c.relnamespace
         JOIN pg_attribute AS a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
         JOIN pg_type AS t ON t.oid = a.atttypid
         JOIN pg_type AS b ON b.oid = CASE t.typtype WHEN 'd' THEN t.typbasetype ELSE t.oid END
-        WHERE n.nspname = %L AND c.relname = %L$remote$, target.dst_schema, target.dst_name), clock_timestamp() + target.timeout);
+        WHERE n.nspname = %L AND c.relname = %L$remote$, target.dst_keys, target.dst_keys, target.dst_schema, target.dst_name), clock_timestamp() + target.timeout);
     SELECT jsonb_agg(facts -> c.name::text ORDER BY c.n), min(c.name::text) FILTER (WHERE NOT facts ? c.name::text)
     INTO shape, gone
     FROM unnest(target.sent_columns) WITH ORDINALITY AS c (name, n);
@@ -332,10 +592,28 @@ END
 $function$;
 COMMENT ON FUNCTION tbl_repl._not_pending(tbl_repl.target, text[]) IS 'the keys for which nothing is queued';
 
--- The target's keys after one, in the order of its own index, as an array of arrays of text forms.
+-- SQL condition: row d of the target has a key after one and up to another, in the target's order; NULL: no bound.
+CREATE OR REPLACE FUNCTION tbl_repl._target_range(target tbl_repl.target, after jsonb, upto jsonb)
+RETURNS text
+LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT concat_ws(' AND ',
+        CASE WHEN after IS NULL THEN string_agg(format('d.%I IS NOT NULL', p.name), ' AND ' ORDER BY p.n)
+             ELSE format('(%s) > (%s)', string_agg(format('d.%I', p.name), ', ' ORDER BY p.n),
+                         string_agg(format('%L::%s', after ->> (p.n - 1), p.type), ', ' ORDER BY p.n)) END,
+        CASE WHEN upto IS NOT NULL
+             THEN format('(%s) <= (%s)', string_agg(format('d.%I', p.name), ', ' ORDER BY p.n),
+                         string_agg(format('%L::%s', upto ->> (p.n - 1), p.type), ', ' ORDER BY p.n)) END)
+    FROM tbl_repl._dst_key_parts(target) AS p
+$function$;
+COMMENT ON FUNCTION tbl_repl._target_range(tbl_repl.target, jsonb, jsonb) IS 'SQL condition: a row of the target is between two keys';
+
+-- The target's keys in a range, in the order of its own index, as an array of arrays of text forms.
 CREATE OR REPLACE FUNCTION tbl_repl._target_page_sql(
     target   tbl_repl.target,
     after    jsonb,
+    upto     jsonb,
     max_rows integer
 )
 RETURNS text
@@ -344,13 +622,11 @@ SET search_path = pg_catalog, pg_temp
 AS $function$
     SELECT format('SELECT pg_catalog.json_agg(x.k) FROM (SELECT pg_catalog.json_build_array(%s) AS k FROM %s AS d WHERE %s ORDER BY %s LIMIT %s) AS x',
                   string_agg(format('d.%I::text', p.name), ', ' ORDER BY p.n), tbl_repl._dst_table(target),
-                  CASE WHEN after IS NULL THEN string_agg(format('d.%I IS NOT NULL', p.name), ' AND ' ORDER BY p.n)
-                       ELSE format('(%s) > (%s)', string_agg(format('d.%I', p.name), ', ' ORDER BY p.n),
-                                   string_agg(format('%L::%s', after ->> (p.n - 1), p.type), ', ' ORDER BY p.n)) END,
+                  tbl_repl._target_range(target, after, upto),
                   string_agg(format('d.%I', p.name), ', ' ORDER BY p.n), max_rows)
     FROM tbl_repl._dst_key_parts(target) AS p
 $function$;
-COMMENT ON FUNCTION tbl_repl._target_page_sql(tbl_repl.target, jsonb, integer) IS 'query that lists keys of the target';
+COMMENT ON FUNCTION tbl_repl._target_page_sql(tbl_repl.target, jsonb, jsonb, integer) IS 'query that lists keys of the target';
 
 -- Rows that no target of this node brings there, for a table may be fed by several: [{k: the key there,
 -- s: the key here, or null}].

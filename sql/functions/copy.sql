@@ -4,10 +4,14 @@
 -- newer state.  So a piece may be read and applied at any time, twice too, as long as nothing else is shipped to the
 -- target: replay leaves a target alone that is being copied in pieces.
 
--- _copy_begin(target_id, rows): sets the target to copying and divides the table; goes on with what an
+-- _copy_begin(target_id, piece_rows, background): sets the target to copying and divides the table; goes on with what an
 -- interrupted copy has left.  Returns the number of pieces to do.  Locks ship, to wait for shippers in flight.
 -- Errors: 55000 while the target is paused or failed.
-CREATE OR REPLACE FUNCTION tbl_repl._copy_begin(target_id integer, piece_rows integer)
+CREATE OR REPLACE FUNCTION tbl_repl._copy_begin(
+    target_id  integer,
+    piece_rows integer,
+    background boolean DEFAULT false
+)
 RETURNS integer
 LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp
@@ -32,7 +36,10 @@ BEGIN
             MESSAGE = format('target %s is %s', target_id, state.status),
             HINT    = format('First: SELECT tbl_repl.resume_target(%s);', target_id);
     END IF;
-    UPDATE tbl_repl.target_state AS st SET status = 'copying', copy_after = NULL
+    IF background AND state.copy_after IS NULL THEN
+        RETURN 0;  -- replay has ended it meanwhile
+    END IF;
+    UPDATE tbl_repl.target_state AS st SET status = 'copying', copy_after = CASE WHEN background THEN st.copy_after END
     WHERE st.target_id = _copy_begin.target_id;
     last := coalesce(state.copy_after, '');
     LOOP
@@ -46,7 +53,7 @@ BEGIN
     RETURN n;
 END
 $function$;
-COMMENT ON FUNCTION tbl_repl._copy_begin(integer, integer) IS
+COMMENT ON FUNCTION tbl_repl._copy_begin(integer, integer, boolean) IS
     'divides a table into pieces to copy, or goes on with those that are left';
 
 -- _copy_next(target_id): claims a piece; no row: none is left.
@@ -82,7 +89,7 @@ BEGIN
         tbl_repl._sent_list(target, is_binary), source.source_table,
         coalesce('(' || target.filter_expr || ')', 'true'),
         CASE WHEN piece.after <> '' THEN ' AND (' || replace(tbl_repl._key_after(source.source_table, source.key_columns), '$1', quote_literal(piece.after)) || ')' END,
-        ' AND NOT (' || replace(tbl_repl._key_after(source.source_table, source.key_columns), '$1', quote_literal(piece.upto)) || ')');
+        ' AND (' || replace(tbl_repl._key_until(source.source_table, source.key_columns), '$2', quote_literal(piece.upto)) || ')');
     stage := format('CREATE TEMP TABLE tbl_repl_rows ON COMMIT DROP AS SELECT %s FROM %s WITH NO DATA', dst_columns, dst_table);
     merge := format('%s SELECT %s FROM pg_temp.tbl_repl_rows%s', left(parts.head, length(parts.head) - length(' VALUES ')), dst_columns, parts.tail);
     RETURN NEXT;
@@ -102,13 +109,13 @@ AS $function$
     WHERE p.target_id = _copy_done.target_id AND p.n = _copy_done.n;
     UPDATE tbl_repl.target_state AS st
     SET rows_copied = st.rows_copied + _copy_done.rows, rows_shipped = st.rows_shipped + _copy_done.rows,
-        last_shipped_at = clock_timestamp()
+        last_shipped_at = clock_timestamp(), next_try_at = NULL, failures = 0
     WHERE st.target_id = _copy_done.target_id
 $function$;
 COMMENT ON FUNCTION tbl_repl._copy_done(integer, integer, bigint, bigint) IS
     'notes that a piece is committed on the target; SECURITY DEFINER, for the worker''s role';
 
--- _copy_finish(target_id): whether every piece was done; if so the queue is next.
+-- _copy_finish(target_id): whether every piece was done; if so the queue is next, and the worker is told.
 CREATE OR REPLACE FUNCTION tbl_repl._copy_finish(target_id integer)
 RETURNS boolean
 LANGUAGE plpgsql VOLATILE
@@ -120,13 +127,87 @@ BEGIN
         RETURN false;
     END IF;
     DELETE FROM tbl_repl.piece AS p WHERE p.target_id = _copy_finish.target_id;
-    UPDATE tbl_repl.target_state AS st SET status = 'queueing'
-    WHERE st.target_id = _copy_finish.target_id AND st.status = 'copying' AND st.copy_after IS NULL;
+    UPDATE tbl_repl.target_state AS st SET status = 'queueing', copy_after = NULL
+    WHERE st.target_id = _copy_finish.target_id AND st.status = 'copying';
+    PERFORM pg_notify('tbl_repl', '');
     RETURN true;
 END
 $function$;
 COMMENT ON FUNCTION tbl_repl._copy_finish(integer) IS
     'ends a copy in pieces once all are done; SECURITY DEFINER, for the worker''s role';
+
+-- Whether replay may copy the next page of a target in the background: nobody copies it in pieces.  What such a copy
+-- has left counts: up to the first piece that is not done every row is there.  Locks copy, to the end of the
+-- transaction.
+CREATE OR REPLACE FUNCTION tbl_repl._take_over_copy(target_id integer)
+RETURNS boolean
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    conn text;
+BEGIN
+    IF NOT pg_try_advisory_xact_lock(tbl_repl._lock_copy(), target_id) THEN
+        RETURN false;
+    ELSIF NOT EXISTS (SELECT FROM tbl_repl.piece AS p WHERE p.target_id = _take_over_copy.target_id) THEN
+        RETURN true;
+    END IF;
+    PERFORM tbl_repl._leave_to_replay(target_id);
+    -- Who has copied may have left a session there with a piece on its way: connecting anew ends it.
+    SELECT tbl_repl._connection_name(t.server, t.owner, t.timeout) INTO conn
+    FROM tbl_repl.target AS t WHERE t.target_id = _take_over_copy.target_id;
+    IF conn = ANY (tbl_repl._dblink_connections()) THEN
+        PERFORM tbl_repl._dblink_disconnect(conn);
+    END IF;
+    RETURN true;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._take_over_copy(integer) IS
+    'whether replay may go on with a copy in the background';
+
+CREATE OR REPLACE FUNCTION tbl_repl._leave_to_replay(target_id integer)
+RETURNS void
+LANGUAGE sql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    UPDATE tbl_repl.target_state AS st
+    SET copy_after = coalesce((SELECT p.after FROM tbl_repl.piece AS p WHERE p.target_id = st.target_id AND p.state <> 'done' ORDER BY p.n LIMIT 1),
+                              (SELECT p.upto FROM tbl_repl.piece AS p WHERE p.target_id = st.target_id ORDER BY p.n DESC LIMIT 1),
+                              st.copy_after)
+    WHERE st.target_id = _leave_to_replay.target_id AND st.copy_after IS NOT NULL;
+    DELETE FROM tbl_repl.piece AS p WHERE p.target_id = _leave_to_replay.target_id
+$function$;
+COMMENT ON FUNCTION tbl_repl._leave_to_replay(integer) IS
+    'ends a background copy in pieces; replay goes on where it was';
+
+-- _copy_failed(target_id, code, message): notes why a background copy has failed; whether the pieces are tried again.
+-- Rows that the target rejects are left to replay, which finds them; a row that refers to one which is still queued
+-- (23503) gets some time first.  SECURITY DEFINER, for the worker's role.
+CREATE OR REPLACE FUNCTION tbl_repl._copy_failed(target_id integer, code text, message text)
+RETURNS boolean
+LANGUAGE plpgsql VOLATILE
+SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    tried integer;
+    again boolean;
+BEGIN
+    PERFORM tbl_repl._log_error(target_id, NULL, code, message, NULL, NULL, NULL);
+    SELECT st.failures INTO tried FROM tbl_repl.target_state AS st WHERE st.target_id = _copy_failed.target_id;
+    again := tbl_repl._is_transient(code) OR (code = '23503' AND tried < 6);
+    IF again THEN
+        UPDATE tbl_repl.target_state AS st
+        SET failures = least(st.failures + 1, 1000), next_try_at = clock_timestamp() + tbl_repl._retry_after(st.failures)
+        WHERE st.target_id = _copy_failed.target_id;
+    ELSE
+        PERFORM tbl_repl._leave_to_replay(target_id);
+    END IF;
+    RETURN again;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._copy_failed(integer, text, text) IS
+    'notes why a copy in the background has failed; whether its pieces are tried again';
 
 CREATE OR REPLACE VIEW tbl_repl.copy_progress AS
 SELECT p.target_id,

@@ -132,6 +132,22 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._key_after(regclass, name[]) IS
     'SQL condition: row s comes after the key $1, in key order';
 
+-- Its reverse, also as something that an index can answer.
+CREATE OR REPLACE FUNCTION tbl_repl._key_until(source_table regclass, key_columns name[])
+RETURNS text
+LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT CASE WHEN bool_and(p.greater = 'OPERATOR(pg_catalog.>)')
+                THEN format('(%s) <= (%s)', string_agg(format('s.%I', p.name), ', ' ORDER BY p.n),
+                            string_agg(format('(%s)::%s', CASE WHEN cardinality(key_columns) = 1 THEN '$2'
+                                                               ELSE format('$2::json ->> %s', p.n - 1) END, p.type), ', ' ORDER BY p.n))
+                ELSE format('NOT (%s)', replace(tbl_repl._key_after(source_table, key_columns), '$1', '$2')) END
+    FROM tbl_repl._key_parts(source_table, key_columns) AS p
+$function$;
+COMMENT ON FUNCTION tbl_repl._key_until(regclass, name[]) IS
+    'SQL condition: row s does not come after the key $2, in key order';
+
 CREATE OR REPLACE FUNCTION tbl_repl._key_json(source_table regclass, key_columns name[], key text)
 RETURNS jsonb
 LANGUAGE sql STABLE

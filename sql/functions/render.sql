@@ -1,9 +1,10 @@
 -- Render: from keys to the SQL for one target.
 --
--- For each target four thin functions are generated, owned by the target's owner and SECURITY DEFINER,
+-- For each target five thin functions are generated, owned by the target's owner and SECURITY DEFINER,
 -- because its filter, its map and its connection are his: render_N reads the state of some keys and says
--- it in SQL, row_N the same for a single one, page_N lists keys, connect_N opens the connection.  Shipping, explain_target and
--- sync_err_rec all go through render_N, so that what is shown is what is sent.
+-- it in SQL, row_N the same for a single one, page_N lists keys, connect_N opens the connection, digest_N is for
+-- comparing.  Shipping, explain_target and sync_err_rec all go through render_N, so that what is shown is what is
+-- sent.
 
 CREATE OR REPLACE FUNCTION tbl_repl._dst_table(target tbl_repl.target)
 RETURNS text
@@ -498,7 +499,7 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._prepare_sql(tbl_repl.target) IS
     'PREPARE statements for the single-row messages of a target';
 
--- Creates or replaces render_N, row_N, page_N and connect_N; the owner of the definition owns them, and only
+-- Creates or replaces render_N, row_N, page_N, connect_N and digest_N; the owner of the definition owns them, and only
 -- the owner of the extension may call them.
 CREATE OR REPLACE FUNCTION tbl_repl._rebuild_target(target_id integer)
 RETURNS void
@@ -511,6 +512,7 @@ BEGIN
     EXECUTE tbl_repl._render_sql(target_id);
     EXECUTE tbl_repl._row_sql(target_id);
     EXECUTE tbl_repl._page_sql(target_id);
+    EXECUTE tbl_repl._digest_sql(target_id);
     EXECUTE tbl_repl._connect_sql(target_id);
     FOREACH signature IN ARRAY tbl_repl._target_functions(target_id) LOOP
         EXECUTE format('REVOKE ALL ON FUNCTION %s FROM PUBLIC', signature);
@@ -529,7 +531,8 @@ AS $function$
     SELECT ARRAY[format('tbl_repl.render_%s(text[], boolean, boolean, text)', target_id),
                  format('tbl_repl.page_%s(text, integer)', target_id),
                  format('tbl_repl.connect_%s(text, timestamptz, timestamptz)', target_id),
-                 format('tbl_repl.row_%s(text, numeric)', target_id)]
+                 format('tbl_repl.row_%s(text, numeric)', target_id),
+                 format('tbl_repl.digest_%s(text, text, integer)', target_id)]
 $function$;
 COMMENT ON FUNCTION tbl_repl._target_functions(integer) IS
     'signatures of the functions generated for a target';

@@ -27,11 +27,14 @@ COMMENT ON FUNCTION tbl_repl.replay(name, integer) IS
     'ships one batch of what is queued; returns the number of rows handled, 0 when nothing is left';
 
 -- retry: whether rows in quarantine get another chance once nothing else is left, and targets that have
--- failed do not wait for their next try.
+-- failed do not wait for their next try.  copies: targets whose copy in the background is made here; NULL: all.
+-- leave_large: -1 instead of a batch that is not small, which the worker may have a better way for.
 CREATE OR REPLACE FUNCTION tbl_repl._replay(
     server   name,
     max_rows integer,
-    retry    boolean
+    retry    boolean,
+    copies   integer[] DEFAULT NULL,
+    leave_large boolean DEFAULT false
 )
 RETURNS bigint
 LANGUAGE plpgsql VOLATILE
@@ -67,7 +70,8 @@ BEGIN
     FOR lane IN
         SELECT array_agg(w.target_id ORDER BY w.target_id) AS targets
         FROM (SELECT t.target_id, t.server, t.owner, t.timeout, t.mode, st.status, st.last_error_at, st.last_shipped_at,
-                     st.copy_after IS NOT NULL OR tbl_repl._has_pending(t.target_id) AS queued
+                     CASE WHEN st.copy_after IS NULL THEN tbl_repl._has_pending(t.target_id)
+                          ELSE coalesce(t.target_id = ANY (copies), true) END AS queued
               FROM tbl_repl.target AS t JOIN tbl_repl.target_state AS st USING (target_id)
               WHERE (_replay.server IS NULL OR t.server = _replay.server) AND tbl_repl._may_replay(st)
                 AND (retry OR st.next_try_at IS NULL OR st.next_try_at <= clock_timestamp())) AS w
@@ -79,8 +83,10 @@ BEGIN
                  max(w.last_error_at) FILTER (WHERE w.last_error_at > coalesce(w.last_shipped_at, '-infinity')) NULLS FIRST,
                  min(w.last_shipped_at) NULLS FIRST, min(w.target_id)
     LOOP
-        handled := tbl_repl._replay_lane(lane.targets, max_rows, retry);
-        IF handled > 0 THEN
+        handled := tbl_repl._replay_lane(lane.targets, max_rows, retry, copies, leave_large);
+        IF handled < 0 THEN
+            RETURN handled;
+        ELSIF handled > 0 THEN
             PERFORM tbl_repl._rotate();
             RETURN handled;
         END IF;
@@ -88,7 +94,7 @@ BEGIN
     RETURN 0;
 END
 $function$;
-COMMENT ON FUNCTION tbl_repl._replay(name, integer, boolean) IS
+COMMENT ON FUNCTION tbl_repl._replay(name, integer, boolean, integer[], boolean) IS
     'replay, with or without another try of what is in quarantine; SECURITY DEFINER as replay';
 
 -- Not while it is paused, and not while it is being copied in pieces: a piece read earlier could be applied later.
@@ -157,19 +163,33 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._pending_from(tbl_repl.target, pg_snapshot, xid8) IS
     'the queue rows of a target that its position does not contain, as text that follows FROM';
 
+-- Asked all the time, so nothing is planned anew; the settings are for a plan that stays right when the queue
+-- has grown.
 CREATE OR REPLACE FUNCTION tbl_repl._has_pending(target_id integer)
 RETURNS boolean
 LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp
+SET enable_seqscan = off
+SET plan_cache_mode = force_generic_plan
+SET jit = off
 AS $function$
 DECLARE
-    answer boolean;
+    target record;
+    floor  xid8;
+    beside xid8[];
 BEGIN
-    EXECUTE (SELECT format('SELECT EXISTS (SELECT FROM %s)', tbl_repl._pending_from(t, st.position))
-             FROM tbl_repl.target AS t JOIN tbl_repl.target_state AS st USING (target_id)
-             WHERE t.target_id = _has_pending.target_id)
-    INTO answer;
-    RETURN answer;
+    SELECT t.source_id, t.mode, st.position INTO target
+    FROM tbl_repl.target AS t JOIN tbl_repl.target_state AS st ON st.target_id = t.target_id
+    WHERE t.target_id = _has_pending.target_id;
+    floor := pg_snapshot_xmax(target.position);
+    beside := ARRAY(SELECT pg_snapshot_xip(target.position));
+    RETURN EXISTS (SELECT FROM tbl_repl.change AS c
+                   WHERE c.txid >= floor AND c.source_id = target.source_id
+                     AND (c.target_id = _has_pending.target_id OR (c.target_id IS NULL AND target.mode = 'async')))
+        OR (beside <> '{}' AND EXISTS (
+                   SELECT FROM tbl_repl.change AS c
+                   WHERE c.txid = ANY (beside) AND c.source_id = target.source_id
+                     AND (c.target_id = _has_pending.target_id OR (c.target_id IS NULL AND target.mode = 'async'))));
 END
 $function$;
 COMMENT ON FUNCTION tbl_repl._has_pending(integer) IS 'whether anything is queued for a target';
@@ -284,9 +304,15 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._open_batch(integer[], integer) IS
     'what is queued for some targets, and the state of its rows in the same snapshot';
 
--- _replay_lane(targets, max_rows, retry): one batch for the targets behind one connection.
+-- _replay_lane(targets, max_rows, retry, copies, leave_large): one batch for the targets behind one connection.
 -- Connects before it locks: who writes is not turned away for a server that is out of reach.
-CREATE OR REPLACE FUNCTION tbl_repl._replay_lane(targets integer[], max_rows integer, retry boolean)
+CREATE OR REPLACE FUNCTION tbl_repl._replay_lane(
+    targets  integer[],
+    max_rows integer,
+    retry    boolean,
+    copies   integer[],
+    leave_large boolean
+)
 RETURNS bigint
 LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp
@@ -303,6 +329,9 @@ DECLARE
     pages     jsonb := '{}';
     page      text[];
     locked    integer[];
+    paged     integer[];
+    small     record;
+    sent      boolean;
     started   timestamptz := clock_timestamp();
     error_text   text;
     error_detail text;
@@ -313,13 +342,19 @@ BEGIN
     IF NOT FOUND THEN
         RETURN 0;
     END IF;
+    paged := ARRAY(SELECT st.target_id FROM tbl_repl.target_state AS st
+                   WHERE st.target_id = ANY (targets) AND st.copy_after IS NOT NULL
+                     AND coalesce(st.target_id = ANY (copies), true) AND tbl_repl._take_over_copy(st.target_id));
     IF EXISTS (SELECT FROM tbl_repl.target_state AS st
                WHERE st.target_id = ANY (targets)
-                 AND (st.copy_after IS NOT NULL OR tbl_repl._has_pending(st.target_id)
+                 AND (st.target_id = ANY (paged) OR tbl_repl._has_pending(st.target_id)
                       OR (retry AND EXISTS (SELECT FROM tbl_repl.quarantined AS q WHERE q.target_id = st.target_id))))
     THEN
         BEGIN
-            PERFORM tbl_repl._is_alive(lane.conn, clock_timestamp() + lane.timeout);
+            -- one that was used a moment ago need not be asked: were it dead, we would only wait longer
+            IF NOT EXISTS (SELECT FROM tbl_repl.target_state AS st WHERE st.target_id = ANY (targets) AND st.last_shipped_at > clock_timestamp() - interval '1 second') THEN
+                PERFORM tbl_repl._is_alive(lane.conn, clock_timestamp() + lane.timeout);
+            END IF;
             -- twice the timeout: an older session of ours may have to be outlived first
             PERFORM tbl_repl._connect(lane.target_id, lane.conn, clock_timestamp() + lane.timeout * 2);
         EXCEPTION WHEN query_canceled OR OTHERS THEN
@@ -363,11 +398,39 @@ BEGIN
     -- before the snapshot: its cursors lock what they read
     locked := tbl_repl._lock_sources(ARRAY(SELECT st.target_id FROM tbl_repl.target_state AS st
                                            WHERE st.target_id = ANY (targets)
-                                             AND (st.copy_after IS NOT NULL OR tbl_repl._has_pending(st.target_id))
+                                             AND (st.target_id = ANY (paged) OR tbl_repl._has_pending(st.target_id))
                                            ORDER BY st.target_id), lane.timeout);
     IF cardinality(locked) > 0 THEN
         targets := ARRAY(SELECT x FROM unnest(targets) AS x WHERE x <> ALL (locked));
-        RETURN CASE WHEN cardinality(targets) = 0 THEN 0 ELSE tbl_repl._replay_lane(targets, max_rows, retry) END;
+        RETURN CASE WHEN cardinality(targets) = 0 THEN 0 ELSE tbl_repl._replay_lane(targets, max_rows, retry, copies, leave_large) END;
+    END IF;
+
+    IF cardinality(paged) = 0 THEN
+        BEGIN
+            small := tbl_repl._small_batch(targets, max_rows);
+        EXCEPTION WHEN OTHERS THEN
+            -- some expression fails on a row: the long way finds out on which
+            SELECT NULL AS message, false AS is_large INTO small;
+        END;
+        IF small.message IS NOT NULL THEN
+            BEGIN
+                sent := tbl_repl._apply_at_once(lane.target_id, lane.conn, small.message, lane.timeout);
+            EXCEPTION WHEN OTHERS THEN
+                GET STACKED DIAGNOSTICS error_text = MESSAGE_TEXT, error_detail = PG_EXCEPTION_DETAIL, error_hint = PG_EXCEPTION_HINT;
+                PERFORM tbl_repl._lane_is_down(lane.server, small.shipped, SQLSTATE, error_text, error_detail, error_hint);
+                RETURN 0;
+            END;
+            IF sent THEN
+                UPDATE tbl_repl.target_state AS st
+                SET position = small.snapshot, rows_shipped = st.rows_shipped + u.keys,
+                    last_shipped_at = clock_timestamp(), next_try_at = NULL, failures = 0
+                FROM unnest(small.shipped, small.counts) AS u (target_id, keys) WHERE st.target_id = u.target_id;
+                PERFORM tbl_repl._back_to_ok(t) FROM unnest(targets) AS t;
+                RETURN small.rows;
+            END IF;
+        ELSIF leave_large AND small.is_large THEN
+            RETURN -1;
+        END IF;
     END IF;
 
     batch := tbl_repl._open_batch(targets, max_rows);
@@ -378,7 +441,7 @@ BEGIN
     FOR item IN
         SELECT t.target_id, st.copy_after, s.fk_rank, s.source_table
         FROM tbl_repl.target AS t JOIN tbl_repl.target_state AS st USING (target_id) JOIN tbl_repl.source AS s USING (source_id)
-        WHERE t.target_id = ANY (targets) AND st.copy_after IS NOT NULL
+        WHERE t.target_id = ANY (targets) AND t.target_id = ANY (paged) AND st.copy_after IS NOT NULL
           AND s.fk_rank = (SELECT min(so.fk_rank) FROM tbl_repl.target AS o JOIN tbl_repl.target_state AS os USING (target_id)
                            JOIN tbl_repl.source AS so USING (source_id)
                            WHERE o.target_id = ANY (targets) AND os.copy_after IS NOT NULL)
@@ -425,7 +488,7 @@ BEGIN
                 MESSAGE = format('server %I: targets %s have failed, see tbl_repl.target_status', lane.server, array_to_string(failure.broken, ', ')),
                 DETAIL  = 'Their changes stay queued.';
             -- they have filled the batch; the others still have theirs
-            RETURN tbl_repl._replay_lane(ARRAY(SELECT x FROM unnest(targets) AS x WHERE x <> ALL (failure.broken)), max_rows, retry);
+            RETURN tbl_repl._replay_lane(ARRAY(SELECT x FROM unnest(targets) AS x WHERE x <> ALL (failure.broken)), max_rows, retry, copies, leave_large);
         END IF;
         UPDATE tbl_repl.target_state AS st
         SET rows_shipped = st.rows_shipped + coalesce((failure.by_target ->> st.target_id::text)::bigint, 0),
@@ -465,8 +528,154 @@ BEGIN
     RETURN handled;
 END
 $function$;
-COMMENT ON FUNCTION tbl_repl._replay_lane(integer[], integer, boolean) IS
+COMMENT ON FUNCTION tbl_repl._replay_lane(integer[], integer, boolean, integer[], boolean) IS
     'ships one batch to the targets behind one connection';
+
+-- _small_batch(targets, max_rows): what is queued for some targets, when it is little and nothing special: the statements
+-- that bring it, for one message.  Nothing is planned anew, for most batches are small.
+--   message: NULL when it is not so; is_large: because there are too many rows
+--   shipped, counts: the targets that it is for, and the number of keys of each
+-- STABLE: queue and rows are read in the snapshot of the statement that calls, so that what another transaction does
+-- to several tables is shipped for all of them or for none.
+CREATE OR REPLACE FUNCTION tbl_repl._small_batch(
+    targets  integer[],
+    max_rows integer,
+    OUT message  text,
+    OUT snapshot pg_snapshot,
+    OUT rows     bigint,
+    OUT shipped  integer[],
+    OUT counts   bigint[],
+    OUT is_large boolean
+)
+LANGUAGE plpgsql STABLE
+SET search_path = pg_catalog, pg_temp
+SET enable_seqscan = off
+SET plan_cache_mode = force_generic_plan
+SET jit = off
+AS $function$
+DECLARE
+    item     record;
+    floor    xid8;
+    beside   xid8[];
+    total    bigint;
+    lines    bigint;
+    plain    boolean;
+    keys     text[];
+    rendered record;
+    deletes  text[] := '{}';
+    upserts  text[] := '{}';
+BEGIN
+    snapshot := pg_current_snapshot();
+    rows := 0;
+    shipped := '{}';
+    counts := '{}';
+    is_large := false;
+    FOR item IN
+        SELECT t.target_id, t.source_id, t.mode, st.position, st.status, s.source_table,
+               t.operations @> '{insert,update,delete,truncate}'
+               AND NOT EXISTS (SELECT FROM tbl_repl.quarantined AS q WHERE q.target_id = t.target_id) AS plain
+        FROM tbl_repl.target AS t
+        JOIN tbl_repl.target_state AS st ON st.target_id = t.target_id
+        JOIN tbl_repl.source AS s ON s.source_id = t.source_id
+        WHERE t.target_id = ANY (targets) AND st.copy_after IS NULL
+        ORDER BY s.fk_rank, t.target_id
+    LOOP
+        floor := pg_snapshot_xmax(item.position);
+        beside := ARRAY(SELECT pg_snapshot_xip(item.position));
+        SELECT sum(c.row_count), count(*), bool_and(c.op <> 'T') INTO total, lines, plain
+        FROM (SELECT c.row_count, c.op FROM tbl_repl.change AS c
+              WHERE (c.txid >= floor OR c.txid = ANY (beside)) AND c.source_id = item.source_id
+                AND (c.target_id = item.target_id OR (c.target_id IS NULL AND item.mode = 'async'))
+              LIMIT 1001) AS c;
+        CONTINUE WHEN lines = 0;
+        rows := rows + total;
+        IF lines > 1000 OR rows > least(max_rows, 1000) OR total > 1 AND total > tbl_repl._chunk_rows(item.source_table) THEN
+            is_large := true;
+            RETURN;
+        ELSIF NOT plain OR NOT item.plain OR item.status = 'failed' THEN
+            RETURN;
+        END IF;
+        SELECT array_agg(DISTINCT k) INTO keys
+        FROM tbl_repl.change AS c, unnest(c.keys) AS k
+        WHERE (c.txid >= floor OR c.txid = ANY (beside)) AND c.source_id = item.source_id
+          AND (c.target_id = item.target_id OR (c.target_id IS NULL AND item.mode = 'async'));
+        EXECUTE format('SELECT r.deletes, r.upserts FROM tbl_repl.render_%s($1, false, true, ''plain'') AS r', item.target_id)
+        INTO rendered USING keys;
+        -- deletions from those that refer to others, rows to those that are referred to
+        deletes := array_prepend(rendered.deletes, deletes);
+        upserts := array_append(upserts, rendered.upserts);
+        shipped := array_append(shipped, item.target_id);
+        counts := array_append(counts, cardinality(keys)::bigint);
+    END LOOP;
+    IF shipped <> '{}' THEN
+        message := array_to_string(array_remove(deletes || upserts, NULL), '; ');
+    END IF;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._small_batch(integer[], integer) IS
+    'what is queued for some targets as one message, where that is little';
+
+-- A small batch: everything in one message, then the commit.  False: the target has refused it, and nothing of it has
+-- happened; the long way finds out what is to be done.  A connection that turns out to be dead before the commit was
+-- sent is opened anew, once.  Errors: those of the connection, and a cancel.
+CREATE OR REPLACE FUNCTION tbl_repl._apply_at_once(
+    target_id integer,
+    conn      text,
+    message   text,
+    timeout   interval
+)
+RETURNS boolean
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    started timestamptz := clock_timestamp();
+    anew    boolean := false;
+    context text;
+BEGIN
+    IF message = '' THEN
+        RETURN true;
+    END IF;
+    LOOP
+        BEGIN
+            PERFORM tbl_repl._connect(target_id, conn, clock_timestamp() + timeout * 2);
+            PERFORM tbl_repl._send(conn, format('BEGIN; SET CONSTRAINTS ALL DEFERRED; %s; SET CONSTRAINTS ALL IMMEDIATE', message));
+            PERFORM tbl_repl._receive(conn, clock_timestamp() + timeout * 2, false, true);
+            EXIT;
+        EXCEPTION WHEN query_canceled OR OTHERS THEN
+            GET STACKED DIAGNOSTICS context = PG_EXCEPTION_CONTEXT;
+            IF SQLSTATE ~ '^(08|57P)' THEN
+                IF anew OR clock_timestamp() > started + timeout THEN
+                    RAISE;
+                END IF;
+                anew := true;
+            ELSIF SQLSTATE <> '57014' OR tbl_repl._is_too_slow(SQLSTATE, context, conn) THEN
+                PERFORM tbl_repl._call(conn, 'ROLLBACK', clock_timestamp() + timeout);
+                RETURN false;
+            ELSE
+                -- this session goes on, and must not find a remote transaction open
+                IF conn = ANY (tbl_repl._dblink_connections()) THEN
+                    PERFORM tbl_repl._dblink_disconnect(conn);
+                END IF;
+                RAISE;
+            END IF;
+        END;
+        IF conn = ANY (tbl_repl._dblink_connections()) THEN
+            PERFORM tbl_repl._dblink_disconnect(conn);
+        END IF;
+    END LOOP;
+    BEGIN
+        PERFORM tbl_repl._commit(conn, timeout);
+    EXCEPTION WHEN division_by_zero THEN
+        -- the lease was over: not committed
+        PERFORM tbl_repl._call(conn, 'ROLLBACK', clock_timestamp() + timeout);
+        RETURN false;
+    END;
+    RETURN true;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._apply_at_once(integer, text, text, interval) IS
+    'ships a small batch; whether the target has taken it';
 
 -- Locks the targets' source tables for reading, to the end of the transaction; returns the targets that are
 -- locked out.  An open TRUNCATE or an ALTER TABLE may hold a table for as long as its transaction likes, and may
@@ -717,6 +926,7 @@ BEGIN
         PERFORM tbl_repl._truncate(conn, loads, timeout);
     END IF;
     FOR item IN SELECT l.* FROM unnest(loads) AS l ORDER BY l.fk_rank, l.target_id LOOP
+        CONTINUE WHEN item.target_id = ANY (broken);  -- by another load of it
         counted := 0;
         slow := 0;
         size := tbl_repl._rows_per_message();

@@ -8,16 +8,19 @@
 -- as last counted together: the present size over an old count would tell nothing.
 CREATE OR REPLACE FUNCTION tbl_repl._chunk_rows(source_table regclass)
 RETURNS integer
-LANGUAGE sql STABLE
+LANGUAGE plpgsql STABLE
 SET search_path = pg_catalog, pg_temp
 AS $function$
-    SELECT coalesce(greatest(1, least(tbl_repl._rows_per_message(),
-               2000000 / (sum((c.relpages + coalesce(t.relpages, 0))::numeric * current_setting('block_size')::int) / sum(c.reltuples)::numeric)))::integer,
-           tbl_repl._rows_per_message())
-    FROM (SELECT source_table AS relid UNION SELECT t.relid FROM pg_partition_tree(source_table) AS t) AS p
-    JOIN pg_class AS c ON c.oid = p.relid
-    LEFT JOIN pg_class AS t ON t.oid = c.reltoastrelid
-    WHERE c.reltuples > 0 AND c.relpages > 0
+BEGIN
+    RETURN coalesce(
+        (SELECT greatest(1, least(tbl_repl._rows_per_message(),
+                    2000000 / (sum((c.relpages + coalesce(t.relpages, 0))::numeric * current_setting('block_size')::int) / sum(c.reltuples)::numeric)))::integer
+         FROM (SELECT source_table AS relid UNION SELECT t.relid FROM pg_partition_tree(source_table) AS t) AS p
+         JOIN pg_class AS c ON c.oid = p.relid
+         LEFT JOIN pg_class AS t ON t.oid = c.reltoastrelid
+         WHERE c.reltuples > 0 AND c.relpages > 0),
+        tbl_repl._rows_per_message());
+END
 $function$;
 COMMENT ON FUNCTION tbl_repl._chunk_rows(regclass) IS 'rows of a table that make a message of bounded size';
 
@@ -55,8 +58,10 @@ BEGIN
     IF truncated THEN
         RETURN;
     END IF;
+    -- Sorted: the planner knows nothing of their number, and a hash that outgrows its memory unforeseen takes minutes.
     listing := 'SELECT array_agg(e.k) AS keys FROM (SELECT d.k, (row_number() OVER () - 1) / %s AS n '
-               'FROM (SELECT DISTINCT unnest(c.keys) AS k FROM %s AND c.op = ANY (%L)) AS d) AS e GROUP BY e.n ORDER BY e.n';
+               'FROM (SELECT DISTINCT ON (x.k COLLATE "C") x.k FROM (SELECT unnest(c.keys) AS k FROM %s AND c.op = ANY (%L)) AS x '
+               'ORDER BY x.k COLLATE "C") AS d) AS e GROUP BY e.n ORDER BY e.n';
     IF target.operations @> '{insert,update,delete,truncate}' THEN
         RETURN QUERY SELECT target.target_id, source.fk_rank,
             format(listing, tbl_repl._chunk_rows(source.source_table), keys_from, '{I,U,K,D,T,B}'), true, false, NULL::text;

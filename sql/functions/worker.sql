@@ -11,25 +11,29 @@ COMMENT ON FUNCTION tbl_repl._lock_worker() IS
     'class of the advisory lock worker: held by the worker that serves this database';
 
 -- _servers_to_replay(busy): every server that has targets, without those named in busy.  wait_seconds: how long
--- until something can be shipped to it, 0: now; NULL: nothing is queued.  SECURITY DEFINER: the worker's role
--- may see status only.
+-- until something can be shipped to it, 0: now; NULL: nothing is queued.  copies: targets that can be copied in the
+-- background now, referenced tables first.  SECURITY DEFINER: the worker's role may see status only.
 CREATE OR REPLACE FUNCTION tbl_repl._servers_to_replay(busy name[] DEFAULT '{}')
-RETURNS TABLE (server name, wait_seconds double precision)
+RETURNS TABLE (server name, wait_seconds double precision, copies integer[])
 LANGUAGE sql VOLATILE
 SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 AS $function$
     SELECT t.server,
-           min(CASE WHEN NOT tbl_repl._may_replay(st) THEN NULL
-                    WHEN st.copy_after IS NOT NULL OR tbl_repl._has_pending(t.target_id)
-                    THEN greatest(0, coalesce(extract(epoch FROM st.next_try_at - clock_timestamp()), 0)) END)
-    FROM tbl_repl.target AS t JOIN tbl_repl.target_state AS st USING (target_id)
+           min(w.seconds) FILTER (WHERE st.copy_after IS NULL AND tbl_repl._has_pending(t.target_id)),
+           array_agg(t.target_id ORDER BY s.fk_rank, t.target_id) FILTER (WHERE st.copy_after IS NOT NULL AND w.seconds = 0)
+    FROM tbl_repl.target AS t
+    JOIN tbl_repl.target_state AS st USING (target_id)
+    JOIN tbl_repl.source AS s USING (source_id)
+    CROSS JOIN LATERAL (
+        SELECT CASE WHEN tbl_repl._may_replay(st)
+                    THEN greatest(0, coalesce(extract(epoch FROM st.next_try_at - clock_timestamp()), 0)) END AS seconds) AS w
     WHERE t.server <> ALL (busy)
     GROUP BY t.server
     ORDER BY t.server
 $function$;
 COMMENT ON FUNCTION tbl_repl._servers_to_replay(name[]) IS
-    'servers with targets, and how long until something can be shipped to each';
+    'servers with targets, how long until something can be shipped to each, and what is to be copied';
 
 -- _note_retry(server, since): targets of the server that have failed since then, and have something left, wait
 -- for their next try: a tenth of a second, doubled with every failure up to half a minute, with jitter, so
@@ -44,7 +48,7 @@ AS $function$
     WITH noted AS (
         UPDATE tbl_repl.target_state AS st
         SET failures = least(st.failures + 1, 1000),
-            next_try_at = clock_timestamp() + make_interval(secs => least(30, 0.1 * 2 ^ least(st.failures, 12)) * (0.5 + random() / 2))
+            next_try_at = clock_timestamp() + tbl_repl._retry_after(st.failures)
         FROM tbl_repl.target AS t
         WHERE t.target_id = st.target_id AND t.server = _note_retry.server AND st.status <> 'paused'
           AND st.last_error_at >= since
@@ -55,6 +59,15 @@ AS $function$
 $function$;
 COMMENT ON FUNCTION tbl_repl._note_retry(name, timestamptz) IS
     'when the worker tries targets again that have failed, shown in target_status';
+
+CREATE OR REPLACE FUNCTION tbl_repl._retry_after(failures integer)
+RETURNS interval
+LANGUAGE sql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT make_interval(secs => least(30, 0.1 * 2 ^ least(failures, 12)) * (0.5 + random() / 2))
+$function$;
+COMMENT ON FUNCTION tbl_repl._retry_after(integer) IS 'how long a target waits after so many failures in a row';
 
 -- Sessions that are connecting to a server now; who has been at it for longer than patience_seconds hangs.
 CREATE OR REPLACE FUNCTION tbl_repl._connecting()

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import psycopg
 
-from tbl_repl import bulk
-from tbl_repl.database import Connection, Row, connect
+from tbl_repl import bulk, failpoint
+from tbl_repl.database import Connection, Row, connect, settle
 from tbl_repl.errors import TblReplError
 
 PIECE_ROWS = 50_000
@@ -45,23 +45,28 @@ def copy(
     dsn: str,
     target_id: int,
     jobs: int = 2,
-    piece_rows: int = PIECE_ROWS,
+    piece_rows: int | None = None,
     on_progress: Callable[[Progress], None] = lambda _: None,
     stop: threading.Event | None = None,
+    background: bool = False,
 ) -> bool:
     """Copy every row of a target; whether it has ended (False: stopped, goes on when called again).
 
-    Raises TblReplError when somebody else copies this target, or a piece fails: the pieces that are done stay
-    done.  What was written meanwhile is queued, and shipped by replay afterwards.
+    background: only what initial_copy => 'background' has left to do.  Raises TblReplError when somebody else
+    copies this target, psycopg.Error when a piece fails: the pieces that are done stay done.  What was
+    written meanwhile is queued, and shipped by replay afterwards.
     """
-    stop = stop or threading.Event()
-    with connect(dsn, f"copy {target_id}") as source:
-        row = source.execute(
-            "SELECT pg_try_advisory_lock(tbl_repl._lock_copy(), %s) AS mine", (target_id,)
-        ).fetchone()
-        if not (row and row["mine"]):
-            raise TblReplError(f"target {target_id} is being copied by another session")
-        source.execute("SELECT tbl_repl._copy_begin(%s, %s)", (target_id, piece_rows))
+    failed = threading.Event()
+
+    def stopped() -> bool:
+        return failed.is_set() or (stop is not None and stop.is_set())
+
+    with settle(connect(dsn, f"copy {target_id}")) as source:
+        _take_lock(source, target_id, 10_000 if background else 1_000)
+        source.execute(
+            "SELECT tbl_repl._copy_begin(%s, %s, %s)",
+            (target_id, piece_rows or PIECE_ROWS, background),
+        )
         lane = source.execute(
             "SELECT ARRAY[target_id] AS targets, owner, server, timeout "
             "FROM tbl_repl.target WHERE target_id = %s",
@@ -69,21 +74,26 @@ def copy(
         ).fetchone()
         assert lane is not None
         failures: list[Exception] = []
-        threads = [
-            threading.Thread(target=_job, args=(dsn, lane, stop, failures), name=f"copy {n}", daemon=True)
-            for n in range(jobs)
-        ]
+
+        def work() -> None:
+            try:
+                _job(dsn, lane, stopped)
+            except (psycopg.Error, TblReplError) as error:
+                failures.append(error)
+                failed.set()
+
+        threads = [threading.Thread(target=work, name=f"copy {n}", daemon=True) for n in range(jobs)]
         for thread in threads:
             thread.start()
         try:
-            while any(thread.is_alive() for thread in threads):
-                threads[0].join(0.2) if threads[0].is_alive() else stop.wait(0.2)
-                seen = progress(source, target_id)
-                if seen is not None:
-                    on_progress(seen)
+            for thread in threads:
+                while thread.is_alive():
+                    thread.join(0.2)
+                    seen = progress(source, target_id)
+                    if seen is not None:
+                        on_progress(seen)
         finally:
-            if any(thread.is_alive() for thread in threads):
-                stop.set()
+            failed.set()
             for thread in threads:
                 thread.join()
         seen = progress(source, target_id)
@@ -95,28 +105,37 @@ def copy(
         return bool(done and done["done"])
 
 
-def _job(dsn: str, lane: Row, stop: threading.Event, failures: list[Exception]) -> None:
-    target_id = int(lane["targets"][0])
+def _take_lock(source: Connection, target_id: int, milliseconds: int) -> None:
+    """One copies at a time; replay, which may be at a page of the same copy, is waited for."""
+    source.execute(f"SET lock_timeout = {milliseconds}")
     try:
-        with connect(dsn, f"copy {target_id}") as source:
-            conninfo, settings = bulk.way_to(source, str(lane["server"]), lane)
-            if conninfo is None:
-                raise TblReplError(
-                    f"the user mapping of role {lane['owner']} cannot be read",
-                    f"Connect as {lane['owner']}, or as a member of that role.",
+        source.execute("SELECT pg_advisory_lock(tbl_repl._lock_copy(), %s)", (target_id,))
+    except psycopg.errors.LockNotAvailable as error:
+        raise TblReplError(f"target {target_id} is being copied by another session") from error
+    source.execute("SET lock_timeout = 0")
+
+
+def _job(dsn: str, lane: Row, stopped: Callable[[], bool]) -> None:
+    target_id = int(lane["targets"][0])
+    with settle(connect(dsn, f"copy {target_id}")) as source:
+        conninfo, settings = bulk.way_to(source, str(lane["server"]), lane)
+        if conninfo is None:
+            raise TblReplError(
+                f"the user mapping of role {lane['owner']} cannot be read",
+                f"Connect as {lane['owner']}, or as a member of that role.",
+            )
+        with bulk.open_target(conninfo, settings) as (target, offset):
+            while not stopped():
+                failpoint.reached("piece next")
+                piece = source.execute("SELECT * FROM tbl_repl._copy_next(%s)", (target_id,)).fetchone()
+                if piece is None:
+                    return
+                rows, size = _copy_piece(source, target, offset, lane, piece)
+                failpoint.reached("piece committed")
+                source.execute(
+                    "SELECT tbl_repl._copy_done(%s, %s, %s, %s)", (target_id, piece["n"], rows, size)
                 )
-            with bulk.open_target(conninfo, settings) as (target, offset):
-                while not stop.is_set():
-                    piece = source.execute("SELECT * FROM tbl_repl._copy_next(%s)", (target_id,)).fetchone()
-                    if piece is None:
-                        return
-                    rows, size = _copy_piece(source, target, offset, lane, piece)
-                    source.execute(
-                        "SELECT tbl_repl._copy_done(%s, %s, %s, %s)", (target_id, piece["n"], rows, size)
-                    )
-    except (psycopg.Error, TblReplError) as error:
-        failures.append(error)
-        stop.set()
+                failpoint.reached("piece done")
 
 
 def _copy_piece(
@@ -139,6 +158,7 @@ def _copy_piece(
                 moved = bulk.pump(source, target, watchdog, query, "pg_temp.tbl_repl_rows", binary)
                 watchdog.expect(bulk.MERGE_SECONDS)
                 target.execute(str(piece["merge"]).encode())
+        failpoint.reached("piece moved")
         bulk.commit(target, watchdog, offset, float(lane["timeout"].total_seconds()))
     except BaseException:
         if not target.closed:

@@ -17,6 +17,10 @@ POINTS = (
     "copy moved",  # its rows are on the target, not committed there
     "copy committed",  # committed there, the position has not moved
     "copy done",
+    "piece next",  # a table that is copied in pieces: about to claim one
+    "piece moved",  # its rows are on the target, not committed there
+    "piece committed",  # committed there, not noted here
+    "piece done",
 )
 
 _WANTED = os.environ.get("TBL_REPL_FAIL_AT")

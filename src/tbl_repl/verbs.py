@@ -20,6 +20,7 @@ from tbl_repl import logs
 from tbl_repl.database import Connection, Row, connect, name_of, place_of, require_extension, resolve_dsn
 from tbl_repl.errors import CannotConnect, TblReplError, UsageError
 from tbl_repl.graph import Node, mermaid
+from tbl_repl.progress import progress
 from tbl_repl.report import as_json, console, human_seconds, lag, print_json, table
 from tbl_repl.worker import POLL_SECONDS, Batch, Observer, Options, Worker, drain_once
 
@@ -132,8 +133,22 @@ def _replay(args: argparse.Namespace) -> int:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    with _open(args) as connection, console().status(f"comparing target {args.target}") as _:
-        rows = connection.execute("SELECT * FROM tbl_repl.compare_target(%s)", (args.target,)).fetchall()
+    from tbl_repl.compare import compare
+
+    found: list[Row] = []
+    dsn = resolve_dsn(args.dsn)
+    with _open(args):
+        pass
+    with progress(args.target, args.json) as show:
+        compare(
+            dsn,
+            args.target,
+            args.jobs,
+            args.piece_rows,
+            on_found=found.extend,
+            on_progress=lambda seen: show(seen.rows, seen.rows_planned, 0),
+        )
+    rows = [{"difference": row["difference"], "key": row["key"]} for row in found]
     if args.json:
         print_json(rows)
     elif rows:
@@ -145,22 +160,42 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 def _repair(args: argparse.Namespace) -> int:
-    with _open(args) as connection, console().status(f"repairing target {args.target}") as _:
-        row = connection.execute(
-            "SELECT tbl_repl.repair_target(%s, %s) AS rows", (args.target, args.delete_extra)
-        ).fetchone()
-    rows = int(row["rows"]) if row else 0
+    from tbl_repl.compare import compare
+
+    out_of_reach = 0
+
+    def count(found: list[Row]) -> None:
+        nonlocal out_of_reach
+        out_of_reach += sum(row["key_text"] is None for row in found)
+
+    dsn = resolve_dsn(args.dsn)
+    with _open(args):
+        pass
+    with progress(args.target, args.json) as show:
+        queued = compare(
+            dsn,
+            args.target,
+            args.jobs,
+            args.piece_rows,
+            on_found=count,
+            on_progress=lambda seen: show(seen.rows, seen.rows_planned, 0),
+            repair=True,
+            delete_extra=args.delete_extra,
+        )
     if args.json:
-        print_json({"queued": rows})
+        print_json({"queued": queued})
     else:
-        print(f"{rows:,} rows queued; the worker or tbl-repl replay ships them")
+        print(f"{queued:,} rows queued; the worker or tbl-repl replay ships them")
+    if out_of_reach and args.delete_extra:
+        print(
+            f"{out_of_reach:,} rows of the target have keys that no row of the source can have; "
+            "delete them there, tbl-repl compare lists them",
+            file=sys.stderr,
+        )
     return 0
 
 
 def _copy(args: argparse.Namespace) -> int:
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
-
     from tbl_repl.copy import Progress, copy
 
     dsn = resolve_dsn(args.dsn)
@@ -168,28 +203,16 @@ def _copy(args: argparse.Namespace) -> int:
         pass
     begun = time.monotonic()
     last = Progress(0, 0, 0, 0, 0)
-    out = console()
-    columns = (
-        TextColumn("target {task.fields[target]}"), BarColumn(), MofNCompleteColumn(), TextColumn("rows"),
-        TextColumn("{task.fields[speed]}"), TimeRemainingColumn(),
-    )  # fmt: skip
-    with Bar(*columns, console=out, disable=args.json or not out.is_terminal) as bar:
-        task = bar.add_task("copy", total=None, target=args.target, speed="")
+    with progress(args.target, args.json) as show:
 
-        def show(seen: Progress) -> None:
+        def seen(now: Progress) -> None:
             nonlocal last
-            last = seen
-            seconds = time.monotonic() - begun
-            speed = (
-                f"{seen.rows / seconds:,.0f} rows/s, {seen.bytes / seconds / 1e6:,.1f} MB/s"
-                if seconds
-                else ""
-            )
-            bar.update(task, total=seen.rows_planned, completed=seen.rows, speed=speed)
+            last = now
+            show(now.rows, now.rows_planned, now.bytes)
 
         stop = threading.Event()
         signal.signal(signal.SIGTERM, lambda *_: stop.set())
-        ended = copy(dsn, args.target, args.jobs, args.piece_rows, show, stop)
+        ended = copy(dsn, args.target, args.jobs, args.piece_rows, seen, stop)
     seconds = time.monotonic() - begun
     if args.json:
         print_json({"rows": last.rows, "bytes": last.bytes, "seconds": seconds, "ended": ended})
@@ -358,6 +381,13 @@ def _port(text: str) -> int:
     return value
 
 
+def _add_pieces(parser: argparse.ArgumentParser, rows: int) -> None:
+    parser.add_argument("--jobs", type=_positive, default=2, metavar="N", help="connections at once (2)")
+    parser.add_argument(
+        "--piece-rows", type=_positive, default=rows, metavar="N", help=f"rows of a piece ({rows})"
+    )
+
+
 def register(verbs: Any) -> None:
     """Add the verbs of this module to the command line."""
 
@@ -414,16 +444,15 @@ def register(verbs: Any) -> None:
 
     compare = verb("compare", _compare, "compare a target with its source")
     compare.add_argument("target", type=_positive, metavar="TARGET", help="target_id")
+    _add_pieces(compare, 20_000)
 
     copy = verb("copy", _copy, "copy every row of a target, in pieces, while writers go on")
     copy.add_argument("target", type=_positive, metavar="TARGET", help="target_id")
-    copy.add_argument("--jobs", type=_positive, default=2, metavar="N", help="connections at once (2)")
-    copy.add_argument(
-        "--piece-rows", type=_positive, default=50_000, metavar="N", help="rows of a piece (50000)"
-    )
+    _add_pieces(copy, 50_000)
 
     repair = verb("repair", _repair, "queue what differs between a target and its source")
     repair.add_argument("target", type=_positive, metavar="TARGET", help="target_id")
+    _add_pieces(repair, 20_000)
     repair.add_argument(
         "--delete-extra", action="store_true", help="also delete rows that only the target has"
     )

@@ -25,7 +25,7 @@ from functools import partial
 
 import psycopg
 
-from tbl_repl import bulk, failpoint
+from tbl_repl import bulk, copy, failpoint
 from tbl_repl.database import Connection, Row, connect, name_of, require_extension, settle
 from tbl_repl.errors import CannotConnect, TblReplError, from_psycopg
 from tbl_repl.logs import event, reason
@@ -41,9 +41,18 @@ QUARANTINE_SECONDS = 60.0
 BULK_PAUSE_SECONDS = 60.0
 """How long replay does everything after a COPY that did not work."""
 
+COPY_JOBS = 2
+"""How many connections a copy in the background uses."""
+
 SHORTEST_LOOK_SECONDS = 0.002
 LONGEST_LOOK_SECONDS = 0.05
 """How often a watcher that is awake looks at the servers that are idle."""
+
+HUNG_SECONDS = 0.5
+"""How long a drainer has to be at work until somebody looks whether it hangs."""
+
+LONGEST_PAUSE_SECONDS = 0.02
+"""How far apart a drainer begins small batches when there is always something to do."""
 
 FIRST_RETRY_SECONDS = 0.1
 LONGEST_RETRY_SECONDS = 30.0
@@ -98,7 +107,9 @@ class Drainer(threading.Thread):
         stop: threading.Event,
         observer: Observer,
         settled: threading.Event | None = None,
+        copies: set[int] | None = None,
     ) -> None:
+        """copies: targets whose copy in the background it makes as well; None: all."""
         super().__init__(name=f"drainer {server}", daemon=True)
         self.dsn = dsn
         self.server = server
@@ -106,8 +117,10 @@ class Drainer(threading.Thread):
         self.stop = stop
         self.observer = observer
         self.busy = False
+        self.busy_since = 0.0
         self.rest_until = 0.0
         self.pid: int | None = None
+        self._copies = copies
         self._settled = settled or threading.Event()
         self._failures = 0
         self._due = False
@@ -126,6 +139,7 @@ class Drainer(threading.Thread):
     def wake(self, due: bool = False) -> None:
         """Something may be queued; due: something is.  Called by one thread only."""
         self._due = due
+        self.busy_since = time.monotonic()
         self.busy = True
         self._wanted.set()
 
@@ -164,21 +178,20 @@ class Drainer(threading.Thread):
     def drain(self) -> None:
         """Replay until nothing is left that can be shipped now."""
         connection = self._connected()
-        done = 0
+        done = streak = 0
         while not self.stop.is_set():
             self._warning = None
             begun = time.monotonic()
-            moved = self._ship_by_copy(connection, begun)
-            if moved:
-                done += moved
-                continue
             retry = begun >= self._quarantine_due
             failpoint.reached("before replay")
-            row = connection.execute(
-                "SELECT clock_timestamp() AS since, tbl_repl._replay(%s, %s, %s) AS rows",
-                (self.server, self.options.batch_rows, retry),
-            ).fetchone()
-            assert row is not None
+            row = self._replay(connection, retry, leave_large=begun >= self._bulk_due)
+            moved: int | None = 0
+            if row["rows"] < 0:
+                moved = self._ship_by_copy(connection, begun)
+                if moved:
+                    done += moved
+                    continue
+                row = self._replay(connection, retry, leave_large=False)
             failpoint.reached("after replay")
             rows = int(row["rows"])
             sqlstate, why = self._warning or (None, "")
@@ -186,6 +199,12 @@ class Drainer(threading.Thread):
                 self._report(rows, time.monotonic() - begun, sqlstate)
             if rows:
                 done += rows
+                streak += 1
+                if streak > 1:
+                    # Under load few batches of many rows cost less than many of few; who has waited for the
+                    # first change after a quiet time has not been delayed.
+                    pause = min(LONGEST_PAUSE_SECONDS, SHORTEST_LOOK_SECONDS * 2**streak)
+                    self.stop.wait(max(0.0, begun + pause - time.monotonic()))
                 continue
             if retry:
                 self._quarantine_due = begun + QUARANTINE_SECONDS
@@ -206,10 +225,23 @@ class Drainer(threading.Thread):
             self._connection.close()
             self._connection = None
 
+    def _replay(self, connection: Connection, retry: bool, leave_large: bool) -> Row:
+        row = connection.execute(
+            "SELECT clock_timestamp() AS since, tbl_repl._replay(%s, %s, %s, %s::int[], %s) AS rows",
+            (
+                self.server,
+                self.options.batch_rows,
+                retry,
+                None if self._copies is None else list(self._copies),
+                leave_large,
+            ),
+            prepare=True,
+        ).fetchone()
+        assert row is not None
+        return row
+
     def _ship_by_copy(self, connection: Connection, begun: float) -> int | None:
         """Rows shipped by COPY, 0: no batch is large enough; None: it did not work."""
-        if begun < self._bulk_due:
-            return 0
         moved = bulk.ship(connection, self.server, bulk.MIN_ROWS)
         if moved is None:
             self._bulk_due = begun + BULK_PAUSE_SECONDS
@@ -225,6 +257,8 @@ class Drainer(threading.Thread):
     def _connected(self) -> Connection:
         if self._connection is None or self._connection.closed:
             self._connection = settle(connect(self.dsn, f"worker {self.server}"))
+            # a position that a crash takes back only means that the same is shipped again
+            self._connection.execute("SET synchronous_commit = off")
             self._connection.add_notice_handler(self._on_notice)
             self.pid = self._connection.info.backend_pid
         return self._connection
@@ -257,6 +291,91 @@ class Drainer(threading.Thread):
         )  # fmt: skip
 
 
+class Copier(threading.Thread):
+    """Makes the copies in the background that one server waits for, one after the other, in pieces.
+
+    Beside the drainer, which goes on with what is queued for other targets meanwhile.  What it cannot do is
+    left to replay: targets of owners whose mapping the worker's role may not use, rows that a target rejects.
+    """
+
+    def __init__(
+        self,
+        dsn: str,
+        server: str,
+        targets: list[int],
+        stop: threading.Event,
+        observer: Observer,
+        left_to_replay: set[int],
+    ) -> None:
+        super().__init__(name=f"copier {server}", daemon=True)
+        self.dsn = dsn
+        self.server = server
+        self.targets = targets
+        self.stop = stop
+        self.observer = observer
+        self.left_to_replay = left_to_replay
+
+    def run(self) -> None:
+        for target in self.targets:
+            if self.stop.is_set():
+                return
+            try:
+                if not self._copy(target):
+                    return  # those that refer to it would have to wait as well
+            except Exception:
+                log.exception("copier failed server=%s", self.server)
+                return
+
+    def _copy(self, target: int) -> bool:
+        begun = time.monotonic()
+        rows = 0
+
+        def seen(now: copy.Progress) -> None:
+            nonlocal rows
+            rows = now.rows
+
+        try:
+            ended = copy.copy(self.dsn, target, COPY_JOBS, on_progress=seen, stop=self.stop, background=True)
+        except CannotConnect:
+            return False  # the source is gone: the watcher says so
+        except (psycopg.errors.InsufficientPrivilege, TblReplError) as error:
+            self.left_to_replay.add(target)
+            event(
+                log, logging.INFO, "copy left to replay",
+                server=self.server, target=target, reason=reason(error),
+            )  # fmt: skip
+            return True
+        except psycopg.Error as error:
+            return self._failed(target, error)
+        seconds = time.monotonic() - begun
+        if rows:
+            self.observer.on_batch(Batch(name_of(self.dsn), self.server, rows, seconds))
+        event(
+            log, logging.INFO, "copied" if ended else "copy interrupted",
+            server=self.server, target=target, rows=rows, seconds=round(seconds, 3),
+        )  # fmt: skip
+        return ended
+
+    def _failed(self, target: int, error: psycopg.Error) -> bool:
+        """Whether the next target can be tried."""
+        code = error.sqlstate or "08006"
+        event(
+            log, logging.WARNING, "copy failed", server=self.server, target=target, reason=reason(error)
+        )  # fmt: skip
+        self.observer.on_batch(Batch(name_of(self.dsn), self.server, 0, 0.0, code))
+        try:
+            with connect(self.dsn, "worker") as source:
+                row = source.execute(
+                    "SELECT tbl_repl._copy_failed(%s, %s, %s) AS again",
+                    (target, code, error.diag.message_primary or str(error)),
+                ).fetchone()
+        except (psycopg.Error, TblReplError):
+            return False  # the source is gone: the watcher says so
+        if row is not None and not row["again"]:
+            self.left_to_replay.add(target)
+        return False
+
+
 class Watcher(threading.Thread):
     """Watches one database: one worker at a time, a drainer for each server, sleep and wake-up."""
 
@@ -267,6 +386,8 @@ class Watcher(threading.Thread):
         self.stop = stop
         self.observer = observer
         self.drainers: dict[str, Drainer] = {}
+        self.copiers: dict[str, Copier] = {}
+        self._left_to_replay: set[int] = set()
         self._settled = threading.Event()
         self._connecting: dict[tuple[int, int], float] = {}
         self._everybody_due = 0.0
@@ -291,8 +412,8 @@ class Watcher(threading.Thread):
                 self.stop.wait(delay)
         for drainer in self.drainers.values():
             drainer.wake()
-        for drainer in self.drainers.values():
-            drainer.join()
+        for thread in (*self.drainers.values(), *self.copiers.values()):
+            thread.join()
 
     def _take_turn(self, connection: Connection) -> bool:
         """Wait until no other worker serves this database."""
@@ -317,8 +438,11 @@ class Watcher(threading.Thread):
         connection.execute("LISTEN tbl_repl")
         pause = SHORTEST_LOOK_SECONDS
         self._everybody_due = 0.0
+        just_looked = False
         while not self.stop.is_set():
-            self._wake(connection)
+            if not just_looked:
+                self._wake(connection)
+            just_looked = False
             self._cancel_hung(connection)
             if not self._all_settled(pause):
                 pause = min(pause * 2, LONGEST_LOOK_SECONDS)
@@ -334,6 +458,7 @@ class Watcher(threading.Thread):
                 if wait > 0:
                     self._sleep(connection, wait)
                     self._wake(connection)
+                just_looked = True
             finally:
                 if not connection.closed:
                     self._try(connection, "pg_advisory_unlock")
@@ -349,20 +474,39 @@ class Watcher(threading.Thread):
         wait = self._everybody_due - time.monotonic()
         busy = [drainer.server for drainer in self.drainers.values() if not drainer.ready]
         for row in connection.execute("SELECT * FROM tbl_repl._servers_to_replay(%s::name[])", (busy,)):
-            if row["wait_seconds"] == 0:
+            due = row["wait_seconds"] == 0
+            if row["copies"] is not None:
+                self._copy(str(row["server"]), row["copies"])
+                due = due or not self._left_to_replay.isdisjoint(row["copies"])
+            if due:
                 failpoint.reached("awake")
-            if everybody or row["wait_seconds"] == 0:
-                self._drainer(str(row["server"])).wake(due=row["wait_seconds"] == 0)
+            if everybody or due:
+                self._drainer(str(row["server"])).wake(due)
                 wait = 0
             elif row["wait_seconds"] is not None:
                 wait = min(wait, float(row["wait_seconds"]))
         return wait
 
+    def _copy(self, server: str, targets: list[int]) -> None:
+        """Let targets be copied in the background, unless it is being done already."""
+        copier = self.copiers.get(server)
+        wanted = [target for target in targets if target not in self._left_to_replay]
+        if wanted and (copier is None or not copier.is_alive()):
+            copier = Copier(self.dsn, server, wanted, self.stop, self.observer, self._left_to_replay)
+            self.copiers[server] = copier
+            copier.start()
+
     def _sleep(self, connection: Connection, seconds: float) -> None:
         until = time.monotonic() + seconds
         while not self.stop.is_set():
             left = until - time.monotonic()
-            if left <= 0 or any(connection.notifies(timeout=min(left, 0.2), stop_after=1)):
+            if left <= 0:
+                return
+            if any(connection.notifies(timeout=min(left, 0.2), stop_after=1)):
+                if len(self.drainers) == 1:
+                    for drainer in self.drainers.values():  # most likely it is meant: no need to ask
+                        if drainer.ready:
+                            drainer.wake()
                 return
 
     @staticmethod
@@ -384,10 +528,12 @@ class Watcher(threading.Thread):
 
     def _cancel_hung(self, connection: Connection) -> None:
         """From PostgreSQL 16 on nothing else bounds connecting by dblink."""
-        if connection.info.server_version < 160000 or not any(d.busy for d in self.drainers.values()):
+        now = time.monotonic()
+        if connection.info.server_version < 160000 or not any(
+            d.busy and now - d.busy_since > HUNG_SECONDS for d in self.drainers.values()
+        ):
             self._connecting.clear()
             return
-        now = time.monotonic()
         seen: dict[tuple[int, int], float] = {}
         for row in connection.execute("SELECT * FROM tbl_repl._connecting()"):
             who = (int(row["pid"]), int(row["lock_key"]))
@@ -406,7 +552,9 @@ class Watcher(threading.Thread):
     def _drainer(self, server: str) -> Drainer:
         drainer = self.drainers.get(server)
         if drainer is None:
-            drainer = Drainer(self.dsn, server, self.options, self.stop, self.observer, self._settled)
+            drainer = Drainer(
+                self.dsn, server, self.options, self.stop, self.observer, self._settled, self._left_to_replay
+            )
             self.drainers[server] = drainer
             drainer.start()
         return drainer

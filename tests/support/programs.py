@@ -71,7 +71,7 @@ class WorkerProcess:
             command = [
                 sys.executable,
                 "-c",
-                f"import sys, tbl_repl.cli, tbl_repl.worker, tbl_repl.bulk; {changes}; sys.exit(tbl_repl.cli.main())",
+                f"import sys, tbl_repl.cli, tbl_repl.worker, tbl_repl.bulk, tbl_repl.copy; {changes}; sys.exit(tbl_repl.cli.main())",
             ]
         command.append("worker")
         for dsn in (*(dsn_of(node) for node in nodes), *dsns):
