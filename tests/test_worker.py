@@ -636,8 +636,10 @@ def test_once_says_by_its_exit_code_that_something_is_left(trio: Pair) -> None:
 class Load:
     """Writers that go on whatever happens to the servers."""
 
-    def __init__(self, pair: Pair) -> None:
+    def __init__(self, pair: Pair, large: bool = False) -> None:
+        """large: now and then a statement that changes every row from 1000 on."""
         self._dsn = dsn_of(pair.source)
+        self._large = large
         self._stop = threading.Event()
         self.commits = 0
         self._done = in_background(self._run)
@@ -656,6 +658,8 @@ class Load:
                         self.commits += 1
                         if i % 7 == 0:
                             session.execute("DELETE FROM t WHERE id = %s", [i * 3 % 50])
+                        if self._large and i % 10 == 0:
+                            session.execute("UPDATE t SET v = %s WHERE id >= 1000", [str(i)])
             except psycopg.OperationalError:
                 self._stop.wait(0.02)
 
@@ -702,6 +706,65 @@ def test_it_survives_a_cut_line_under_load(pair: Pair, proxy: Proxy) -> None:
         finally:
             load.end()
         same(pair)
+
+
+WAYS = ("small batches", "copy", "pieces")
+FAULTS = ("cut", "black hole", "slow line", "crash of the source", "crash of the target")
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("way", WAYS)
+def test_whatever_breaks_under_load_the_tables_become_equal(
+    pair: Pair, proxy: Proxy, way: str, fault: str
+) -> None:
+    """In the middle of each way in which rows travel; the worker itself goes on."""
+    pair.both(TABLE)
+    pair.source.sql("INSERT INTO t SELECT i, 'x' FROM generate_series(1000, 3999) AS i")
+    initial = "background" if way == "pieces" else "now"
+    timeout = "10 s" if fault == "slow line" else "1 s"
+    target = pair.add_target("t", mode="async", timeout=timeout, initial_copy=initial)
+    constants = {
+        "bulk.MIN_ROWS": 2000,
+        "bulk.SILENCE_SECONDS": 1.0,
+        "bulk.MERGE_SECONDS": 2.0,
+        "copy.PIECE_ROWS": 50,
+        "worker.LONGEST_RETRY_SECONDS": 1.0,
+    }
+    sessions = "tbl_repl %" if way == "small batches" else "tbl_repl %.b01d"
+
+    def shipped() -> int:
+        return int(pair.source.one("SELECT rows_shipped FROM tbl_repl.target_status"))
+
+    load = Load(pair, large=way == "copy")
+    try:
+        with WorkerProcess(pair.source, constants=constants, wait=False) as worker:
+            wait_until(lambda: pair.target.backends(sessions), 20, f"rows travel: {way}")
+            if fault == "cut":
+                proxy.cut()
+            elif fault == "black hole":
+                proxy.set("blackhole")
+                wait_until(lambda: state(pair, target)["last_error"], 30, "the worker has given up")
+            elif fault == "slow line":
+                proxy.delay = 0.2
+                before = shipped()
+                wait_until(lambda: shipped() > before, 30, "rows travel, slowly")
+            else:
+                node = pair.source if fault.endswith("source") else pair.target
+                node.stop("immediate")
+                node.start()
+            load.goes_on()
+            proxy.set("pass")
+            if fault == "black hole":
+                proxy.cut()  # what has been swallowed is gone
+            load.goes_on()
+            load.end()
+            proxy.delay = 0.0
+            same(pair, timeout=60)
+            drained(pair)
+            wait_until(lambda: pair.status(target) == "ok", 20)
+            assert worker.alive
+    finally:
+        load.end()
 
 
 def test_it_survives_the_end_of_its_sessions(pair: Pair, queue: int) -> None:

@@ -178,18 +178,20 @@ DECLARE
     floor  xid8;
     beside xid8[];
 BEGIN
-    SELECT t.source_id, t.mode, st.position INTO target
+    SELECT t.source_id, t.mode, st.position, t.forward = 'any' AS carries, t.remote ->> 'node' AS node INTO target
     FROM tbl_repl.target AS t JOIN tbl_repl.target_state AS st ON st.target_id = t.target_id
     WHERE t.target_id = _has_pending.target_id;
     floor := pg_snapshot_xmax(target.position);
     beside := ARRAY(SELECT pg_snapshot_xip(target.position));
     RETURN EXISTS (SELECT FROM tbl_repl.change AS c
                    WHERE c.txid >= floor AND c.source_id = target.source_id
-                     AND (c.target_id = _has_pending.target_id OR (c.target_id IS NULL AND target.mode = 'async')))
+                     AND (c.target_id = _has_pending.target_id OR (c.target_id IS NULL AND target.mode = 'async'))
+                     AND (c.origin IS NULL OR (target.carries AND c.origin IS DISTINCT FROM target.node)))
         OR (beside <> '{}' AND EXISTS (
                    SELECT FROM tbl_repl.change AS c
                    WHERE c.txid = ANY (beside) AND c.source_id = target.source_id
-                     AND (c.target_id = _has_pending.target_id OR (c.target_id IS NULL AND target.mode = 'async'))));
+                     AND (c.target_id = _has_pending.target_id OR (c.target_id IS NULL AND target.mode = 'async'))
+                     AND (c.origin IS NULL OR (target.carries AND c.origin IS DISTINCT FROM target.node))));
 END
 $function$;
 COMMENT ON FUNCTION tbl_repl._has_pending(integer) IS 'whether anything is queued for a target';
@@ -572,7 +574,7 @@ BEGIN
     is_large := false;
     FOR item IN
         SELECT t.target_id, t.source_id, t.mode, st.position, st.status, s.source_table,
-               t.operations @> '{insert,update,delete,truncate}'
+               t.operations @> '{insert,update,delete,truncate}' AND t.forward = 'local'
                AND NOT EXISTS (SELECT FROM tbl_repl.quarantined AS q WHERE q.target_id = t.target_id) AS plain
         FROM tbl_repl.target AS t
         JOIN tbl_repl.target_state AS st ON st.target_id = t.target_id
@@ -586,6 +588,7 @@ BEGIN
         FROM (SELECT c.row_count, c.op FROM tbl_repl.change AS c
               WHERE (c.txid >= floor OR c.txid = ANY (beside)) AND c.source_id = item.source_id
                 AND (c.target_id = item.target_id OR (c.target_id IS NULL AND item.mode = 'async'))
+                AND (c.origin IS NULL OR NOT item.plain)
               LIMIT 1001) AS c;
         CONTINUE WHEN lines = 0;
         rows := rows + total;
@@ -598,7 +601,7 @@ BEGIN
         SELECT array_agg(DISTINCT k) INTO keys
         FROM tbl_repl.change AS c, unnest(c.keys) AS k
         WHERE (c.txid >= floor OR c.txid = ANY (beside)) AND c.source_id = item.source_id
-          AND (c.target_id = item.target_id OR (c.target_id IS NULL AND item.mode = 'async'));
+          AND (c.target_id = item.target_id OR (c.target_id IS NULL AND item.mode = 'async')) AND c.origin IS NULL;
         EXECUTE format('SELECT r.deletes, r.upserts FROM tbl_repl.render_%s($1, false, true, ''plain'') AS r', item.target_id)
         INTO rendered USING keys;
         -- deletions from those that refer to others, rows to those that are referred to

@@ -46,9 +46,9 @@ class Watchdog:
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         self._thread.start()
 
-    def expect(self, seconds: float = SILENCE_SECONDS) -> None:
-        """The next step may take so long."""
-        self._due = time.monotonic() + seconds
+    def expect(self, seconds: float | None = None) -> None:
+        """The next step may take so long; as long as one buffer may, if nothing is said."""
+        self._due = time.monotonic() + (SILENCE_SECONDS if seconds is None else seconds)
 
     def stop(self) -> None:
         self._done.set()

@@ -30,6 +30,7 @@ class Proxy:
         self._pairs: list[tuple[socket.socket, socket.socket | None]] = []
         self._closing = False
         self.connections = 0  # accepted so far
+        self.delay = 0.0  # seconds for which every piece of data is held back, one after the other
         self._listener: socket.socket | None = self._listen(0)
         self.port = int(self._listener.getsockname()[1])
         self._thread = threading.Thread(target=self._run, daemon=True, name=f"proxy-{self.port}")
@@ -138,6 +139,7 @@ class Proxy:
     def _forward(self, source: socket.socket, sink: socket.socket | None) -> None:
         try:
             data = source.recv(262144)
+            time.sleep(self.delay)
             if data and sink is not None:
                 sink.sendall(data)
             if data:
