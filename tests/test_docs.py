@@ -71,7 +71,9 @@ def test_examples_of_the_page_do_what_it_says(bare: Pair, page: Path) -> None:
             node = bare.source if info == "sql source" else bare.target
             # From a file, not by -c: each statement is a transaction of its own, as when typed.
             script = bare.world.workdir / "example.sql"
-            script.write_text(at_home(text, bare.source if node is bare.target else bare.target), encoding="utf-8")
+            script.write_text(
+                at_home(text, bare.source if node is bare.target else bare.target), encoding="utf-8"
+            )
             script.chmod(0o644)
             try:
                 said = node.cluster.psql("-f", str(script), dbname=node.dbname, user="owner")

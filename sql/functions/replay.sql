@@ -163,7 +163,7 @@ COMMENT ON FUNCTION tbl_repl._pending_from(tbl_repl.target, pg_snapshot, xid8) I
     'the queue rows of a target that its position does not contain, as text that follows FROM';
 
 -- Asked all the time, so nothing is planned anew; the settings are for a plan that stays right when the queue
--- has grown.
+-- has grown.  The condition is that of _pending_from.
 CREATE OR REPLACE FUNCTION tbl_repl._has_pending(target_id integer)
 RETURNS boolean
 LANGUAGE plpgsql VOLATILE
@@ -177,18 +177,20 @@ DECLARE
     floor  xid8;
     beside xid8[];
 BEGIN
-    SELECT t.source_id, t.mode, st.position INTO target
+    SELECT t.source_id, t.mode, t.forward, t.remote ->> 'node' AS node, st.position INTO target
     FROM tbl_repl.target AS t JOIN tbl_repl.target_state AS st ON st.target_id = t.target_id
     WHERE t.target_id = _has_pending.target_id;
     floor := pg_snapshot_xmax(target.position);
     beside := ARRAY(SELECT pg_snapshot_xip(target.position));
     RETURN EXISTS (SELECT FROM tbl_repl.change AS c
                    WHERE c.txid >= floor AND c.source_id = target.source_id
-                     AND (c.target_id = _has_pending.target_id OR (c.target_id IS NULL AND target.mode = 'async')))
+                     AND (c.target_id = _has_pending.target_id OR (c.target_id IS NULL AND target.mode = 'async'))
+                     AND (c.origin IS NULL OR target.forward <> 'local' AND c.origin IS DISTINCT FROM target.node))
         OR (beside <> '{}' AND EXISTS (
                    SELECT FROM tbl_repl.change AS c
                    WHERE c.txid = ANY (beside) AND c.source_id = target.source_id
-                     AND (c.target_id = _has_pending.target_id OR (c.target_id IS NULL AND target.mode = 'async'))));
+                     AND (c.target_id = _has_pending.target_id OR (c.target_id IS NULL AND target.mode = 'async'))
+                     AND (c.origin IS NULL OR target.forward <> 'local' AND c.origin IS DISTINCT FROM target.node)));
 END
 $function$;
 COMMENT ON FUNCTION tbl_repl._has_pending(integer) IS 'whether anything is queued for a target';
@@ -570,8 +572,8 @@ BEGIN
     counts := '{}';
     is_large := false;
     FOR item IN
-        SELECT t.target_id, t.source_id, t.mode, st.position, st.status, s.source_table,
-               t.operations @> '{insert,update,delete,truncate}'
+        SELECT t.target_id, t.source_id, t.mode, t.forward, t.remote ->> 'node' AS node, st.position, st.status, s.source_table,
+               t.on_conflict = 'overwrite' AND t.operations @> '{insert,update,delete,truncate}'
                AND NOT EXISTS (SELECT FROM tbl_repl.quarantined AS q WHERE q.target_id = t.target_id) AS plain
         FROM tbl_repl.target AS t
         JOIN tbl_repl.target_state AS st ON st.target_id = t.target_id
@@ -581,10 +583,11 @@ BEGIN
     LOOP
         floor := pg_snapshot_xmax(item.position);
         beside := ARRAY(SELECT pg_snapshot_xip(item.position));
-        SELECT sum(c.row_count), count(*), bool_and(c.op <> 'T') INTO total, lines, plain
-        FROM (SELECT c.row_count, c.op FROM tbl_repl.change AS c
+        SELECT sum(c.row_count), count(*), bool_and(c.op <> 'T' AND c.origin IS NULL) INTO total, lines, plain
+        FROM (SELECT c.row_count, c.op, c.origin FROM tbl_repl.change AS c
               WHERE (c.txid >= floor OR c.txid = ANY (beside)) AND c.source_id = item.source_id
                 AND (c.target_id = item.target_id OR (c.target_id IS NULL AND item.mode = 'async'))
+                AND (c.origin IS NULL OR item.forward <> 'local' AND c.origin IS DISTINCT FROM item.node)
               LIMIT 1001) AS c;
         CONTINUE WHEN lines = 0;
         rows := rows + total;
@@ -594,10 +597,11 @@ BEGIN
         ELSIF NOT plain OR NOT item.plain OR item.status = 'failed' THEN
             RETURN;
         END IF;
-        SELECT array_agg(DISTINCT k) INTO keys
+        -- in the order in which everybody locks
+        SELECT array_agg(DISTINCT k COLLATE "C") INTO keys
         FROM tbl_repl.change AS c, unnest(c.keys) AS k
         WHERE (c.txid >= floor OR c.txid = ANY (beside)) AND c.source_id = item.source_id
-          AND (c.target_id = item.target_id OR (c.target_id IS NULL AND item.mode = 'async'));
+          AND (c.target_id = item.target_id OR (c.target_id IS NULL AND item.mode = 'async')) AND c.origin IS NULL;
         EXECUTE format('SELECT r.deletes, r.upserts FROM tbl_repl.render_%s($1, false, true, ''plain'') AS r', item.target_id)
         INTO rendered USING keys;
         -- deletions from those that refer to others, rows to those that are referred to
