@@ -185,7 +185,7 @@ def test_remote_unique_index_dropped(well: Pair) -> None:
 
 def test_remote_privilege_revoked(well: Pair) -> None:
     well.source.sql(f"ALTER USER MAPPING FOR owner SERVER {well.server} OPTIONS (SET user 'replicator')")
-    well.target.sql("GRANT ALL ON t TO replicator")
+    well.target.sql("GRANT ALL ON t TO replicator; SELECT tbl_repl.grant_access('replicator', 'operator')")
     well.add_target("t")
     assert problems(well) == []
     well.target.sql("REVOKE DELETE ON t FROM replicator")

@@ -284,3 +284,20 @@ def test_check_reports_nothing_between_two_newest_nodes(two: Pair) -> None:
     both_ways(two, mode="async", on_conflict="newest", version_column="at")
     for node in (two.source, two.target):
         assert node.sql("SELECT code FROM tbl_repl.check() WHERE code <> 'dblink_public'") == []
+
+
+def test_a_background_copy_is_settled_too(two: Pair) -> None:
+    two.source.sql("INSERT INTO t (id, v, at) SELECT g, 'ours', '2020-01-01' FROM generate_series(1, 20) g")
+    two.target.sql("INSERT INTO t (id, v, at) VALUES (3, 'newer', '2021-01-01'), (4, 'older', '2019-01-01')")
+    two.add_target("t", mode="async", on_conflict="newest", version_column="at", initial_copy="background")
+    two.drain()
+    found = {row[0]: row[1] for row in content(two.target)}
+    assert len(found) == 20
+    assert found[3] == "newer" and found[4] == "ours"
+
+
+def test_a_copy_in_pieces_is_refused_for_conflict_policies(two: Pair) -> None:
+    target = two.add_target("t", mode="async", on_conflict="keep")
+    with pytest.raises(errors.FeatureNotSupported) as caught:
+        two.source.sql(f"SELECT tbl_repl._copy_begin({target}, 1000)")
+    assert "resync_target" in str(caught.value.diag.message_hint)

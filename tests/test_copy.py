@@ -158,5 +158,5 @@ def test_a_target_that_settles_conflicts_is_not_copied_in_pieces(pair: Pair) -> 
     target = pair.add_target("t", mode="async", on_conflict="keep", initial_copy="none")
     said = run(pair, "copy", str(target))
     assert said.returncode == 1
-    assert "settles conflicts" in said.stderr and "resync_target" in said.stderr
+    assert "cannot be copied in pieces" in said.stderr and "resync_target" in said.stderr
     assert pair.target.rows("t") == ["(1,theirs)"]

@@ -16,13 +16,14 @@ BEGIN
     EXECUTE format('GRANT SELECT ON tbl_repl.target_status, tbl_repl.pending, tbl_repl.quarantine, tbl_repl.conflict_log, tbl_repl.copy_progress, tbl_repl.node TO %s', grantee);
     EXECUTE format('GRANT SELECT (at, target_id, key, sqlstate, message, hint) ON tbl_repl.error_log TO %s', grantee);
     EXECUTE format('GRANT EXECUTE ON FUNCTION tbl_repl._pending_rows(integer), tbl_repl._pending_keys(), tbl_repl._key_json(regclass, name[], text), '
-                   'tbl_repl._key_parts(regclass, name[]), tbl_repl.node_name() TO %s', grantee);
+                   'tbl_repl._key_parts(regclass, name[]), tbl_repl.node_name(), tbl_repl.change_token(), '
+                   'tbl_repl.wait_for(integer, text, interval) TO %s', grantee);
     IF level = 'operator' THEN
         -- CREATE: the functions generated for a target belong to who defines it
         EXECUTE format('GRANT CREATE ON SCHEMA tbl_repl TO %s', grantee);
         EXECUTE format('GRANT SELECT ON ALL TABLES IN SCHEMA tbl_repl TO %s', grantee);
         EXECUTE format('GRANT INSERT, UPDATE, DELETE ON tbl_repl.source, tbl_repl.target, tbl_repl.target_state, tbl_repl.change, '
-                       'tbl_repl.stash, tbl_repl.flush, tbl_repl.shipped, tbl_repl.quarantined, tbl_repl.error, tbl_repl.tombstone, tbl_repl.conflict TO %s', grantee);
+                       'tbl_repl.stash, tbl_repl.flush, tbl_repl.shipped, tbl_repl.quarantined, tbl_repl.error, tbl_repl.tombstone, tbl_repl.conflict, tbl_repl.boot TO %s', grantee);
         EXECUTE format('GRANT USAGE ON ALL SEQUENCES IN SCHEMA tbl_repl TO %s', grantee);
         FOR item IN
             SELECT f.oid::regprocedure AS signature

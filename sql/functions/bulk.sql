@@ -22,6 +22,8 @@ AS $function$
     HAVING sum(p.rows) >= min_rows
        AND bool_and(t.operations @> '{insert,update,delete,truncate}')
        AND bool_and(t.on_conflict = 'overwrite')
+       -- each row with its origin: only replay knows how
+       AND bool_and(t.forward = 'local')
        AND bool_and(NOT EXISTS (SELECT FROM tbl_repl.quarantined AS q WHERE q.target_id = t.target_id))
        AND bool_and(NOT EXISTS (SELECT FROM jsonb_array_elements(t.remote -> 'columns') AS c
                                 WHERE c ->> 'identity' = 'a' AND c ->> 'name' = ANY (t.sent_columns::text[])

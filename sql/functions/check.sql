@@ -374,6 +374,12 @@ BEGIN
         RETURN QUERY SELECT 'warning', 'remote_constraints_changed', format('unique or foreign keys of table %s on the target have changed', dst),
             format('Take note of them: %s', rebuild);
     END IF;
+    IF target.mode <> 'async' AND (facts ->> 'extension')::boolean AND NOT (facts ->> 'receipts')::boolean THEN
+        RETURN QUERY SELECT 'notice', 'receipts_not_allowed', format('role %s may not leave receipts on the target, so rows in doubt after a crash are not found', facts ->> 'user'),
+            format('There: SELECT tbl_repl.grant_access(%L, ''operator''); then here: %s', facts ->> 'user', rebuild);
+    ELSIF target.mode <> 'async' AND (facts ->> 'receipts')::boolean AND NOT target.receipts THEN
+        RETURN QUERY SELECT 'notice', 'receipts_not_used', 'the target has tbl_repl now, but receipts are not left there yet', format('Take note of it: %s', rebuild);
+    END IF;
     IF (facts ->> 'extension')::boolean THEN
         there := tbl_repl._call(conn, 'SELECT pg_catalog.concat_ws(''.'', c.system_identifier, pg_catalog.current_database()) FROM pg_catalog.pg_control_system() AS c',
                                 clock_timestamp() + target.timeout);

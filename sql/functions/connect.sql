@@ -184,16 +184,19 @@ BEGIN
             SELECT pg_catalog.json_build_object(
                 'extension', EXISTS (SELECT FROM pg_catalog.pg_namespace AS n WHERE n.nspname = 'tbl_repl'),
                 'now', extract(epoch FROM pg_catalog.clock_timestamp()),
+                'receipts', %s,
                 'older', (SELECT pg_catalog.json_agg(pg_catalog.json_build_object('pid', a.pid, 'name', a.application_name))
                           FROM pg_catalog.pg_stat_activity AS a
                           WHERE a.datname = pg_catalog.current_database() AND a.usename = current_user
                             AND a.pid <> pg_catalog.pg_backend_pid()
                             AND pg_catalog.starts_with(a.application_name, %L)))
-            $message$, own_name, ceil(lease_ms * 0.9), ceil(lease_ms * 0.8), node, format('tbl_repl %s ', node)), deadline);
+            $message$, own_name, ceil(lease_ms * 0.9), ceil(lease_ms * 0.8), node, tbl_repl._may_leave_receipts(),
+            format('tbl_repl %s ', node)), deadline);
         -- Rounded down: the lease may end early, never late.
         PERFORM tbl_repl._call(conn, format(
-            'SET tbl_repl.clock = %L; PREPARE tbl_repl_lease (float8) AS SELECT %s',
-            round((answer::json ->> 'now')::numeric - extract(epoch FROM clock_timestamp()), 6), tbl_repl._in_time('$1')), deadline);
+            'SET tbl_repl.clock = %L; PREPARE tbl_repl_lease (float8) AS SELECT %s; %s',
+            round((answer::json ->> 'now')::numeric - extract(epoch FROM clock_timestamp()), 6), tbl_repl._in_time('$1'),
+            tbl_repl._prepare_receipt((answer::json ->> 'receipts')::boolean)), deadline);
         SELECT array_agg((o ->> 'pid')::integer), bool_or(m[2] IS DISTINCT FROM started OR m[1]::integer <> pg_backend_pid())
         INTO stale, foreign_lease
         FROM json_array_elements(CASE json_typeof(answer::json -> 'older') WHEN 'array' THEN answer::json -> 'older' ELSE '[]' END) AS o

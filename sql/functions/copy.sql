@@ -6,7 +6,7 @@
 
 -- _copy_begin(target_id, piece_rows, background): sets the target to copying and divides the table; goes on with what an
 -- interrupted copy has left.  Returns the number of pieces to do.  Locks ship, to wait for shippers in flight.
--- Errors: 55000 while the target is paused or failed; 0A000 where the target settles conflicts.
+-- Errors: 55000 while the target is paused or failed; 0A000 where it has a conflict policy.
 CREATE OR REPLACE FUNCTION tbl_repl._copy_begin(
     target_id  integer,
     piece_rows integer,
@@ -25,9 +25,9 @@ BEGIN
     IF (tbl_repl._own_target(target_id)).on_conflict <> 'overwrite' THEN
         RAISE EXCEPTION USING
             ERRCODE = 'feature_not_supported',
-            MESSAGE = 'a target that settles conflicts cannot be copied in pieces',
-            DETAIL  = 'Pieces are written over what the target has.',
-            HINT    = format('Instead: SELECT tbl_repl.resync_target(%s);', target_id);
+            MESSAGE = format('target %s cannot be copied in pieces', target_id),
+            DETAIL  = 'Its rows are settled one by one on the target, by its conflict policy.',
+            HINT    = format('Queue them: SELECT tbl_repl.resync_target(%s); then drain.', target_id);
     END IF;
     UPDATE tbl_repl.piece AS p SET state = 'todo' WHERE p.target_id = _copy_begin.target_id AND p.state = 'running';
     IF EXISTS (SELECT FROM tbl_repl.piece AS p WHERE p.target_id = _copy_begin.target_id) THEN

@@ -58,7 +58,8 @@ SELECT t.target_id,
        st.last_error_at,
        greatest(st.last_shipped_at, d.shipped_at) AS last_shipped_at,
        st.rows_shipped + coalesce(d.rows, 0) AS rows_shipped,
-       st.next_try_at
+       st.next_try_at,
+       (SELECT coalesce(sum(b.row_count), 0)::bigint FROM tbl_repl.doubt AS b WHERE b.target_id = t.target_id) AS in_doubt
 FROM tbl_repl.target AS t
 JOIN tbl_repl.target_state AS st USING (target_id)
 JOIN tbl_repl.source AS s USING (source_id)

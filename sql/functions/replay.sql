@@ -61,6 +61,7 @@ BEGIN
             MESSAGE = format('server %I does not exist', _replay.server);
     END IF;
     PERFORM tbl_repl._check_positions();
+    PERFORM tbl_repl._resolve_receipts(server, retry);
     -- Those that failed last come last: one bad target must not keep the others waiting.  A failed one has
     -- a turn of its own, or its backlog would fill the batches of its neighbours.  Where nothing is queued,
     -- there is only a status to settle or a quarantine to try: last, for their locks are held to the end.
@@ -177,7 +178,7 @@ DECLARE
     floor  xid8;
     beside xid8[];
 BEGIN
-    SELECT t.source_id, t.mode, t.forward, t.remote ->> 'node' AS node, st.position INTO target
+    SELECT t.source_id, t.mode, st.position, t.forward = 'any' AS carries, t.remote ->> 'node' AS node INTO target
     FROM tbl_repl.target AS t JOIN tbl_repl.target_state AS st ON st.target_id = t.target_id
     WHERE t.target_id = _has_pending.target_id;
     floor := pg_snapshot_xmax(target.position);
@@ -185,12 +186,12 @@ BEGIN
     RETURN EXISTS (SELECT FROM tbl_repl.change AS c
                    WHERE c.txid >= floor AND c.source_id = target.source_id
                      AND (c.target_id = _has_pending.target_id OR (c.target_id IS NULL AND target.mode = 'async'))
-                     AND (c.origin IS NULL OR target.forward <> 'local' AND c.origin IS DISTINCT FROM target.node))
+                     AND (c.origin IS NULL OR (target.carries AND c.origin IS DISTINCT FROM target.node)))
         OR (beside <> '{}' AND EXISTS (
                    SELECT FROM tbl_repl.change AS c
                    WHERE c.txid = ANY (beside) AND c.source_id = target.source_id
                      AND (c.target_id = _has_pending.target_id OR (c.target_id IS NULL AND target.mode = 'async'))
-                     AND (c.origin IS NULL OR target.forward <> 'local' AND c.origin IS DISTINCT FROM target.node)));
+                     AND (c.origin IS NULL OR (target.carries AND c.origin IS DISTINCT FROM target.node))));
 END
 $function$;
 COMMENT ON FUNCTION tbl_repl._has_pending(integer) IS 'whether anything is queued for a target';

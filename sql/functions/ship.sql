@@ -387,6 +387,7 @@ AS $function$
 DECLARE
     item         record;
     message      text;
+    receipt      text;
     deadline     timestamptz;
     lane         tbl_repl.lane;
     sending      boolean := false;
@@ -395,7 +396,7 @@ DECLARE
     error_detail text;
     error_hint   text;
 BEGIN
-    SELECT t.source_id, t.server, t.timeout, t.mode = 'sync' AS sync,
+    SELECT t.source_id, t.server, t.timeout, t.mode = 'sync' AS sync, t.receipts,
            format('tbl_repl_%s_%s_%s_%s', f.oid, to_regrole(quote_ident(t.owner))::oid, ceil(extract(epoch FROM t.timeout) * 1000), f.xmin) AS conn
     INTO item
     FROM tbl_repl.target AS t
@@ -413,11 +414,12 @@ BEGIN
         deadline := clock_timestamp() + item.timeout;
         EXECUTE format('SELECT tbl_repl.row_%s($1, $2)', change.target_id)
         INTO message USING change.key, extract(epoch FROM deadline);
+        receipt := CASE WHEN item.receipts THEN tbl_repl._receipt(change.target_id, 0, ARRAY[change.key], deadline) ELSE '' END;
         IF tbl_repl._dblink_is_busy(item.conn) <> 0 OR tbl_repl._dblink_error(item.conn) <> 'OK' THEN
             RETURN false;
         END IF;
         sending := true;
-        IF tbl_repl._dblink_send(item.conn, message) <> 1 THEN
+        IF tbl_repl._dblink_send(item.conn, message || receipt) <> 1 THEN
             RETURN false;
         END IF;
     EXCEPTION WHEN query_canceled OR OTHERS THEN
@@ -454,6 +456,8 @@ BEGIN
         PERFORM tbl_repl._count_shipped(change.target_id, -1);
         PERFORM tbl_repl._log_error(change.target_id, NULL, lane.code, lane.error, lane.detail, lane.hint, message);
         PERFORM tbl_repl._queue_for(change.txid, '{}', ARRAY[change.target_id]);
+    ELSE
+        PERFORM tbl_repl._count_shipped(change.target_id, 0);  -- another receipt
     END IF;
     DELETE FROM tbl_repl.stash AS s WHERE s.txid = change.txid;
     RETURN true;
@@ -595,21 +599,24 @@ END
 $function$;
 COMMENT ON FUNCTION tbl_repl._trim_errors(integer) IS 'forgets all but the newest thousand errors of a target';
 
-CREATE OR REPLACE FUNCTION tbl_repl._count_shipped(target_id integer, rows bigint)
+-- receipts: how many it has left, so that the session's next transaction knows what to take over.
+CREATE OR REPLACE FUNCTION tbl_repl._count_shipped(target_id integer, rows bigint, receipts integer DEFAULT 1)
 RETURNS void
 LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp
 AS $function$
 BEGIN
-    UPDATE tbl_repl.shipped AS s SET rows = s.rows + _count_shipped.rows, shipped_at = clock_timestamp()
+    UPDATE tbl_repl.shipped AS s
+    SET rows = s.rows + _count_shipped.rows, shipped_at = clock_timestamp(), txid = pg_current_xact_id(),
+        receipts = _count_shipped.receipts + CASE WHEN s.txid = pg_current_xact_id() THEN s.receipts ELSE 0 END
     WHERE s.target_id = _count_shipped.target_id AND s.pid = pg_backend_pid();
     IF NOT FOUND THEN
-        INSERT INTO tbl_repl.shipped (target_id, pid, rows, shipped_at)
-        VALUES (target_id, pg_backend_pid(), rows, clock_timestamp()) ON CONFLICT DO NOTHING;
+        INSERT INTO tbl_repl.shipped (target_id, pid, rows, shipped_at, txid, receipts)
+        VALUES (target_id, pg_backend_pid(), rows, clock_timestamp(), pg_current_xact_id(), receipts) ON CONFLICT DO NOTHING;
     END IF;
 END
 $function$;
-COMMENT ON FUNCTION tbl_repl._count_shipped(integer, bigint) IS 'counts rows shipped at commit by this backend';
+COMMENT ON FUNCTION tbl_repl._count_shipped(integer, bigint, integer) IS 'counts rows shipped at commit by this backend';
 
 CREATE OR REPLACE FUNCTION tbl_repl._raise_lane(lane tbl_repl.lane)
 RETURNS void
@@ -790,10 +797,10 @@ COMMENT ON FUNCTION tbl_repl._lane_failed(tbl_repl.lane, text, text, text, text)
 
 CREATE OR REPLACE FUNCTION tbl_repl._lane_text(lane tbl_repl.lane, two_phase boolean)
 RETURNS text
-LANGUAGE sql STABLE
+LANGUAGE sql VOLATILE
 -- two_phase: what is deferred on the target has to be found out before anybody commits
-RETURN CASE WHEN two_phase THEN format('BEGIN; %s; SET CONSTRAINTS ALL IMMEDIATE', lane.message)
-            ELSE lane.message || tbl_repl._lease(lane.deadline) END;
+RETURN CASE WHEN two_phase THEN format('BEGIN; %s%s; SET CONSTRAINTS ALL IMMEDIATE', lane.message, tbl_repl._seal(lane.parcels, lane.deadline))
+            ELSE lane.message || tbl_repl._seal(lane.parcels, lane.deadline) END;
 COMMENT ON FUNCTION tbl_repl._lane_text(tbl_repl.lane, boolean) IS
     'the message of a connection: a transaction of its own, or the first half of one';
 
@@ -900,6 +907,12 @@ BEGIN
             IF code ~ '^(08|57P)' AND NOT 'lost' = ANY (tried) THEN
                 tried := array_append(tried, 'lost');
                 EXIT WHEN clock_timestamp() > lane.deadline;
+                PERFORM tbl_repl._connect(lane.target_id, lane.conn, lane.deadline, lane.deadline);
+            ELSIF code IN ('42501', '42883', '3F000') AND NOT 'receipt' = ANY (tried)
+                  AND EXISTS (SELECT FROM unnest(lane.parcels) AS p JOIN tbl_repl.target AS t ON t.target_id = p.target_id WHERE t.receipts) THEN
+                -- perhaps receipts may not be left any more: a new connection asks
+                tried := array_append(tried, 'receipt');
+                PERFORM tbl_repl._dblink_disconnect(lane.conn);
                 PERFORM tbl_repl._connect(lane.target_id, lane.conn, lane.deadline, lane.deadline);
             ELSIF code = '26000' AND NOT 'prepare' = ANY (tried) THEN
                 tried := array_append(tried, 'prepare');
@@ -1107,6 +1120,7 @@ DECLARE
     failed       integer[] := '{}';
     loads        tbl_repl.load[];
     shipped      bigint;
+    receipts     jsonb;
     error_text   text;
     error_detail text;
     error_hint   text;
@@ -1164,12 +1178,16 @@ BEGIN
                     CONTINUE;
                 END IF;
                 shipped := tbl_repl._stream_any_way(lane.conn, loads, mine, patience);
+                receipts := tbl_repl._leave_receipts(lane.conn, loads, own, patience);
                 IF is_sync THEN
                     done := array_append(done, lane.conn);
                 ELSE
                     PERFORM tbl_repl._commit(lane.conn, patience);
                 END IF;
-                PERFORM tbl_repl._count_shipped(lane.target_id, shipped);
+                FOREACH parcel IN ARRAY lane.parcels LOOP
+                    PERFORM tbl_repl._count_shipped(parcel.target_id, CASE WHEN parcel.target_id = lane.target_id THEN shipped ELSE 0 END,
+                                                    coalesce((receipts ->> parcel.target_id::text)::integer, 0));
+                END LOOP;
             EXCEPTION WHEN query_canceled OR OTHERS THEN
                 GET STACKED DIAGNOSTICS error_text = MESSAGE_TEXT, error_detail = PG_EXCEPTION_DETAIL, error_hint = PG_EXCEPTION_HINT;
                 IF lane.conn = ANY (tbl_repl._dblink_connections()) THEN

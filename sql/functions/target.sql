@@ -171,7 +171,7 @@ COMMENT ON FUNCTION tbl_repl._resolve(regclass, text, text, text) IS
 
 -- _remote_facts(conn, schema, name, deadline): what the target's catalogs say of the table, as jsonb:
 -- columns [{name, type, base, category, length, notnull, identity, generated, fuzzy, equals, has_default}], keys (unique
--- indexes an upsert may use), unique (column lists of all others), referenced, writable, kind, version.
+-- indexes an upsert may use), unique (column lists of all others), referenced, writable, kind, version, extension, receipts.
 CREATE OR REPLACE FUNCTION tbl_repl._remote_facts(
     conn       text,
     dst_schema name,
@@ -197,6 +197,7 @@ BEGIN
                                   OR r.confrelid = c.oid AND r.contype = 'f' AND r.confdeltype <> 'a'),
             'extension', EXISTS (SELECT FROM pg_class AS e JOIN pg_namespace AS x ON x.oid = e.relnamespace
                                  WHERE x.nspname = 'tbl_repl' AND e.relname = 'target_state'),
+            'receipts', %s,
             'columns', (
                 SELECT jsonb_agg(jsonb_build_object(
                     'name', a.attname, 'type', format_type(a.atttypid, -1), 'base', b.typname, 'category', b.typcategory,
@@ -229,7 +230,7 @@ BEGIN
                         JOIN pg_attribute AS a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[n]) AS k
                      WHERE i.indrelid = c.oid AND (i.indisunique OR i.indisexclusion) AND k.columns IS NOT NULL))
         FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
-        WHERE n.nspname = %L AND c.relname = %L$remote$, dst_schema, dst_name), deadline);
+        WHERE n.nspname = %L AND c.relname = %L$remote$, tbl_repl._may_leave_receipts(), dst_schema, dst_name), deadline);
     IF answer NOT LIKE '{%' THEN
         RAISE EXCEPTION USING
             ERRCODE = 'undefined_table',
@@ -388,6 +389,8 @@ BEGIN
     target.remote := facts || jsonb_build_object('unique',
         (SELECT coalesce(jsonb_agg(u), '[]') FROM jsonb_array_elements(facts -> 'unique') AS u
          WHERE NOT (u @> to_jsonb(target.dst_keys) AND u <@ to_jsonb(target.dst_keys))));
+    -- one that is async now may have some from before
+    target.receipts := (facts ->> 'receipts')::boolean AND (target.mode <> 'async' OR coalesce(target.receipts, false));
     IF (facts ->> 'extension')::boolean THEN
         target.remote := target.remote || tbl_repl._remote_node(conn, deadline);
     END IF;
@@ -517,6 +520,7 @@ BEGIN
     PERFORM tbl_repl._check_truncates(whole);
     PERFORM tbl_repl._prepare_now(target);
     PERFORM tbl_repl._rank_sources();
+    PERFORM tbl_repl._boot();
     IF initial_copy = 'now' THEN
         -- By the flush at our commit: were we to roll back, nothing may be there.
         INSERT INTO tbl_repl.stash (source_id, target_id, op, row_count) VALUES (source.source_id, target.target_id, 'C', 1);
@@ -788,7 +792,8 @@ BEGIN
         column_map = target.column_map, row_filter = target.row_filter, operations = target.operations,
         on_conflict = target.on_conflict, version_column = target.version_column, forward = target.forward,
         timeout = target.timeout, sent_columns = target.sent_columns, sent_exprs = target.sent_exprs,
-        filter_expr = target.filter_expr, dst_keys = target.dst_keys, remote = target.remote, generation = target.generation
+        filter_expr = target.filter_expr, dst_keys = target.dst_keys, remote = target.remote, generation = target.generation,
+        receipts = target.receipts
     WHERE t.target_id = _alter_target.target_id;
     IF old.mode = 'async' AND target.mode <> 'async' THEN
         PERFORM tbl_repl._leave_async(old);
