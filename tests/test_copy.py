@@ -148,3 +148,15 @@ def test_an_unknown_target_is_a_problem(filled: Pair) -> None:
     said = run(filled, "copy", "99")
     assert said.returncode == 1
     assert "target 99 does not exist" in said.stderr
+
+
+def test_a_target_that_settles_conflicts_is_not_copied_in_pieces(pair: Pair) -> None:
+    """Pieces would be written over newer rows of the target."""
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY, v text)")
+    pair.source.sql("INSERT INTO t VALUES (1, 'ours'), (2, 'ours')")
+    pair.target.sql("INSERT INTO t VALUES (1, 'theirs')")
+    target = pair.add_target("t", mode="async", on_conflict="keep", initial_copy="none")
+    said = run(pair, "copy", str(target))
+    assert said.returncode == 1
+    assert "cannot be copied in pieces" in said.stderr and "resync_target" in said.stderr
+    assert pair.target.rows("t") == ["(1,theirs)"]

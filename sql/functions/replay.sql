@@ -164,7 +164,7 @@ COMMENT ON FUNCTION tbl_repl._pending_from(tbl_repl.target, pg_snapshot, xid8) I
     'the queue rows of a target that its position does not contain, as text that follows FROM';
 
 -- Asked all the time, so nothing is planned anew; the settings are for a plan that stays right when the queue
--- has grown.
+-- has grown.  The condition is that of _pending_from.
 CREATE OR REPLACE FUNCTION tbl_repl._has_pending(target_id integer)
 RETURNS boolean
 LANGUAGE plpgsql VOLATILE
@@ -573,8 +573,8 @@ BEGIN
     counts := '{}';
     is_large := false;
     FOR item IN
-        SELECT t.target_id, t.source_id, t.mode, st.position, st.status, s.source_table,
-               t.operations @> '{insert,update,delete,truncate}' AND t.forward = 'local'
+        SELECT t.target_id, t.source_id, t.mode, t.forward, t.remote ->> 'node' AS node, st.position, st.status, s.source_table,
+               t.on_conflict = 'overwrite' AND t.operations @> '{insert,update,delete,truncate}'
                AND NOT EXISTS (SELECT FROM tbl_repl.quarantined AS q WHERE q.target_id = t.target_id) AS plain
         FROM tbl_repl.target AS t
         JOIN tbl_repl.target_state AS st ON st.target_id = t.target_id
@@ -584,11 +584,11 @@ BEGIN
     LOOP
         floor := pg_snapshot_xmax(item.position);
         beside := ARRAY(SELECT pg_snapshot_xip(item.position));
-        SELECT sum(c.row_count), count(*), bool_and(c.op <> 'T') INTO total, lines, plain
-        FROM (SELECT c.row_count, c.op FROM tbl_repl.change AS c
+        SELECT sum(c.row_count), count(*), bool_and(c.op <> 'T' AND c.origin IS NULL) INTO total, lines, plain
+        FROM (SELECT c.row_count, c.op, c.origin FROM tbl_repl.change AS c
               WHERE (c.txid >= floor OR c.txid = ANY (beside)) AND c.source_id = item.source_id
                 AND (c.target_id = item.target_id OR (c.target_id IS NULL AND item.mode = 'async'))
-                AND (c.origin IS NULL OR NOT item.plain)
+                AND (c.origin IS NULL OR item.forward <> 'local' AND c.origin IS DISTINCT FROM item.node)
               LIMIT 1001) AS c;
         CONTINUE WHEN lines = 0;
         rows := rows + total;
@@ -598,7 +598,8 @@ BEGIN
         ELSIF NOT plain OR NOT item.plain OR item.status = 'failed' THEN
             RETURN;
         END IF;
-        SELECT array_agg(DISTINCT k) INTO keys
+        -- in the order in which everybody locks
+        SELECT array_agg(DISTINCT k COLLATE "C") INTO keys
         FROM tbl_repl.change AS c, unnest(c.keys) AS k
         WHERE (c.txid >= floor OR c.txid = ANY (beside)) AND c.source_id = item.source_id
           AND (c.target_id = item.target_id OR (c.target_id IS NULL AND item.mode = 'async')) AND c.origin IS NULL;

@@ -244,6 +244,14 @@ def pump(
         ):
             buffer, size = bytearray(), 0
             for row in rows:
+                if len(row) >= BUFFER_BYTES:
+                    # as it is: a huge row is not copied once more
+                    size += len(buffer) + len(row)
+                    copy.write(bytes(buffer))
+                    buffer.clear()
+                    watchdog.expect()
+                    copy.write(row)
+                    continue
                 buffer += row
                 if len(buffer) >= BUFFER_BYTES:
                     watchdog.expect()

@@ -295,8 +295,8 @@ class Copier(threading.Thread):
     """Makes the copies in the background that one server waits for, one after the other, in pieces.
 
     Beside the drainer, which goes on with what is queued for other targets meanwhile.  What it cannot do is
-    left to replay: targets of owners whose mapping the worker's role may not use, those with a conflict policy,
-    rows that a target rejects.
+    left to replay: targets of owners whose mapping the worker's role may not use, those with a conflict
+    policy, rows that a target rejects.
     """
 
     def __init__(
@@ -339,7 +339,11 @@ class Copier(threading.Thread):
             ended = copy.copy(self.dsn, target, COPY_JOBS, on_progress=seen, stop=self.stop, background=True)
         except CannotConnect:
             return False  # the source is gone: the watcher says so
-        except (psycopg.errors.InsufficientPrivilege, psycopg.errors.FeatureNotSupported, TblReplError) as error:
+        except (
+            psycopg.errors.InsufficientPrivilege,
+            psycopg.errors.FeatureNotSupported,
+            TblReplError,
+        ) as error:
             self.left_to_replay.add(target)
             event(
                 log, logging.INFO, "copy left to replay",
