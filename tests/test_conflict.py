@@ -98,10 +98,10 @@ def test_keep_keeps_what_was_changed_on_the_target(two: Pair) -> None:
     two.drain()
     assert sorted(conflicts(two.target), key=str) == sorted(
         [
-            ("insert_exists", {"id": "2"}, "kept"),
-            ("update_origin_differs", {"id": "3"}, "kept"),
-            ("delete_origin_differs", {"id": "4"}, "kept"),
-            ("update_missing", {"id": "1"}, "kept"),
+            ("insert_exists", {"id": 2}, "kept"),
+            ("update_origin_differs", {"id": 3}, "kept"),
+            ("delete_origin_differs", {"id": 4}, "kept"),
+            ("update_missing", {"id": 1}, "kept"),
         ],
         key=str,
     )
@@ -116,7 +116,7 @@ def test_keep_in_the_direct_modes(two: Pair, mode: str) -> None:
     two.target.sql("UPDATE t SET v = 'theirs'")
     two.source.sql("UPDATE t SET v = 'c'")
     assert content(two.target)[0][1] == "theirs"
-    assert conflicts(two.target) == [("update_origin_differs", {"id": "1"}, "kept")]
+    assert conflicts(two.target) == [("update_origin_differs", {"id": 1}, "kept")]
 
 
 def test_error_puts_the_row_into_quarantine_with_both_versions(two: Pair) -> None:

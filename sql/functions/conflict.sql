@@ -505,8 +505,7 @@ BEGIN
         END IF;
         IF kind IS NOT NULL THEN
             INSERT INTO tbl_repl.conflict (local_table, key, conflict_type, origin, local_version, remote_version, resolution)
-            VALUES (_settle_items.local_table, (SELECT jsonb_object_agg(k.name, v.value) FROM unnest(key_columns) WITH ORDINALITY AS k (name, n)
-                                                JOIN unnest(item.keys) WITH ORDINALITY AS v (value, n) USING (n)),
+            VALUES (_settle_items.local_table, tbl_repl._key_json(_settle_items.local_table, local_keys, key),
                     rtrim(kind, '!'), origin, here.version, item.version, CASE WHEN kind LIKE '%!' THEN 'kept' ELSE 'applied' END);
         END IF;
     END LOOP;
