@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import psycopg
 import pytest
 from psycopg import errors
@@ -301,3 +303,34 @@ def test_a_copy_in_pieces_is_refused_for_conflict_policies(two: Pair) -> None:
     with pytest.raises(errors.FeatureNotSupported) as caught:
         two.source.sql(f"SELECT tbl_repl._copy_begin({target}, 1000)")
     assert "resync_target" in str(caught.value.diag.message_hint)
+
+
+OLD, NEW = "2026-01-01 00:00:00+00", "2026-01-02 00:00:00+00"
+
+
+def settle(conn: psycopg.Connection, ids: range, version: str, *, gone: bool) -> None:
+    """What another node sends for these keys under newest."""
+    items = [
+        {
+            "k": [str(n)],
+            "r": None if gone else [str(n), "x", version],
+            "t": None if gone else f"'{version}','{n}','x'",
+            "v": version,
+        }
+        for n in ids
+    ]
+    conn.execute(
+        "SELECT tbl_repl._settle('public.t', 'newest', '{id,v,at}', '{id}', 'at', %s)", [json.dumps(items)]
+    )
+
+
+def test_a_tombstone_is_found_by_its_whole_key(two: Pair) -> None:
+    conn = two.target.connect()
+    conn.execute("BEGIN")
+    conn.execute(
+        "INSERT INTO tbl_repl.tombstone SELECT 't'::regclass, g::text, %s FROM generate_series(1, 1000) AS g",
+        [OLD],
+    )
+    settle(conn, range(2000, 2001), NEW, gone=True)
+    read = conn.execute("SELECT pg_stat_get_xact_tuples_returned('tbl_repl.tombstone_pkey'::regclass)")
+    assert read.fetchone()[0] < 100  # type: ignore[index]
