@@ -305,6 +305,17 @@ def test_a_copy_in_pieces_is_refused_for_conflict_policies(two: Pair) -> None:
     assert "resync_target" in str(caught.value.diag.message_hint)
 
 
+@pytest.mark.parametrize("first", ["source", "target"])
+def test_newest_settles_rows_without_a_version(pair: Pair, first: str) -> None:
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY, v text, at bigint)")
+    pair.join(pair.target, pair.source, "there")
+    both_ways(pair, mode="async", on_conflict="newest", version_column="at")
+    pair.source.sql("INSERT INTO t VALUES (1, 'greater')")
+    pair.target.sql("INSERT INTO t VALUES (1, 'a')")
+    drain_all(*((pair.source, pair.target) if first == "source" else (pair.target, pair.source)))
+    assert content(pair.source) == content(pair.target) == [(1, "greater", None)]
+
+
 OLD, NEW = "2026-01-01 00:00:00+00", "2026-01-02 00:00:00+00"
 
 

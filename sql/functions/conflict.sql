@@ -436,7 +436,7 @@ BEGIN
     INTO matches, row_text, add_sql, put_sql
     FROM c;
     newer := CASE WHEN policy = 'newest' THEN
-        format('coalesce(d.%1$I, %2$s) < $3::%3$s OR coalesce(d.%1$I, %2$s) = $3::%3$s AND %4$s COLLATE "C" < $4',
+        format('coalesce(d.%1$I, %2$s) < coalesce($3::%3$s, %2$s) OR coalesce(d.%1$I, %2$s) = coalesce($3::%3$s, %2$s) AND %4$s COLLATE "C" < $4',
                version_column, CASE version_type WHEN 'timestamptz' THEN '''-infinity''' ELSE '-9223372036854775808' END, version_type, row_text)
         ELSE format('%s = $4', row_text) END;
     put_sql := format('%s ON CONFLICT (%s) DO UPDATE SET %s WHERE %s', add_sql,
