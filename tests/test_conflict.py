@@ -9,6 +9,7 @@ import pytest
 from psycopg import errors
 
 from support import Node, Pair, wait_until
+from support.background import in_background
 
 TABLE = "CREATE TABLE t (id integer PRIMARY KEY, v text, at timestamptz NOT NULL DEFAULT clock_timestamp())"
 
@@ -333,6 +334,30 @@ def settle(conn: psycopg.Connection, ids: range, version: str, *, gone: bool) ->
     conn.execute(
         "SELECT tbl_repl._settle('public.t', 'newest', '{id,v,at}', '{id}', 'at', %s)", [json.dumps(items)]
     )
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("deletion_first", [False, True])
+def test_newest_a_row_and_its_deletion_that_arrive_at_once_end_as_deleted(
+    two: Pair, deletion_first: bool, count: int
+) -> None:
+    two.add_target("t", mode="async", on_conflict="newest", version_column="at")
+    ids = range(1, count + 1)
+    one, other = two.source.connect(), two.source.connect()
+    for conn, origin in ((one, "x"), (other, "y")):
+        conn.execute(f"SET tbl_repl.origin = '{origin}'")
+        conn.execute("BEGIN")
+    settle(one, ids, NEW if deletion_first else OLD, gone=deletion_first)
+    second = in_background(
+        lambda: settle(other, ids, OLD if deletion_first else NEW, gone=not deletion_first)
+    )
+    waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted AND pid = %s"
+    wait_until(lambda: second.done() or two.source.admin(waiting, [other.info.backend_pid]) == [(1,)])
+    one.execute("COMMIT")
+    second.result(10)
+    other.execute("COMMIT")
+    assert content(two.source) == []
+    assert two.source.admin("SELECT DISTINCT version FROM tbl_repl.tombstone") == [(NEW,)]
 
 
 def test_a_tombstone_is_found_by_its_whole_key(two: Pair) -> None:

@@ -604,13 +604,21 @@ BEGIN
     EXECUTE del_sql USING items;
     EXECUTE see_sql INTO alive USING items;
     PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
-    -- rows: what has been buried since, or while we waited, is left; older tombstones go
-    SELECT array_agg(w.key) INTO written
-    FROM unnest(written) AS w (key)
-    JOIN jsonb_array_elements(items) AS x (item) ON x.item ->> 'o' = w.key
-    WHERE NOT EXISTS (SELECT FROM tbl_repl.tombstone AS b
-                      WHERE b.local_table = _settle_at_once.local_table AND b.key = w.key
-                        AND tbl_repl._rank(b.version, version_type) >= tbl_repl._rank(x.item ->> 'v', version_type));
+    -- rows: what has been buried since, or while we waited, or is being buried beside us, is left (see _lock_grave);
+    -- older tombstones go
+    WITH graves AS (
+        INSERT INTO tbl_repl.tombstone AS b (local_table, key, version)
+        SELECT _settle_at_once.local_table, x.item ->> 'o', ''
+        FROM jsonb_array_elements(items) WITH ORDINALITY AS x (item, n)
+        WHERE x.item ->> 'o' = ANY (written)
+        ORDER BY x.n
+        ON CONFLICT ON CONSTRAINT tombstone_pkey DO UPDATE SET at = b.at
+        RETURNING b.key, nullif(b.version, '') AS version
+    )
+    SELECT array_agg(g.key) INTO written
+    FROM graves AS g
+    JOIN jsonb_array_elements(items) AS x (item) ON x.item ->> 'o' = g.key
+    WHERE g.version IS NULL OR tbl_repl._rank(g.version, version_type) < tbl_repl._rank(x.item ->> 'v', version_type);
     DELETE FROM tbl_repl.tombstone AS b
     WHERE b.local_table = _settle_at_once.local_table AND b.key = ANY (written);
     -- deletions: of what is not alive any more
@@ -627,6 +635,10 @@ BEGIN
         RETURNING b.key
     )
     SELECT array_agg(g.key) INTO deleted FROM buried AS g;
+    -- who wrote such a row beside us has been waited for, at its tombstone
+    PERFORM set_config('search_path', path, true);
+    EXECUTE del_sql USING items;
+    PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
     RETURN coalesce(written, '{}') || coalesce(deleted, '{}');
 END
 $function$;
@@ -657,6 +669,25 @@ BEGIN
 END
 $function$;
 COMMENT ON FUNCTION tbl_repl._buried(regclass, text) IS 'version of a deleted row, NULL: none is known; locks it';
+
+-- Where there is neither row nor tombstone, two that settle values of one key have nothing in common to wait for: so
+-- who writes the row makes a tombstone of no version ('') first, and removes it again (_unbury).
+CREATE OR REPLACE FUNCTION tbl_repl._lock_grave(local_table regclass, key text)
+RETURNS text
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    found_version text;
+BEGIN
+    INSERT INTO tbl_repl.tombstone AS b (local_table, key, version) VALUES (local_table, key, '')
+    ON CONFLICT ON CONSTRAINT tombstone_pkey DO UPDATE SET at = b.at
+    RETURNING b.version INTO found_version;
+    RETURN nullif(found_version, '');
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._lock_grave(regclass, text) IS
+    'version of a deleted row, NULL: none is known; others that settle this key wait from now on';
 
 CREATE OR REPLACE FUNCTION tbl_repl._unbury(local_table regclass, key text)
 RETURNS void
@@ -717,6 +748,12 @@ BEGIN
         ON CONFLICT ON CONSTRAINT tombstone_pkey DO UPDATE
         SET version = excluded.version, at = clock_timestamp()
         WHERE tbl_repl._rank(b.version, version_type) < tbl_repl._rank(excluded.version, version_type);
+        IF here_text IS NULL THEN
+            -- who wrote the row beside us has been waited for, at its tombstone
+            PERFORM set_config('search_path', path, true);
+            EXECUTE drop_sql USING keys, version;
+            PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
+        END IF;
         RETURN CASE WHEN here_text IS NOT NULL AND rival IS NOT NULL THEN 'delete_origin_differs' END;
     END IF;
     IF buried >= sent THEN
@@ -742,8 +779,11 @@ BEGIN
     IF changed = 0 THEN
         RETURN 'insert_exists!';  -- written here since we looked, and greater
     END IF;
-    -- The upsert may have waited for a local DELETE, and have put the row back.
-    buried := tbl_repl._rank(b, version_type) FROM tbl_repl._buried(local_table, key) AS b WHERE b IS NOT NULL;
+    -- The upsert may have waited for a local DELETE, and have put the row back; and where there was no row, whoever
+    -- settles its deletion beside us had none to wait for.
+    buried := tbl_repl._rank(b, version_type)
+              FROM (SELECT CASE WHEN here_text IS NULL THEN tbl_repl._lock_grave(local_table, key) ELSE tbl_repl._buried(local_table, key) END) AS g (b)
+              WHERE b IS NOT NULL;
     IF buried >= sent THEN
         PERFORM set_config('search_path', path, true);
         EXECUTE drop_sql USING keys, version;
