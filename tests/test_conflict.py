@@ -370,3 +370,30 @@ def test_a_tombstone_is_found_by_its_whole_key(two: Pair) -> None:
     settle(conn, range(2000, 2001), NEW, gone=True)
     read = conn.execute("SELECT pg_stat_get_xact_tuples_returned('tbl_repl.tombstone_pkey'::regclass)")
     assert read.fetchone()[0] < 100  # type: ignore[index]
+
+
+def test_many_values_are_settled_at_once_and_by_no_operator_of_others(two: Pair) -> None:
+    two.add_target("t", mode="async", on_conflict="newest", version_column="at")
+    two.target.admin("GRANT CREATE ON SCHEMA public TO writer")
+    two.target.sql(
+        """
+        CREATE TABLE trap (who name DEFAULT current_user);
+        GRANT INSERT ON trap TO PUBLIC;
+        CREATE FUNCTION spring(regclass, oid) RETURNS boolean LANGUAGE sql AS 'INSERT INTO public.trap DEFAULT VALUES; SELECT $1::oid OPERATOR(pg_catalog.=) $2';
+        CREATE OPERATOR = (LEFTARG = regclass, RIGHTARG = oid, FUNCTION = spring);
+        CREATE FUNCTION spring(jsonb, jsonb) RETURNS jsonb LANGUAGE sql AS 'SELECT $1';
+        CREATE OPERATOR -> (LEFTARG = jsonb, RIGHTARG = jsonb, FUNCTION = spring);
+        CREATE FUNCTION spring_text(jsonb, jsonb) RETURNS text LANGUAGE sql AS $$SELECT 'x'$$;
+        CREATE OPERATOR ->> (LEFTARG = jsonb, RIGHTARG = jsonb, FUNCTION = spring_text)
+        """,
+        user="writer",
+    )
+    # a deletion is known: the look for it is what the trap waits for
+    two.target.admin("INSERT INTO tbl_repl.tombstone SELECT 't'::regclass, '1', '2999-01-01 00:00:00+00'")
+    two.source.sql("INSERT INTO t (id, v) VALUES (1, 'a'), (2, 'a'), (3, 'a'), (4, 'a')")
+    two.drain()
+    two.source.sql("DELETE FROM t WHERE id IN (2, 3)")
+    two.drain()
+    assert [row[0] for row in content(two.target)] == [4]
+    assert two.target.sql("SELECT who FROM trap", user="writer") == []
+    assert "ERROR" not in two.target.log()

@@ -570,19 +570,19 @@ BEGIN
     )
     SELECT string_agg(format('%I', c.name), ', ' ORDER BY c.n) AS names,
            bool_or(c.always) AS always,
-           string_agg(format('(x.item -> ''r'' ->> %s)::%s', c.n - 1, c.type), ', ' ORDER BY c.n) AS given,
+           string_agg(format('(x.item OPERATOR(pg_catalog.->) ''r'' OPERATOR(pg_catalog.->>) %s)::%s', c.n - 1, c.type), ', ' ORDER BY c.n) AS given,
            string_agg(format('%1$I = excluded.%1$I', c.name), ', ' ORDER BY c.n) FILTER (WHERE NOT c.always) AS assigned,
            format('pg_catalog.array_to_string(ARRAY[%s], '','')', string_agg(format('pg_catalog.quote_nullable({row}.%I::text)', c.name), ', ' ORDER BY c.name::text COLLATE "C")) AS row_text,
            (SELECT string_agg(format('%I', k.name), ', ' ORDER BY k.n) FROM k) AS keys,
-           (SELECT string_agg(format('d.%I OPERATOR(pg_catalog.=) (x.item -> ''k'' ->> %s)::%s', k.name, k.n - 1, k.type), ' AND ' ORDER BY k.n) FROM k) AS matches
+           (SELECT string_agg(format('d.%I OPERATOR(pg_catalog.=) (x.item OPERATOR(pg_catalog.->) ''k'' OPERATOR(pg_catalog.->>) %s)::%s', k.name, k.n - 1, k.type), ' AND ' ORDER BY k.n) FROM k) AS matches
     INTO parts FROM c;
     IF parts.always THEN
         RETURN '{}';
     END IF;
     put_sql := format(
         'WITH i AS (SELECT x.item FROM pg_catalog.jsonb_array_elements($1) WITH ORDINALITY AS x (item, n) '
-        'WHERE pg_catalog.jsonb_typeof(x.item -> ''r'') = ''array'' AND NOT EXISTS (SELECT FROM tbl_repl.tombstone AS b '
-        'WHERE b.local_table = %1$s::pg_catalog.oid AND b.key = x.item ->> ''o'' AND b.version::%2$s >= coalesce((x.item ->> ''v'')::%2$s, %3$s)) ORDER BY x.n), '
+        'WHERE pg_catalog.jsonb_typeof(x.item OPERATOR(pg_catalog.->) ''r'') = ''array'' AND NOT EXISTS (SELECT FROM tbl_repl.tombstone AS b '
+        'WHERE b.local_table OPERATOR(pg_catalog.=) %1$s::pg_catalog.oid AND b.key OPERATOR(pg_catalog.=) (x.item OPERATOR(pg_catalog.->>) ''o'') AND b.version::%2$s >= coalesce((x.item OPERATOR(pg_catalog.->>) ''v'')::%2$s, %3$s)) ORDER BY x.n), '
         'put AS (INSERT INTO %4$s AS d (%5$s) SELECT %6$s FROM i AS x ON CONFLICT (%7$s) DO UPDATE SET %8$s '
         'WHERE coalesce(d.%9$I, %3$s) < coalesce(excluded.%9$I, %3$s) OR coalesce(d.%9$I, %3$s) = coalesce(excluded.%9$I, %3$s) AND %10$s COLLATE "C" < %11$s '
         'RETURNING %12$s AS key) '
@@ -592,12 +592,12 @@ BEGIN
         tbl_repl._key_text(local_keys, 'd'));
     del_sql := format(
         'WITH gone AS (DELETE FROM %1$s AS d USING pg_catalog.jsonb_array_elements($1) AS x (item) '
-        'WHERE pg_catalog.jsonb_typeof(x.item -> ''r'') IS DISTINCT FROM ''array'' AND x.item ->> ''v'' IS NOT NULL AND %2$s '
-        'AND coalesce(d.%3$I, %4$s) <= (x.item ->> ''v'')::%5$s RETURNING 1) SELECT pg_catalog.count(*) FROM gone',
+        'WHERE pg_catalog.jsonb_typeof(x.item OPERATOR(pg_catalog.->) ''r'') IS DISTINCT FROM ''array'' AND x.item OPERATOR(pg_catalog.->>) ''v'' IS NOT NULL AND %2$s '
+        'AND coalesce(d.%3$I, %4$s) <= (x.item OPERATOR(pg_catalog.->>) ''v'')::%5$s RETURNING 1) SELECT pg_catalog.count(*) FROM gone',
         local_table, parts.matches, version_column, lowest, version_type);
     see_sql := format(
-        'SELECT pg_catalog.array_agg(x.item ->> ''o'') FROM pg_catalog.jsonb_array_elements($1) AS x (item) JOIN %s AS d ON %s '
-        'WHERE pg_catalog.jsonb_typeof(x.item -> ''r'') IS DISTINCT FROM ''array''', local_table, parts.matches);
+        'SELECT pg_catalog.array_agg(x.item OPERATOR(pg_catalog.->>) ''o'') FROM pg_catalog.jsonb_array_elements($1) AS x (item) JOIN %s AS d ON %s '
+        'WHERE pg_catalog.jsonb_typeof(x.item OPERATOR(pg_catalog.->) ''r'') IS DISTINCT FROM ''array''', local_table, parts.matches);
 
     PERFORM set_config('search_path', path, true);
     EXECUTE put_sql INTO written USING items;
