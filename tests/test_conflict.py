@@ -9,7 +9,7 @@ import pytest
 from psycopg import errors
 
 from support import Node, Pair, wait_until
-from support.background import in_background
+from support.background import in_background, within
 
 TABLE = "CREATE TABLE t (id integer PRIMARY KEY, v text, at timestamptz NOT NULL DEFAULT clock_timestamp())"
 
@@ -397,3 +397,31 @@ def test_many_values_are_settled_at_once_and_by_no_operator_of_others(two: Pair)
     assert [row[0] for row in content(two.target)] == [4]
     assert two.target.sql("SELECT who FROM trap", user="writer") == []
     assert "ERROR" not in two.target.log()
+
+
+def test_keep_finds_what_was_known_of_a_row_also_in_a_long_list(pair: Pair) -> None:
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY, v text)")
+    target = pair.add_target("t", mode="async", on_conflict="keep")
+    pair.source.sql("INSERT INTO t SELECT g, 'a' FROM generate_series(1, 100000) AS g")
+    with within(1):
+        known = pair.source.admin(
+            "SELECT count(*) FROM tbl_repl._expected(%s, ARRAY(SELECT g::text FROM generate_series(99001, 100000) AS g))"
+            " WHERE digests = '{\"\"}'",
+            [target],
+        )
+    assert known == [(1000,)]
+
+
+def test_a_long_backlog_is_not_searched_for_conflicts(two: Pair) -> None:
+    both_ways(two, mode="async")
+    two.target.sql("INSERT INTO t (id, v) SELECT g, 'a' FROM generate_series(1, 50) AS g")
+    two.target.admin("UPDATE tbl_repl.change SET row_count = 100001")
+    here = two.target.admin("SELECT * FROM tbl_repl._changed_here('t', '{1}', %s)", [node_name(two.source)])
+    assert here == []
+    two.target.admin("UPDATE tbl_repl.change SET row_count = 50")
+    here = two.target.admin("SELECT * FROM tbl_repl._changed_here('t', '{1}', %s)", [node_name(two.source)])
+    assert here == [("1", "I")]
+
+
+def node_name(node: Node) -> str:
+    return str(node.one("SELECT tbl_repl.node_name()"))

@@ -266,8 +266,9 @@ BEGIN
         WHERE s.source_table = local_table AND t.remote ->> 'node' = origin
     LOOP
         RETURN QUERY EXECUTE format(
-            'SELECT DISTINCT ON (k.key) k.key, q.op FROM (SELECT c.* FROM %s AND c.origin IS NULL AND c.op <> ''B'' LIMIT 10000) AS q '
-            'CROSS JOIN LATERAL unnest(q.keys) AS k (key) WHERE k.key = ANY ($1) ORDER BY k.key, q.captured_at DESC', item.pending)
+            'SELECT DISTINCT ON (k.key) k.key, q.op FROM (SELECT p.*, sum(p.row_count) OVER (ORDER BY p.txid, p.captured_at) AS n '
+            'FROM (SELECT c.* FROM %s AND c.origin IS NULL AND c.op <> ''B'' LIMIT 10000) AS p) AS q '
+            'CROSS JOIN LATERAL unnest(q.keys) AS k (key) WHERE q.n <= 100000 AND k.key = ANY ($1) ORDER BY k.key, q.captured_at DESC', item.pending)
         USING keys;
     END LOOP;
 END
@@ -344,11 +345,12 @@ BEGIN
             FROM unnest($1) AS u (key)
             LEFT JOIN (
                 SELECT true AS known, k.key, CASE WHEN c.olds IS NOT NULL THEN k.old END AS digest
-                FROM (SELECT c.keys, c.olds FROM %s AND c.keys && $1
+                FROM (SELECT c.keys, c.olds FROM %s
                       UNION ALL
                       SELECT s.keys, s.olds FROM tbl_repl.stash AS s
                       WHERE s.txid = pg_current_xact_id_if_assigned() AND s.source_id = %s AND s.keys IS NOT NULL) AS c
-                CROSS JOIN LATERAL unnest(c.keys, c.olds) AS k (key, old)) AS x ON x.key = u.key
+                CROSS JOIN LATERAL unnest(c.keys, c.olds) AS k (key, old)
+                WHERE k.key = ANY ($1)) AS x ON x.key = u.key
             GROUP BY u.key$query$, tbl_repl._pending_from(t, st.position), t.source_id)
         FROM tbl_repl.target AS t JOIN tbl_repl.target_state AS st USING (target_id)
         WHERE t.target_id = _expected.target_id)
