@@ -425,3 +425,21 @@ def test_a_long_backlog_is_not_searched_for_conflicts(two: Pair) -> None:
 
 def node_name(node: Node) -> str:
     return str(node.one("SELECT tbl_repl.node_name()"))
+
+
+@pytest.mark.parametrize("name", ["{keys}", "{op}", "{gone}", "a\nb", "100%s"])
+def test_newest_with_names_that_look_like_something_else(pair: Pair, name: str) -> None:
+    pair.both(
+        f'CREATE TABLE "{name}" ("{name}" integer PRIMARY KEY, v text, at timestamptz DEFAULT clock_timestamp())'
+    )
+    pair.add_target(f'"{name}"', mode="async", on_conflict="newest", version_column="at")
+    for statement in (
+        "INSERT INTO \"{0}\" VALUES (1, 'a'), (2, 'a'), (3, 'a')",
+        'UPDATE "{0}" SET "{0}" = 20, at = clock_timestamp() WHERE "{0}" = 2',
+        'DELETE FROM "{0}" WHERE "{0}" = 1',
+        'TRUNCATE "{0}"',
+        "INSERT INTO \"{0}\" VALUES (3, 'b')",
+    ):
+        pair.source.sql(statement.replace("{0}", name))
+        pair.drain()
+        pair.assert_same(f'"{name}"')

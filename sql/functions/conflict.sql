@@ -167,9 +167,10 @@ AS $function$
 $function$;
 COMMENT ON FUNCTION tbl_repl._old_value_sql(tbl_repl.target) IS 'SQL expression: what capture keeps of an old row';
 
--- Statements of the capture function that keep the tombstones of a newest table, or NULL.  The state decides, not
+-- Statements of the capture function that keep the tombstones of a newest table, or NULL.  keys, olds: names of its
+-- variables; gone: 'true' after a TRUNCATE.  The state decides, not
 -- the event: an application's own trigger may have written the row again already.
-CREATE OR REPLACE FUNCTION tbl_repl._bury_sql(source tbl_repl.source)
+CREATE OR REPLACE FUNCTION tbl_repl._bury_sql(source tbl_repl.source, keys text, olds text, gone text)
 RETURNS text
 LANGUAGE sql STABLE
 SET search_path = pg_catalog, pg_temp
@@ -177,23 +178,23 @@ AS $function$
     SELECT format($piece$IF current_setting('tbl_repl.settling', true) IS DISTINCT FROM 'on' THEN
         INSERT INTO tbl_repl.tombstone AS b (local_table, key, version)
         SELECT %1$L::regclass, u.tbl_repl_key, max(%2$s)::text
-        FROM unnest({keys}, {olds}) AS u (tbl_repl_key, old)
-        WHERE {gone} OR NOT EXISTS (SELECT FROM %3$s AS s WHERE %4$s)
+        FROM unnest(%6$s, %7$s) AS u (tbl_repl_key, old)
+        WHERE %8$s OR NOT EXISTS (SELECT FROM %3$s AS s WHERE %4$s)
         GROUP BY u.tbl_repl_key
         ON CONFLICT (local_table, key) DO UPDATE
         SET version = greatest(b.version::%5$s, excluded.version::%5$s)::text, at = clock_timestamp();
-        DELETE FROM tbl_repl.tombstone AS b USING unnest({keys}) AS u (tbl_repl_key)
-        WHERE NOT {gone} AND b.local_table = %1$L::regclass AND b.key = u.tbl_repl_key
+        DELETE FROM tbl_repl.tombstone AS b USING unnest(%6$s) AS u (tbl_repl_key)
+        WHERE NOT %8$s AND b.local_table = %1$L::regclass AND b.key = u.tbl_repl_key
           AND EXISTS (SELECT FROM %3$s AS s WHERE %4$s);
     END IF;$piece$, source.source_table::oid,
         CASE v.type WHEN 'timestamptz' THEN 'greatest(u.old::timestamptz, clock_timestamp())' ELSE 'coalesce(u.old::int8, -9223372036854775808)' END,
-        source.source_table, tbl_repl._key_match(source.source_table, source.key_columns), v.type)
+        source.source_table, tbl_repl._key_match(source.source_table, source.key_columns), v.type, keys, olds, gone)
     FROM (SELECT t.version_column FROM tbl_repl.target AS t
           WHERE t.source_id = source.source_id AND t.on_conflict = 'newest' LIMIT 1) AS t
     JOIN pg_attribute AS a ON a.attrelid = source.source_table AND a.attname = t.version_column
     CROSS JOIN LATERAL (SELECT CASE a.atttypid WHEN 'timestamptz'::regtype THEN 'timestamptz' ELSE 'int8' END) AS v (type)
 $function$;
-COMMENT ON FUNCTION tbl_repl._bury_sql(tbl_repl.source) IS 'statements that keep the tombstones of a table';
+COMMENT ON FUNCTION tbl_repl._bury_sql(tbl_repl.source, text, text, text) IS 'statements that keep the tombstones of a table';
 
 -- What an applier has changed in a table that is replicated from here, too: it is carried on to the targets
 -- that take any origin, always by the queue; and it may have met a change made here.
