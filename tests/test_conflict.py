@@ -443,3 +443,15 @@ def test_newest_with_names_that_look_like_something_else(pair: Pair, name: str) 
         pair.source.sql(statement.replace("{0}", name))
         pair.drain()
         pair.assert_same(f'"{name}"')
+
+
+@pytest.mark.parametrize("policy", ["keep", "overwrite"])
+def test_conflicts_are_forgotten_after_a_while(two: Pair, policy: str) -> None:
+    both_ways(two, mode="async", on_conflict=policy)
+    for n in (1, 2):
+        two.source.sql("INSERT INTO t VALUES (%s, 'ours', '2020-01-01')", [n])
+        two.target.sql("INSERT INTO t VALUES (%s, 'theirs', '2020-01-01')", [n])
+        two.drain()
+        assert conflicts(two.target)[-1][1] == {"id": n}  # type: ignore[index]
+        assert len(conflicts(two.target)) == 1
+        two.target.admin("UPDATE tbl_repl.conflict SET at = at - interval '31 days'")

@@ -299,10 +299,32 @@ BEGIN
     FROM tbl_repl.source AS s
     CROSS JOIN LATERAL tbl_repl._changed_here(s.source_table, _note_conflicts.keys, _note_conflicts.origin) AS h
     WHERE s.source_id = _note_conflicts.source_id AND _note_conflicts.op <> 'K';
+    IF FOUND THEN
+        PERFORM tbl_repl._trim_conflicts();
+    END IF;
 END
 $function$;
 COMMENT ON FUNCTION tbl_repl._note_conflicts(integer, "char", text[], text) IS
     'notes that an applier has overwritten what was changed here';
+
+-- A tombstone may go when no older value can come any more.  Nobody knows what a node that is cut off still has queued:
+-- so they are kept for long, and a node that has been cut off for longer sends nothing (_cut_off_too_long).
+CREATE OR REPLACE FUNCTION tbl_repl._tombstone_retention() RETURNS interval
+LANGUAGE sql IMMUTABLE PARALLEL SAFE RETURN interval '30 days';
+COMMENT ON FUNCTION tbl_repl._tombstone_retention() IS 'how long versions of deleted rows are kept';
+
+-- Who notes conflicts also forgets old ones, a few at a time: as long as tombstones are kept.  A node that only takes
+-- values never replays.  SKIP LOCKED: who notes some beside us clears up the same rows, to its commit.
+CREATE OR REPLACE FUNCTION tbl_repl._trim_conflicts()
+RETURNS void
+LANGUAGE sql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    DELETE FROM tbl_repl.conflict AS c
+    WHERE c.ctid = ANY (ARRAY(SELECT x.ctid FROM tbl_repl.conflict AS x WHERE x.at < clock_timestamp() - tbl_repl._tombstone_retention()
+                              ORDER BY x.at LIMIT 2000 FOR UPDATE SKIP LOCKED))
+$function$;
+COMMENT ON FUNCTION tbl_repl._trim_conflicts() IS 'forgets conflicts that were settled long ago';
 
 -- Queues keys of a table for all its targets as if they had been written here: what was refused is answered by what
 -- is here.  SECURITY DEFINER: called on behalf of any applier.
@@ -418,6 +440,7 @@ DECLARE
     refused     text[] := '{}';
     kind        text;
     settled     text[] := '{}';
+    noted       boolean := false;
 BEGIN
     SELECT coalesce((SELECT s.key_columns FROM tbl_repl.source AS s
                      WHERE s.source_table = local_table AND s.key_columns @> _settle_items.key_columns AND s.key_columns <@ _settle_items.key_columns
@@ -519,9 +542,13 @@ BEGIN
             INSERT INTO tbl_repl.conflict (local_table, key, conflict_type, origin, local_version, remote_version, resolution)
             VALUES (_settle_items.local_table, tbl_repl._key_json(_settle_items.local_table, local_keys, key),
                     rtrim(kind, '!'), origin, here.version, item.version, CASE WHEN kind LIKE '%!' THEN 'kept' ELSE 'applied' END);
+            noted := true;
         END IF;
     END LOOP;
     PERFORM set_config('tbl_repl.settling', old_settling, true);
+    IF noted THEN
+        PERFORM tbl_repl._trim_conflicts();
+    END IF;
     IF cardinality(refused) > 0 THEN
         PERFORM tbl_repl._send_back(local_table, refused);
     END IF;
@@ -800,12 +827,6 @@ END
 $function$;
 COMMENT ON FUNCTION tbl_repl._settle_newest(regclass, text[], text, text[], text, text, text, text, text, text, text, text, text) IS
     'settles one value under newest';
-
--- A tombstone may go when no older value can come any more.  Nobody knows what a node that is cut off still has queued:
--- so they are kept for long, and a node that has been cut off for longer sends nothing (_cut_off_too_long).
-CREATE OR REPLACE FUNCTION tbl_repl._tombstone_retention() RETURNS interval
-LANGUAGE sql IMMUTABLE PARALLEL SAFE RETURN interval '30 days';
-COMMENT ON FUNCTION tbl_repl._tombstone_retention() IS 'how long versions of deleted rows are kept';
 
 -- Those that a target of this node has not got yet are kept longer.
 CREATE OR REPLACE FUNCTION tbl_repl._purge_tombstones()

@@ -282,7 +282,8 @@ CREATE TABLE tbl_repl.conflict (
     remote_version text,
     resolution     text NOT NULL
 );
-COMMENT ON TABLE tbl_repl.conflict IS 'conflicts settled on this node';
+CREATE INDEX conflict_at ON tbl_repl.conflict (at);
+COMMENT ON TABLE tbl_repl.conflict IS 'conflicts settled on this node, kept for a while';
 SELECT pg_catalog.pg_extension_config_dump('tbl_repl.conflict', '');
 
 -- What is sent to one target at one commit.
