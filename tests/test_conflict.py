@@ -81,6 +81,17 @@ def test_two_nodes_of_one_name_are_refused(two: Pair) -> None:
         two.add_target("t")
 
 
+def test_a_node_of_the_same_name_is_found_out_also_where_older_sessions_have_to_go(two: Pair) -> None:
+    two.source.admin("SELECT tbl_repl.set_node_name('same')")
+    two.add_target("t", mode="sync")
+    two.target.admin("SELECT tbl_repl.set_node_name('same')")
+    left = two.target.connect(application_name="tbl_repl same 1.1.0000")
+    with pytest.raises(errors.ObjectNotInPrerequisiteState, match="has the name of this node"):
+        two.source.fresh("INSERT INTO t VALUES (1, 'a')")
+    with pytest.raises(errors.AdminShutdown):
+        left.execute("SELECT 1")
+
+
 # --- policies
 
 

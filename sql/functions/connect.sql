@@ -134,6 +134,7 @@ DECLARE
     holder    integer;
     older     text;
     answer    text;
+    left_over text;
     stale     integer[];
     lease_ms  numeric := extract(epoch FROM timeout) * 1000;
     lease_end timestamptz;
@@ -147,32 +148,32 @@ BEGIN
     LOOP
         PERFORM tbl_repl._dblink_disconnect(older);
     END LOOP;
-    -- One session at a time: where connecting cannot be bounded, only one hangs.  The lock goes back with the
-    -- subtransaction, whatever ends it, a cancel included; the connection stays.
     BEGIN
-        WHILE NOT pg_try_advisory_xact_lock(tbl_repl._lock_connect(), lock_key) LOOP
-            IF clock_timestamp() > deadline THEN
-                SELECT l.pid INTO holder FROM pg_locks AS l
-                WHERE l.locktype = 'advisory' AND l.granted
-                  AND l.database = (SELECT d.oid FROM pg_database AS d WHERE d.datname = current_database())
-                  AND l.classid = tbl_repl._lock_connect()::oid AND l.objid = (lock_key::bigint & 4294967295)::oid;
-                PERFORM tbl_repl._cancel_connecting(holder);
-                EXIT;
+        -- One session at a time: where connecting cannot be bounded, only one hangs.  The lock goes back with the
+        -- subtransaction, whatever ends it, a cancel included; the connection stays.
+        BEGIN
+            WHILE NOT pg_try_advisory_xact_lock(tbl_repl._lock_connect(), lock_key) LOOP
+                IF clock_timestamp() > deadline THEN
+                    SELECT l.pid INTO holder FROM pg_locks AS l
+                    WHERE l.locktype = 'advisory' AND l.granted
+                      AND l.database = (SELECT d.oid FROM pg_database AS d WHERE d.datname = current_database())
+                      AND l.classid = tbl_repl._lock_connect()::oid AND l.objid = (lock_key::bigint & 4294967295)::oid;
+                    PERFORM tbl_repl._cancel_connecting(holder);
+                    EXIT;
+                END IF;
+                PERFORM pg_sleep(0.002);
+            END LOOP;
+            -- Who has waited for long has waited for one that hung, and would hang as well.
+            IF clock_timestamp() > least(deadline, began + (deadline - began) / 2) THEN
+                RAISE EXCEPTION USING
+                    ERRCODE = 'lock_not_available',
+                    MESSAGE = format('another session is still connecting to server %I', server);
             END IF;
-            PERFORM pg_sleep(0.002);
-        END LOOP;
-        -- Who has waited for long has waited for one that hung, and would hang as well.
-        IF clock_timestamp() > least(deadline, began + (deadline - began) / 2) THEN
-            RAISE EXCEPTION USING
-                ERRCODE = 'lock_not_available',
-                MESSAGE = format('another session is still connecting to server %I', server);
-        END IF;
-        PERFORM tbl_repl._dblink_connect(conn, conninfo);
-        RAISE EXCEPTION USING ERRCODE = 'TR001', MESSAGE = 'connected';
-    EXCEPTION WHEN SQLSTATE 'TR001' THEN
-        NULL;
-    END;
-    BEGIN
+            PERFORM tbl_repl._dblink_connect(conn, conninfo);
+            RAISE EXCEPTION USING ERRCODE = 'TR001', MESSAGE = 'connected';
+        EXCEPTION WHEN SQLSTATE 'TR001' THEN
+            NULL;
+        END;
         -- What shapes text is pinned, and what bounds waiting; never the search_path, which the
         -- target's own triggers may need.
         answer := tbl_repl._call(conn, format($message$
@@ -211,9 +212,9 @@ BEGIN
             PERFORM tbl_repl._call(conn, format(
                 'SELECT pg_catalog.count(pg_catalog.pg_terminate_backend(p)) FROM pg_catalog.unnest(%L::int[]) AS p', stale), deadline);
             LOOP
-                answer := tbl_repl._call(conn, format(
+                left_over := tbl_repl._call(conn, format(
                     'SELECT pg_catalog.count(*) FROM pg_catalog.pg_stat_activity WHERE pid = ANY (%L::int[])', stale), deadline);
-                EXIT WHEN answer = '0' OR clock_timestamp() > lease_end;
+                EXIT WHEN left_over = '0' OR clock_timestamp() > lease_end;
                 IF clock_timestamp() > deadline THEN
                     RAISE EXCEPTION USING
                         ERRCODE = 'connection_failure',
