@@ -412,3 +412,29 @@ def warm_session(pair: Pair, number: int) -> psycopg.Connection:
     conn = pair.source.connect()
     conn.execute(f"INSERT INTO t VALUES ({number}, 'warm')")
     return conn
+
+
+@pytest.mark.plain_target
+@pytest.mark.parametrize("mode", ["sync", "tolerant"])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_cancel_behind_the_sending_undoes_nothing(pair: Pair, mode: str, rows: int) -> None:
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY, v text)")
+    pair.add_target("t", mode=mode)
+    conn = pair.source.connect()
+    conn.execute("INSERT INTO t VALUES (1, 'a'), (2, 'a')")
+    # the first time, it takes long to note what was shipped
+    pair.source.admin(
+        """
+        CREATE SEQUENCE turn;
+        CREATE FUNCTION rest() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS
+            $$ BEGIN IF nextval('public.turn') = 1 THEN PERFORM pg_sleep(50); END IF; RETURN NEW; END $$;
+        CREATE TRIGGER rest BEFORE INSERT OR UPDATE ON tbl_repl.shipped FOR EACH ROW EXECUTE FUNCTION rest()
+        """
+    )
+    writing = start(conn, f"UPDATE t SET v = 'b' WHERE id <= {rows}")
+    wait_until(lambda: pair.source.admin("SELECT last_value FROM turn WHERE is_called") == [(1,)])
+    wait_until(lambda: pair.target.one("SELECT count(*) FROM t WHERE v = 'b'") == rows)
+    pair.source.admin("SELECT pg_cancel_backend(%s)", [conn.info.backend_pid])
+    writing.result(10)
+    assert pair.source.one("SELECT count(*) FROM t WHERE v = 'b'") == rows
+    pair.assert_same("t")

@@ -19,6 +19,9 @@
 -- of these tools waiting for each other must end: hence the bound.
 -- SET CONSTRAINTS ALL IMMEDIATE by the application makes our events fire at once, inside the statement
 -- that queues them: then we are nested, and not at commit.  Our own constraint is set back.
+-- A cancel must not undo here what a target has got: wherever it comes, everything is shipped once more; a message that
+-- is still on its way is ended first, with its connection (see _open).  Not so one that comes before anything is
+-- sent (_may_ship) or, of many rows, committed there; nor what a sync target says was cancelled.
 -- No sequential scans: plans are made while stash and flush are small, and these two grow between two vacuums.
 CREATE OR REPLACE FUNCTION tbl_repl._flush()
 RETURNS trigger
@@ -28,7 +31,9 @@ SET search_path = pg_catalog, pg_temp
 SET enable_seqscan = off
 AS $function$
 DECLARE
-    quiet boolean := false;
+    quiet   boolean := false;
+    tries   integer := 0;
+    context text;
 BEGIN
     IF pg_trigger_depth() > 1 THEN
         SET CONSTRAINTS tbl_repl.flush_at_commit DEFERRED;
@@ -41,13 +46,25 @@ BEGIN
     END IF;
     IF NOT quiet THEN
         UPDATE tbl_repl.flush AS f SET hop = NEW.hop + 1 WHERE f.txid = NEW.txid;
-    ELSIF NEW.key IS NULL OR current_setting('transaction_isolation') <> 'read committed' OR NOT tbl_repl._ship_quickly(NEW) THEN
-        DELETE FROM tbl_repl.flush AS f WHERE f.txid = NEW.txid;
-        PERFORM tbl_repl._unpack(NEW);
-        PERFORM tbl_repl._ship_transaction(NEW.txid);
-        DELETE FROM tbl_repl.stash AS s WHERE s.txid = NEW.txid;
+        RETURN NULL;
     END IF;
-    RETURN NULL;
+    LOOP
+        BEGIN
+            IF NEW.key IS NULL OR current_setting('transaction_isolation') <> 'read committed' OR NOT tbl_repl._ship_quickly(NEW) THEN
+                DELETE FROM tbl_repl.flush AS f WHERE f.txid = NEW.txid;
+                PERFORM tbl_repl._unpack(NEW);
+                PERFORM tbl_repl._ship_transaction(NEW.txid);
+                DELETE FROM tbl_repl.stash AS s WHERE s.txid = NEW.txid;
+            END IF;
+            RETURN NULL;  -- in here: behind the block a cancel could still come
+        EXCEPTION WHEN query_canceled THEN
+            GET STACKED DIAGNOSTICS context = PG_EXCEPTION_CONTEXT;
+            tries := tries + 1;
+            IF tries > 5 OR context ~ '_(raise_lane|may_ship|ship_large)[(]' THEN
+                RAISE;
+            END IF;
+        END;
+    END LOOP;
 END
 $function$;
 COMMENT ON FUNCTION tbl_repl._flush() IS
@@ -397,6 +414,7 @@ DECLARE
     error_text   text;
     error_detail text;
     error_hint   text;
+    context      text;
 BEGIN
     SELECT t.source_id, t.server, t.timeout, t.mode = 'sync' AS sync, t.receipts,
            format('tbl_repl_%s_%s_%s_%s', f.oid, to_regrole(quote_ident(t.owner))::oid, ceil(extract(epoch FROM t.timeout) * 1000), f.xmin) AS conn
@@ -440,14 +458,18 @@ BEGIN
         END IF;
         RETURN true;
     EXCEPTION WHEN query_canceled OR OTHERS THEN
-        GET STACKED DIAGNOSTICS error_text = MESSAGE_TEXT, error_detail = PG_EXCEPTION_DETAIL, error_hint = PG_EXCEPTION_HINT;
+        GET STACKED DIAGNOSTICS error_text = MESSAGE_TEXT, error_detail = PG_EXCEPTION_DETAIL, error_hint = PG_EXCEPTION_HINT,
+            context = PG_EXCEPTION_CONTEXT;
         SELECT item.conn, change.target_id, item.sync, deadline, 'sent',
                ARRAY[ROW(change.target_id, item.source_id, item.server, item.conn, item.sync, item.timeout, s.fk_rank, NULL, message, 1)::tbl_repl.parcel],
                message
         INTO lane
         FROM tbl_repl.source AS s WHERE s.source_id = item.source_id;
-        lane := tbl_repl._lane_failed(lane, SQLSTATE, error_text, error_detail, error_hint);
-        lane.state := 'refused';
+        -- cancelled here: the answer is still to come
+        IF SQLSTATE <> '57014' OR tbl_repl._is_too_slow(SQLSTATE, context, item.conn) THEN
+            lane := tbl_repl._lane_failed(lane, SQLSTATE, error_text, error_detail, error_hint);
+            lane.state := 'refused';
+        END IF;
     END;
     PERFORM tbl_repl._unpack(change);
     lane := tbl_repl._lane_finish(lane, change.txid, false, false);
@@ -875,6 +897,7 @@ DECLARE
     rendered     record;
     first_error  tbl_repl.lane;
     answered     boolean := lane.state = 'refused';
+    context      text;
 BEGIN
     IF lane.state NOT IN ('sent', 'refused') THEN
         RETURN tbl_repl._lane_by_parts(lane, own, mine, two_phase);
@@ -893,7 +916,10 @@ BEGIN
                 lane.state := 'done';
                 RETURN lane;
             EXCEPTION WHEN query_canceled OR OTHERS THEN
-                GET STACKED DIAGNOSTICS error_text = MESSAGE_TEXT, error_detail = PG_EXCEPTION_DETAIL, error_hint = PG_EXCEPTION_HINT;
+                GET STACKED DIAGNOSTICS error_text = MESSAGE_TEXT, error_detail = PG_EXCEPTION_DETAIL, error_hint = PG_EXCEPTION_HINT,
+                    context = PG_EXCEPTION_CONTEXT;
+                -- cancelled here: the answer is still to come
+                CONTINUE WHEN SQLSTATE = '57014' AND NOT tbl_repl._is_too_slow(SQLSTATE, context, lane.conn) AND clock_timestamp() < lane.deadline;
                 lane := tbl_repl._lane_failed(lane, SQLSTATE, error_text, error_detail, error_hint);
             END;
         END IF;
@@ -1062,7 +1088,8 @@ BEGIN
         END IF;
     END LOOP;
 EXCEPTION WHEN query_canceled OR OTHERS THEN
-    RETURN first;  -- who waits for that one deals with it
+    -- who waits for that one deals with it
+    RETURN coalesce(first, (SELECT min(n) FROM generate_subscripts(lanes, 1) AS n WHERE n <> ALL (finished)));
 END
 $function$;
 COMMENT ON FUNCTION tbl_repl._next_lane(tbl_repl.lane[], integer[]) IS
