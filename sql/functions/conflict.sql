@@ -327,8 +327,9 @@ COMMENT ON FUNCTION tbl_repl._send_back(regclass, text[]) IS
     'queues what is here in answer to values that were refused; SECURITY DEFINER, for appliers have no right here';
 
 -- _expected(target_id, keys): for keep and error: digests of what the source has known on the target, '' for no row,
--- as kept by the changes that are being shipped; NULL: whatever is there, for rows that a person has queued.  Keys
--- that are not queued (a copy, rows in quarantine) are expected to be absent.
+-- as kept by the changes that are being shipped, or in quarantine; NULL: whatever is there, for rows that a person has
+-- queued.  Keys that are not queued (a copy) are expected to be absent.  Who deletes a row there that was in conflict
+-- settles it.
 -- SECURITY DEFINER: render_N runs as the target's owner.
 CREATE OR REPLACE FUNCTION tbl_repl._expected(target_id integer, keys text[])
 RETURNS TABLE (key text, digests text[])
@@ -340,7 +341,7 @@ AS $function$
 BEGIN
     RETURN QUERY EXECUTE (
         SELECT format($query$
-            SELECT u.key, CASE WHEN bool_or(x.known AND x.digest IS NULL) THEN NULL ELSE coalesce(array_agg(x.digest) FILTER (WHERE x.known), '{""}') END
+            SELECT u.key, CASE WHEN bool_or(x.known AND x.digest IS NULL) THEN NULL ELSE coalesce(array_agg(DISTINCT x.digest) FILTER (WHERE x.known), '{""}') END
             FROM unnest($1) AS u (key)
             LEFT JOIN (
                 SELECT true AS known, k.key, CASE WHEN c.olds IS NOT NULL THEN k.old END AS digest
@@ -348,8 +349,13 @@ BEGIN
                       UNION ALL
                       SELECT s.keys, s.olds FROM tbl_repl.stash AS s
                       WHERE s.txid = pg_current_xact_id_if_assigned() AND s.source_id = %s AND s.keys IS NOT NULL) AS c
-                CROSS JOIN LATERAL unnest(c.keys, c.olds) AS k (key, old)) AS x ON x.key = u.key
-            GROUP BY u.key$query$, tbl_repl._pending_from(t, st.position), t.source_id)
+                CROSS JOIN LATERAL unnest(c.keys, c.olds) AS k (key, old)
+                UNION ALL
+                SELECT true, q.key, d.digest
+                FROM tbl_repl.quarantined AS q
+                LEFT JOIN LATERAL unnest(CASE WHEN q.sqlstate = '23000' AND q.expected IS NOT NULL THEN array_append(q.expected, '') ELSE q.expected END) AS d (digest) ON true
+                WHERE q.target_id = %s AND q.key = ANY ($1)) AS x ON x.key = u.key
+            GROUP BY u.key$query$, tbl_repl._pending_from(t, st.position), t.source_id, t.target_id)
         FROM tbl_repl.target AS t JOIN tbl_repl.target_state AS st USING (target_id)
         WHERE t.target_id = _expected.target_id)
     USING keys;
