@@ -202,7 +202,8 @@ CREATE OR REPLACE FUNCTION tbl_repl._capture_carried(
     source_id integer,
     op        "char",
     keys      text[],
-    origin    text
+    origin    text,
+    olds      text[] DEFAULT NULL
 )
 RETURNS void
 LANGUAGE plpgsql VOLATILE
@@ -218,7 +219,7 @@ BEGIN
     END IF;
     INSERT INTO tbl_repl.change (segment, source_id, target_id, op, keys, row_count, origin)
     SELECT h.segment, _capture_carried.source_id, x.target_id, _capture_carried.op, _capture_carried.keys,
-           cardinality(_capture_carried.keys), _capture_carried.origin
+           cardinality(_capture_carried.keys), _capture_carried.origin, _capture_carried.olds
     FROM tbl_repl.queue_head AS h,
          (SELECT DISTINCT CASE WHEN t.mode <> 'async' THEN t.target_id END AS target_id
           FROM tbl_repl.target AS t
@@ -229,7 +230,7 @@ BEGIN
     END IF;
 END
 $function$;
-COMMENT ON FUNCTION tbl_repl._capture_carried(integer, "char", text[], text) IS
+COMMENT ON FUNCTION tbl_repl._capture_carried(integer, "char", text[], text, text[]) IS
     'captures what an applier has changed; SECURITY DEFINER, for appliers have no right here';
 
 -- The worker sleeps: the flush wakes it (not at once: PREPARE TRANSACTION refuses what has notified).
