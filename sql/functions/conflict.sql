@@ -10,7 +10,7 @@
 -- who refuses a value queues its own for all its targets, so no node is left with a smaller one.  Rows are locked
 -- before tombstones, everywhere; and who has waited for a row looks at the tombstone once more.
 
--- _remote_node(conn, deadline): what the extension on the target says of itself: {node, system, database,
+-- _remote_node(conn, deadline): what the extension on the target says of itself: {node, system, database, started,
 -- settles}; {} where there is none, or the role may not ask.
 CREATE OR REPLACE FUNCTION tbl_repl._remote_node(conn text, deadline timestamptz)
 RETURNS jsonb
@@ -26,7 +26,7 @@ BEGIN
     END IF;
     RETURN tbl_repl._call(conn, $remote$
         SELECT pg_catalog.jsonb_build_object('node', tbl_repl.node_name(), 'system', s.system_identifier::text,
-            'database', pg_catalog.current_database(),
+            'database', pg_catalog.current_database(), 'started', extract(epoch FROM pg_catalog.pg_postmaster_start_time())::text,
             'settles', coalesce((SELECT pg_catalog.bool_or(pg_catalog.has_function_privilege(f.oid, 'EXECUTE')) FROM pg_catalog.pg_proc AS f
                                  JOIN pg_catalog.pg_namespace AS n ON n.oid = f.pronamespace
                                  WHERE n.nspname = 'tbl_repl' AND f.proname = '_settle'), false))
@@ -36,7 +36,8 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._remote_node(text, timestamptz) IS
     'name of the target''s node, and whether this role may have it settle conflicts';
 
--- Two nodes of one name would take each other's changes for their own.
+-- Two nodes of one name would take each other's changes for their own.  A physical copy of a cluster has its identifier,
+-- too, but was started at another time.
 CREATE OR REPLACE FUNCTION tbl_repl._check_node(remote jsonb)
 RETURNS void
 LANGUAGE plpgsql STABLE
@@ -44,8 +45,9 @@ SET search_path = pg_catalog, pg_temp
 AS $function$
 BEGIN
     IF remote ->> 'node' = tbl_repl.node_name()
-       AND (remote ->> 'system', remote ->> 'database') IS DISTINCT FROM
-           ((SELECT c.system_identifier::text FROM pg_control_system() AS c), current_database()::text) THEN
+       AND (remote ->> 'system', remote ->> 'database', remote ->> 'started') IS DISTINCT FROM
+           ((SELECT c.system_identifier::text FROM pg_control_system() AS c), current_database()::text,
+            extract(epoch FROM pg_postmaster_start_time())::text) THEN
         RAISE EXCEPTION USING
             ERRCODE = 'object_not_in_prerequisite_state',
             MESSAGE = format('the target has the name of this node: %s', remote ->> 'node'),
