@@ -250,8 +250,9 @@ END
 $function$;
 COMMENT ON FUNCTION tbl_repl._wake_worker(integer) IS 'sees to it that a sleeping worker wakes at commit';
 
--- Keys among those given that were changed here, and not yet shipped to the node named: what an arriving change of
--- them is in conflict with.  A long backlog is not searched: that would cost more than it tells.
+-- Keys among those given that were changed here, and not yet shipped to the node named (or to those between it and this
+-- one): what an arriving change of them is in conflict with.  A long backlog is not searched: that would cost more than
+-- it tells.
 CREATE OR REPLACE FUNCTION tbl_repl._changed_here(local_table regclass, keys text[], origin text)
 RETURNS TABLE (key text, op "char")
 LANGUAGE plpgsql VOLATILE
@@ -266,7 +267,9 @@ BEGIN
     FOR item IN
         SELECT tbl_repl._pending_from(t, st.position) AS pending
         FROM tbl_repl.source AS s JOIN tbl_repl.target AS t USING (source_id) JOIN tbl_repl.target_state AS st USING (target_id)
-        WHERE s.source_table = local_table AND t.remote ->> 'node' = origin
+        WHERE s.source_table = local_table AND origin IS NOT NULL
+          AND (t.remote ->> 'node' = origin
+               OR NOT EXISTS (SELECT FROM tbl_repl.target AS o WHERE o.source_id = t.source_id AND o.remote ->> 'node' = origin))
     LOOP
         RETURN QUERY EXECUTE format(
             'SELECT DISTINCT ON (k.key) k.key, q.op FROM (SELECT c.* FROM %s AND c.origin IS NULL AND c.op <> ''B'' LIMIT 10000) AS q '
@@ -514,9 +517,7 @@ BEGIN
         END IF;
         IF kind IS NOT NULL THEN
             INSERT INTO tbl_repl.conflict (local_table, key, conflict_type, origin, local_version, remote_version, resolution)
-            VALUES (_settle_items.local_table, (SELECT jsonb_object_agg(k.name, v.value) FROM unnest(key_columns) WITH ORDINALITY AS k (name, n)
-                                                JOIN unnest(item.keys) WITH ORDINALITY AS v (value, n) USING (n)),
-                    rtrim(kind, '!'), origin, here.version, item.version, CASE WHEN kind LIKE '%!' THEN 'kept' ELSE 'applied' END);
+            VALUES (_settle_items.local_table, tbl_repl._key_json(local_table, local_keys, key), rtrim(kind, '!'), origin, here.version, item.version, CASE WHEN kind LIKE '%!' THEN 'kept' ELSE 'applied' END);
         END IF;
     END LOOP;
     PERFORM set_config('tbl_repl.settling', old_settling, true);
