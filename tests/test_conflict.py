@@ -303,6 +303,44 @@ def test_linked_tables_are_settled_in_an_order_that_foreign_keys_allow(
     assert two.source.sql("SELECT message FROM tbl_repl.error_log") == []
 
 
+@pytest.mark.parametrize("policy", ["newest", "keep", "error"])
+@pytest.mark.parametrize("mode", ["sync", "tolerant", "async"])
+def test_unique_values_wander_between_rows(two: Pair, mode: str, policy: str) -> None:
+    two.both("CREATE UNIQUE INDEX ON t (v)")
+    two.add_target("t", mode=mode, on_conflict=policy, version_column="at")
+    two.source.sql("INSERT INTO t (id, v) SELECT g, 'v' || g FROM generate_series(1, 6) g")
+    two.drain()
+    # a chain, against the order of keys; then a ring
+    two.source.sql(
+        """
+        UPDATE t SET v = 'new', at = clock_timestamp() WHERE id = 3;
+        UPDATE t SET v = 'v3', at = clock_timestamp() WHERE id = 2;
+        UPDATE t SET v = 'v2', at = clock_timestamp() WHERE id = 1
+        """
+    )
+    two.drain()
+    two.assert_same("t")
+    two.source.sql(
+        """
+        UPDATE t SET v = 'aside' WHERE id = 4;
+        UPDATE t SET v = 'v4', at = clock_timestamp() WHERE id = 5;
+        UPDATE t SET v = 'v5', at = clock_timestamp() WHERE id = 4
+        """
+    )
+    two.drain()
+    two.assert_same("t")
+    # one of them is taken by a row of the target alone
+    two.target.sql("INSERT INTO t (id, v, at) VALUES (100, 'taken', '2020-01-01')")
+    if mode == "sync":
+        with pytest.raises(errors.UniqueViolation):
+            two.source.sql("UPDATE t SET v = 'taken', at = clock_timestamp() WHERE id = 6")
+    else:
+        two.source.sql("UPDATE t SET v = 'taken', at = clock_timestamp() WHERE id = 6")
+        two.drain()
+        assert two.source.sql("SELECT key, sqlstate FROM tbl_repl.quarantine") == [({"id": 6}, "23505")]
+    assert (6, "v6") in [r[:2] for r in content(two.target)]
+
+
 def test_repair_deletes_what_only_the_target_has_under_newest(two: Pair) -> None:
     forth, _ = both_ways(two, mode="async", on_conflict="newest", version_column="at")
     two.target.sql(
@@ -393,6 +431,32 @@ def test_check_reports_what_keeps_conflicts_from_being_settled(two: Pair) -> Non
     two.target.admin("SELECT tbl_repl.set_node_name('renamed')")
     codes = two.source.sql("SELECT code FROM tbl_repl.check() WHERE code <> 'dblink_public'")
     assert ("node_renamed",) in codes
+
+
+@pytest.mark.parametrize("leaves_alone", [False, True])
+def test_check_reports_triggers_that_change_the_version_of_rows_that_arrive(
+    two: Pair, leaves_alone: bool
+) -> None:
+    condition = "WHEN (coalesce(current_setting('tbl_repl.origin', true), '') = '')" if leaves_alone else ""
+    two.both(
+        f"""
+        CREATE FUNCTION touch() RETURNS trigger LANGUAGE plpgsql
+            AS $$ BEGIN NEW.at := clock_timestamp(); RETURN NEW; END $$;
+        CREATE FUNCTION shorten() RETURNS trigger LANGUAGE plpgsql
+            AS $$ BEGIN NEW.v := rtrim(NEW.v); RETURN NEW; END $$;
+        CREATE TRIGGER touch BEFORE INSERT OR UPDATE ON t FOR EACH ROW {condition} EXECUTE FUNCTION touch();
+        CREATE TRIGGER shorten BEFORE INSERT OR UPDATE ON t FOR EACH ROW EXECUTE FUNCTION shorten()
+        """
+    )
+    both_ways(two, mode="async", on_conflict="newest", version_column="at")
+    two.source.sql("INSERT INTO t (id, v) VALUES (1, 'a'), (2, 'a')")
+    drain_all(two.source, two.target)
+    two.target.sql("UPDATE t SET v = 'b' WHERE id = 2")
+    drain_all(two.source, two.target)
+    assert (content(two.source) == content(two.target)) == leaves_alone
+    found = two.source.sql("SELECT code, message FROM tbl_repl.check() WHERE code <> 'dblink_public'")
+    message = "trigger touch of table public.t on the target sets the version of rows that arrive, too"
+    assert found == ([] if leaves_alone else [("version_changed", message)])
 
 
 def test_check_reports_nothing_between_two_newest_nodes(two: Pair) -> None:

@@ -401,10 +401,11 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._is_wanted_gone(integer, text) IS
     'whether a deletion without a version is queued; SECURITY DEFINER, for owners of targets';
 
--- _settle(dst_table, policy, columns, key_columns, version_column, items): runs on the target.  items: one object a key:
+-- _settle(dst_table, policy, columns, key_columns, version_column, items, clear): runs on the target.  items: one object a key:
 --   k: key values; r: values of the row as text, null: deleted; t: the row as one text (_row_text_sql); v: version,
 --   of the row or of its tombstone; e: digests the source expects, '' for no row, null: any (keep, error); f: deleted,
 --   whatever the version of what is found (newest).
+--   clear: secondary unique values may wander between the rows, see _settle_clearing.
 -- Returns the number of items.  Errors: 23000 a conflict under error; what the table says.
 -- Not pinned: the target's own triggers need the search_path of this session.
 CREATE OR REPLACE FUNCTION tbl_repl._settle(
@@ -413,18 +414,79 @@ CREATE OR REPLACE FUNCTION tbl_repl._settle(
     columns        name[],
     key_columns    name[],
     version_column name,
-    items          jsonb
+    items          jsonb,
+    clear          boolean DEFAULT false
 )
 RETURNS integer
 LANGUAGE plpgsql VOLATILE
 AS $function$
 BEGIN
+    IF clear THEN
+        RETURN tbl_repl._settle_clearing(dst_table::pg_catalog.regclass, policy, columns, key_columns, version_column, items,
+                                         pg_catalog.current_setting('search_path'));
+    END IF;
     RETURN tbl_repl._settle_items(dst_table::pg_catalog.regclass, policy, columns, key_columns, version_column, items,
                                   pg_catalog.current_setting('search_path'));
 END
 $function$;
-COMMENT ON FUNCTION tbl_repl._settle(text, text, name[], name[], name, jsonb) IS
+COMMENT ON FUNCTION tbl_repl._settle(text, text, name[], name[], name, jsonb, boolean) IS
     'applies values that another node has sent, by a conflict policy; returns how many';
+
+-- Where a unique value is taken from one row and given to another, the one that gives has to come first; where they take
+-- from each other in a ring, all of them are deleted and inserted again, unless that would take children along.  What
+-- gets there has won already: a row that is refused violates nothing.
+CREATE OR REPLACE FUNCTION tbl_repl._settle_clearing(
+    local_table    regclass,
+    policy         text,
+    columns        name[],
+    key_columns    name[],
+    version_column name,
+    items          jsonb,
+    path           text
+)
+RETURNS integer
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    old_settling text := coalesce(current_setting('tbl_repl.settling', true), '');
+    todo  jsonb := items;
+    ring  jsonb;
+    item  jsonb;
+    drop_sql text;
+BEGIN
+    LOOP
+        ring := '[]';
+        FOR item IN SELECT x FROM jsonb_array_elements(todo) AS x LOOP
+            BEGIN
+                PERFORM tbl_repl._settle_items(local_table, policy, columns, key_columns, version_column, jsonb_build_array(item), path);
+            EXCEPTION WHEN unique_violation THEN
+                ring := ring || jsonb_build_array(item);
+            END;
+        END LOOP;
+        EXIT WHEN jsonb_array_length(ring) IN (0, jsonb_array_length(todo));
+        todo := ring;
+    END LOOP;
+    IF ring <> '[]' THEN
+        IF NOT EXISTS (SELECT FROM pg_constraint AS f WHERE f.contype = 'f' AND f.confrelid = local_table AND (f.conrelid <> f.confrelid OR f.confdeltype <> 'a')) THEN
+            SELECT format('DELETE FROM %s AS d USING jsonb_array_elements($1) AS x (item) WHERE %s', local_table,
+                          string_agg(format('d.%I OPERATOR(pg_catalog.=) (x.item -> ''k'' ->> %s)::%s', k.name, k.n - 1, format_type(a.atttypid, -1)), ' AND ' ORDER BY k.n))
+            INTO drop_sql
+            FROM unnest(key_columns) WITH ORDINALITY AS k (name, n) JOIN pg_attribute AS a ON a.attrelid = local_table AND a.attname = k.name;
+            PERFORM set_config('tbl_repl.settling', 'on', true);
+            PERFORM set_config('search_path', path, true);
+            EXECUTE drop_sql USING ring;
+            PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
+            PERFORM set_config('tbl_repl.settling', old_settling, true);
+        END IF;
+        PERFORM tbl_repl._settle_items(local_table, policy, columns, key_columns, version_column,
+                                       (SELECT jsonb_agg(x || '{"e": null}') FROM jsonb_array_elements(ring) AS x), path);
+    END IF;
+    RETURN jsonb_array_length(items);
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._settle_clearing(regclass, text, name[], name[], name, jsonb, text) IS
+    '_settle where unique values wander between rows';
 
 CREATE OR REPLACE FUNCTION tbl_repl._settle_items(
     local_table    regclass,

@@ -297,8 +297,8 @@ AS $function$
         %10$s
         WHERE tbl_repl_absent OR v.row_values IS NOT NULL
     ) AS i;
-    deletes := CASE WHEN deletes IS NOT NULL THEN format(%11$L, deletes) END;
-    upserts := CASE WHEN upserts IS NOT NULL THEN format(%11$L, upserts) END;
+    deletes := CASE WHEN deletes IS NOT NULL THEN format(%11$L, deletes, '') END;
+    upserts := CASE WHEN upserts IS NOT NULL THEN format(%11$L, upserts, CASE WHEN tbl_repl_form = 'clear' THEN ', true' END) END;
     RETURN;$piece$,
         CASE WHEN cardinality(source.key_columns) = 1 THEN 'json_build_array(u.tbl_repl_key)' ELSE 'u.tbl_repl_key::json' END,
         CASE WHEN target.on_conflict = 'newest' THEN 'CASE WHEN v.row_values IS NULL THEN x.version ELSE v.version END' ELSE 'v.version' END,
@@ -314,7 +314,7 @@ AS $function$
         CASE WHEN target.on_conflict = 'newest'
              THEN format('LEFT JOIN tbl_repl.tombstone AS x ON x.local_table = %L::regclass AND x.key = u.tbl_repl_key', source.source_table::oid)
              ELSE format('LEFT JOIN tbl_repl._expected(%s, tbl_repl_keys) AS x ON x.key = u.tbl_repl_key', target.target_id) END,
-        format('SELECT tbl_repl._settle(%s, %L, %s, %s, %s, %%L)',
+        format('SELECT tbl_repl._settle(%s, %L, %s, %s, %s, %%L%%s)',
                replace(quote_literal(tbl_repl._dst_table(target)), '%', '%%'), target.on_conflict,
                replace(quote_literal(target.sent_columns::text), '%', '%%'), replace(quote_literal(target.dst_keys::text), '%', '%%'),
                replace(quote_nullable(target.version_column::text), '%', '%%')))
