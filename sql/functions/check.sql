@@ -381,9 +381,9 @@ BEGIN
         RETURN QUERY SELECT 'notice', 'receipts_not_used', 'the target has tbl_repl now, but receipts are not left there yet', format('Take note of it: %s', rebuild);
     END IF;
     IF (facts ->> 'extension')::boolean THEN
-        there := tbl_repl._call(conn, 'SELECT pg_catalog.concat_ws(''.'', c.system_identifier, pg_catalog.current_database()) FROM pg_catalog.pg_control_system() AS c',
+        there := tbl_repl._call(conn, 'SELECT pg_catalog.concat_ws(''.'', c.system_identifier, extract(epoch FROM pg_catalog.pg_postmaster_start_time()), pg_catalog.current_database()) FROM pg_catalog.pg_control_system() AS c',
                                 clock_timestamp() + target.timeout);
-        SELECT concat_ws('.', c.system_identifier, current_database()) INTO here FROM pg_control_system() AS c;
+        SELECT concat_ws('.', c.system_identifier, extract(epoch FROM pg_postmaster_start_time()), current_database()) INTO here FROM pg_control_system() AS c;
         IF here <> there AND tbl_repl._call(conn, 'SELECT pg_catalog.has_schema_privilege(''tbl_repl'', ''USAGE'') AND pg_catalog.has_function_privilege(''tbl_repl.node_name()'', ''EXECUTE'')',
                                             clock_timestamp() + target.timeout)::boolean
            AND tbl_repl._call(conn, 'SELECT tbl_repl.node_name()', clock_timestamp() + target.timeout) = tbl_repl.node_name() THEN
