@@ -11,10 +11,10 @@ from support import Pair
 
 
 def sent(pair: Pair) -> list[str]:
-    """The statements that tbl_repl has sent to the target, without its lease; EXECUTE is written out there."""
+    """The statements that tbl_repl has sent to the target, without its lease and receipt; EXECUTE is written out there."""
     found = []
     for text in re.findall(r"(?m)^.* LOG:  statement: ((?:.*)(?:\n\t.*)*)", pair.target.log()):
-        text = re.sub(r"; EXECUTE tbl_repl_lease\(.*", "", text)
+        text = re.sub(r"; EXECUTE tbl_repl_(lease|receipt)\(.*", "", text, flags=re.S)
         found.append(text.replace("\n\t", "\n"))
     return found
 

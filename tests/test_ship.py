@@ -605,6 +605,7 @@ def test_a_serializable_writer_queues_for_a_tolerant_target(pair: Pair) -> None:
     assert errors_of(pair) == []
 
 
+@pytest.mark.plain_target
 def test_a_serializable_writer_is_refused_by_a_sync_target(pair: Pair) -> None:
     replicate(pair, mode="sync")
     conn = pair.source.connect()
@@ -613,6 +614,47 @@ def test_a_serializable_writer_is_refused_by_a_sync_target(pair: Pair) -> None:
     assert caught.value.diag.message_hint
     conn.execute("ROLLBACK")
     assert pair.source.rows("t") == pair.target.rows("t") == []
+
+
+def test_a_serializable_writer_ships_to_a_sync_target_where_receipts_are_left(pair: Pair) -> None:
+    sync, tolerant = replicate(pair, mode="sync"), 0
+    pair.target.sql("CREATE TABLE u (id integer PRIMARY KEY, v text)")
+    tolerant = pair.add_target("t", dst_table="u", mode="tolerant")
+    conn = pair.source.connect()
+    conn.execute("SET default_transaction_isolation = 'serializable'")
+    conn.execute(
+        "BEGIN; INSERT INTO t VALUES (1, 'x'), (2, 'y'), (3, 'z'); UPDATE t SET v = 'new' WHERE id = 1; DELETE FROM t WHERE id = 2; COMMIT"
+    )
+    pair.assert_same("t")
+    assert (pair.status(sync), pair.pending(sync)) == ("ok", 0)
+    assert pair.status(tolerant) == "queueing"
+    conn.execute("INSERT INTO t VALUES (4, 'single')")
+    conn.execute("BEGIN; INSERT INTO t VALUES (5, 'undone'); ROLLBACK")
+    pair.assert_same("t")
+    pair.drain()
+    pair.assert_same("t", dst="u")
+
+
+def test_serializable_writers_that_fail_at_commit_leave_nothing_on_a_sync_target(pair: Pair) -> None:
+    """Whoever fails with 40001 may have shipped already; receipts heal that."""
+    replicate(pair, mode="sync")
+    conns = [pair.source.connect() for _ in range(5)]
+
+    def write(number: int) -> tuple[int, int]:
+        conn, done, failed = conns[number], 0, 0
+        conn.execute("SET default_transaction_isolation = 'serializable'")
+        for n in range(30):
+            try:
+                conn.execute(f"INSERT INTO t VALUES ({n * 5 + number}, 'x')")
+                done += 1
+            except errors.SerializationFailure:
+                failed += 1
+        return done, failed
+
+    results = [future.result(60) for future in [in_background(lambda n=n: write(n)) for n in range(5)]]
+    assert sum(done for done, _ in results) == pair.source.one("SELECT count(*) FROM t") > 0
+    pair.drain()
+    pair.assert_same("t")
 
 
 def test_serializable_writers_that_do_not_conflict_do_not_fail(pair: Pair) -> None:

@@ -737,7 +737,8 @@ def test_whatever_breaks_under_load_the_tables_become_equal(
 
     load = Load(pair, large=way == "copy")
     try:
-        with WorkerProcess(pair.source, constants=constants, wait=False) as worker:
+        # pieces are there from the start: the worker is not waited for, or they would be done
+        with WorkerProcess(pair.source, constants=constants, wait=way != "pieces") as worker:
             wait_until(lambda: pair.target.backends(sessions), 20, f"rows travel: {way}")
             if fault == "cut":
                 proxy.cut()

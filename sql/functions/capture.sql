@@ -65,9 +65,7 @@ BEGIN
 
     store := concat_ws(E'\n    ',
         CASE WHEN direct THEN format(
-            $piece$IF current_setting('transaction_isolation') = 'serializable' THEN
-        PERFORM tbl_repl._queue_serializable(%1$s, {op}, {keys}{v});
-    ELSE
+            $piece$IF current_setting('transaction_isolation') <> 'serializable' OR tbl_repl._queue_serializable(%1$s, {op}, {keys}{v}) THEN
         IF cardinality({keys}) = 1 AND %2$L THEN
             INSERT INTO tbl_repl.flush (target_id, op, key) VALUES (%3$L, {op}, {keys}[1]) ON CONFLICT DO NOTHING;
             stored := FOUND;
@@ -280,7 +278,9 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._truncates_by_key(integer) IS
     'whether a TRUNCATE is shipped as deletion of the rows that were there';
 
--- Under SERIALIZABLE our own reads at commit would be taken for conflicts, so direct targets queue.
+-- Under SERIALIZABLE our own reads at commit may be taken for conflicts, and the transaction may still fail when the
+-- target has committed: so tolerant targets queue, and sync ones are shipped to (returns true) only where a receipt
+-- heals that.
 -- No lock queue: status is not looked at again, and a drainer looks for pending rows also while it is ok.
 -- SECURITY DEFINER: called by the capture function on behalf of any writer.
 CREATE OR REPLACE FUNCTION tbl_repl._queue_serializable(
@@ -289,7 +289,7 @@ CREATE OR REPLACE FUNCTION tbl_repl._queue_serializable(
     keys      text[],
     olds      text[] DEFAULT NULL
 )
-RETURNS void
+RETURNS boolean
 LANGUAGE plpgsql VOLATILE
 SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
@@ -301,24 +301,26 @@ BEGIN
     FROM tbl_repl.target AS t
     JOIN tbl_repl.target_state AS st USING (target_id)
     JOIN tbl_repl.source AS s USING (source_id)
-    WHERE t.source_id = _queue_serializable.source_id AND t.mode = 'sync' AND st.status = 'ok'
+    WHERE t.source_id = _queue_serializable.source_id AND t.mode = 'sync' AND st.status = 'ok' AND NOT t.receipts
     LIMIT 1;
     IF FOUND THEN
         RAISE EXCEPTION USING
             ERRCODE = 'feature_not_supported',
             MESSAGE = format('table %s has a sync target and cannot be written under SERIALIZABLE', refusing.source_table),
             DETAIL  = format('The commit on server %I could not be taken back after a serialization failure here.', refusing.server),
-            HINT    = 'Use READ COMMITTED or REPEATABLE READ, or make the target tolerant or async.';
+            HINT    = 'Install tbl_repl on the target, use READ COMMITTED or REPEATABLE READ, or make the target tolerant or async.';
     END IF;
     INSERT INTO tbl_repl.change (segment, source_id, target_id, op, keys, row_count, olds)
     SELECT h.segment, t.source_id, t.target_id, _queue_serializable.op, _queue_serializable.keys,
            coalesce(cardinality(_queue_serializable.keys), 1), _queue_serializable.olds
-    FROM tbl_repl.target AS t, tbl_repl.queue_head AS h
-    WHERE t.source_id = _queue_serializable.source_id AND t.mode <> 'async';
+    FROM tbl_repl.target AS t JOIN tbl_repl.target_state AS st USING (target_id), tbl_repl.queue_head AS h
+    WHERE t.source_id = _queue_serializable.source_id AND t.mode <> 'async' AND NOT (t.mode = 'sync' AND st.status = 'ok');
+    RETURN EXISTS (SELECT FROM tbl_repl.target AS t JOIN tbl_repl.target_state AS st USING (target_id)
+                   WHERE t.source_id = _queue_serializable.source_id AND t.mode = 'sync' AND st.status = 'ok');
 END
 $function$;
 COMMENT ON FUNCTION tbl_repl._queue_serializable(integer, "char", text[], text[]) IS
-    'queues what a SERIALIZABLE transaction changed for the direct targets of a table; 0A000 for sync ones';
+    'queues what a SERIALIZABLE transaction changed for tolerant targets; whether there are sync ones; 0A000 for those without receipts';
 
 -- Creates or replaces what _capture_sql and _trigger_sql say, drops triggers no longer wanted.
 CREATE OR REPLACE FUNCTION tbl_repl._rebuild_capture(source_id integer)

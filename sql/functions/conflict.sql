@@ -520,6 +520,7 @@ DECLARE
     changed     bigint;
     refused     text[] := '{}';
     kind        text;
+    settled     text[] := '{}';
 BEGIN
     SELECT coalesce((SELECT s.key_columns FROM tbl_repl.source AS s
                      WHERE s.source_table = local_table AND s.key_columns @> _settle_items.key_columns AND s.key_columns <@ _settle_items.key_columns
@@ -559,6 +560,13 @@ BEGIN
     SELECT coalesce(jsonb_object_agg(h.key, h.op), '{}') INTO rivals
     FROM tbl_repl._changed_here(local_table, ARRAY(
         SELECT tbl_repl._own_key(key_columns, local_keys, x.item -> 'k') FROM jsonb_array_elements(items) AS x (item)), origin) AS h;
+    IF policy = 'newest' THEN
+        settled := tbl_repl._settle_at_once(local_table, columns, key_columns, local_keys, version_column, version_type,
+            (SELECT jsonb_agg(jsonb_build_object('o', o.key) || x.item ORDER BY x.n)
+             FROM jsonb_array_elements(items) WITH ORDINALITY AS x (item, n)
+             CROSS JOIN LATERAL tbl_repl._own_key(key_columns, local_keys, x.item -> 'k') AS o (key)
+             WHERE NOT rivals ? o.key), path);
+    END IF;
     FOR item IN
         SELECT ARRAY(SELECT e FROM jsonb_array_elements_text(x.item -> 'k') AS e) AS keys, x.item -> 'k' AS key_values,
                CASE jsonb_typeof(x.item -> 'r') WHEN 'array' THEN ARRAY(SELECT e FROM jsonb_array_elements_text(x.item -> 'r') AS e) END AS row_values,
@@ -567,6 +575,7 @@ BEGIN
         FROM jsonb_array_elements(items) AS x (item)
     LOOP
         key := tbl_repl._own_key(key_columns, local_keys, item.key_values);
+        CONTINUE WHEN key = ANY (settled);
         kind := NULL;
         PERFORM set_config('search_path', path, true);
         EXECUTE lock_sql INTO here USING item.keys;
@@ -614,7 +623,8 @@ BEGIN
         END IF;
         IF kind IS NOT NULL THEN
             INSERT INTO tbl_repl.conflict (local_table, key, conflict_type, origin, local_version, remote_version, resolution)
-            VALUES (_settle_items.local_table, tbl_repl._key_json(local_table, local_keys, key), rtrim(kind, '!'), origin, here.version, item.version, CASE WHEN kind LIKE '%!' THEN 'kept' ELSE 'applied' END);
+            VALUES (_settle_items.local_table, tbl_repl._key_json(_settle_items.local_table, local_keys, key),
+                    rtrim(kind, '!'), origin, here.version, item.version, CASE WHEN kind LIKE '%!' THEN 'kept' ELSE 'applied' END);
         END IF;
     END LOOP;
     PERFORM set_config('tbl_repl.settling', old_settling, true);
@@ -626,6 +636,111 @@ END
 $function$;
 COMMENT ON FUNCTION tbl_repl._settle_items(regclass, text, name[], name[], name, jsonb, text) IS
     '_settle with the search_path that the target''s own triggers need';
+
+-- _settle_at_once: the usual case of newest, many values that meet nothing greater, by a few statements for all of
+-- them.  items: as for _settle, with o: the key as this node writes it.  Returns the keys that are settled; the
+-- others are looked at one by one.  The rules are those of _settle_newest: rows before tombstones, and once a row
+-- is written or gone the tombstones are looked at in a new statement; a row that comes out dead is left to that.
+CREATE OR REPLACE FUNCTION tbl_repl._settle_at_once(
+    local_table    regclass,
+    columns        name[],
+    key_columns    name[],
+    local_keys     name[],
+    version_column name,
+    version_type   text,
+    items          jsonb,
+    path           text
+)
+RETURNS text[]
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    parts   record;
+    lowest  text := CASE version_type WHEN 'timestamptz' THEN '''-infinity''' ELSE '-9223372036854775808' END;
+    put_sql text;
+    del_sql text;
+    see_sql text;
+    written text[];
+    deleted text[];
+    alive   text[];
+BEGIN
+    IF jsonb_array_length(items) < 2 THEN
+        RETURN '{}';
+    END IF;
+    WITH c AS (
+        SELECT u.name, u.n, format_type(a.atttypid, -1) AS type, a.attidentity = 'a' AS always
+        FROM unnest(columns) WITH ORDINALITY AS u (name, n)
+        JOIN pg_attribute AS a ON a.attrelid = local_table AND a.attname = u.name
+    ), k AS (
+        SELECT u.name, u.n, format_type(a.atttypid, -1) AS type
+        FROM unnest(key_columns) WITH ORDINALITY AS u (name, n)
+        JOIN pg_attribute AS a ON a.attrelid = local_table AND a.attname = u.name
+    )
+    SELECT string_agg(format('%I', c.name), ', ' ORDER BY c.n) AS names,
+           bool_or(c.always) AS always,
+           string_agg(format('(x.item -> ''r'' ->> %s)::%s', c.n - 1, c.type), ', ' ORDER BY c.n) AS given,
+           string_agg(format('%1$I = excluded.%1$I', c.name), ', ' ORDER BY c.n) FILTER (WHERE NOT c.always) AS assigned,
+           format('pg_catalog.array_to_string(ARRAY[%s], '','')', string_agg(format('pg_catalog.quote_nullable({row}.%I::text)', c.name), ', ' ORDER BY c.name::text COLLATE "C")) AS row_text,
+           (SELECT string_agg(format('%I', k.name), ', ' ORDER BY k.n) FROM k) AS keys,
+           (SELECT string_agg(format('d.%I OPERATOR(pg_catalog.=) (x.item -> ''k'' ->> %s)::%s', k.name, k.n - 1, k.type), ' AND ' ORDER BY k.n) FROM k) AS matches
+    INTO parts FROM c;
+    IF parts.always THEN
+        RETURN '{}';
+    END IF;
+    put_sql := format(
+        'WITH i AS (SELECT x.item FROM pg_catalog.jsonb_array_elements($1) WITH ORDINALITY AS x (item, n) '
+        'WHERE pg_catalog.jsonb_typeof(x.item -> ''r'') = ''array'' AND NOT EXISTS (SELECT FROM tbl_repl.tombstone AS b '
+        'WHERE b.local_table = %1$s::pg_catalog.oid AND b.key = x.item ->> ''o'' AND b.version::%2$s >= coalesce((x.item ->> ''v'')::%2$s, %3$s)) ORDER BY x.n), '
+        'put AS (INSERT INTO %4$s AS d (%5$s) SELECT %6$s FROM i AS x ON CONFLICT (%7$s) DO UPDATE SET %8$s '
+        'WHERE coalesce(d.%9$I, %3$s) < coalesce(excluded.%9$I, %3$s) OR coalesce(d.%9$I, %3$s) = coalesce(excluded.%9$I, %3$s) AND %10$s COLLATE "C" < %11$s '
+        'RETURNING %12$s AS key) '
+        'SELECT pg_catalog.array_agg(put.key) FROM put',
+        local_table::oid, version_type, lowest, local_table, parts.names, parts.given, parts.keys, parts.assigned, version_column,
+        replace(parts.row_text, '{row}', 'd'), replace(parts.row_text, '{row}', 'excluded'),
+        tbl_repl._key_text(local_keys, 'd'));
+    del_sql := format(
+        'WITH gone AS (DELETE FROM %1$s AS d USING pg_catalog.jsonb_array_elements($1) AS x (item) '
+        'WHERE pg_catalog.jsonb_typeof(x.item -> ''r'') IS DISTINCT FROM ''array'' AND x.item ->> ''v'' IS NOT NULL AND %2$s '
+        'AND coalesce(d.%3$I, %4$s) <= (x.item ->> ''v'')::%5$s RETURNING 1) SELECT pg_catalog.count(*) FROM gone',
+        local_table, parts.matches, version_column, lowest, version_type);
+    see_sql := format(
+        'SELECT pg_catalog.array_agg(x.item ->> ''o'') FROM pg_catalog.jsonb_array_elements($1) AS x (item) JOIN %s AS d ON %s '
+        'WHERE pg_catalog.jsonb_typeof(x.item -> ''r'') IS DISTINCT FROM ''array''', local_table, parts.matches);
+
+    PERFORM set_config('search_path', path, true);
+    EXECUTE put_sql INTO written USING items;
+    EXECUTE del_sql USING items;
+    EXECUTE see_sql INTO alive USING items;
+    PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
+    -- rows: what has been buried since, or while we waited, is left; older tombstones go
+    SELECT array_agg(w.key) INTO written
+    FROM unnest(written) AS w (key)
+    JOIN jsonb_array_elements(items) AS x (item) ON x.item ->> 'o' = w.key
+    WHERE NOT EXISTS (SELECT FROM tbl_repl.tombstone AS b
+                      WHERE b.local_table = _settle_at_once.local_table AND b.key = w.key
+                        AND tbl_repl._rank(b.version, version_type) >= tbl_repl._rank(x.item ->> 'v', version_type));
+    DELETE FROM tbl_repl.tombstone AS b
+    WHERE b.local_table = _settle_at_once.local_table AND b.key = ANY (written);
+    -- deletions: of what is not alive any more
+    WITH buried AS (
+        INSERT INTO tbl_repl.tombstone AS b (local_table, key, version)
+        SELECT _settle_at_once.local_table, x.item ->> 'o', x.item ->> 'v'
+        FROM jsonb_array_elements(items) WITH ORDINALITY AS x (item, n)
+        WHERE jsonb_typeof(x.item -> 'r') IS DISTINCT FROM 'array' AND x.item ->> 'v' IS NOT NULL
+          AND x.item ->> 'o' <> ALL (coalesce(alive, '{}'))
+        ORDER BY x.n
+        ON CONFLICT ON CONSTRAINT tombstone_pkey DO UPDATE
+        SET version = CASE WHEN tbl_repl._rank(b.version, version_type) < tbl_repl._rank(excluded.version, version_type)
+                           THEN excluded.version ELSE b.version END, at = clock_timestamp()
+        RETURNING b.key
+    )
+    SELECT array_agg(g.key) INTO deleted FROM buried AS g;
+    RETURN coalesce(written, '{}') || coalesce(deleted, '{}');
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._settle_at_once(regclass, name[], name[], name[], name, text, jsonb, text) IS
+    'settles those of many values under newest that meet nothing greater';
 
 -- A key as this node writes it: the columns may stand in another order there.
 CREATE OR REPLACE FUNCTION tbl_repl._own_key(key_columns name[], local_keys name[], key_values jsonb)
@@ -713,13 +828,19 @@ BEGIN
         WHERE tbl_repl._rank(b.version, version_type) < tbl_repl._rank(excluded.version, version_type);
         RETURN CASE WHEN here_text IS NOT NULL AND rival IS NOT NULL THEN 'delete_origin_differs' END;
     END IF;
-    IF here_text = row_text THEN
+    IF buried >= sent THEN
+        IF here_text = row_text THEN
+            -- dead all the same: written while its deletion was on its way
+            PERFORM set_config('search_path', path, true);
+            EXECUTE drop_sql USING keys, version;
+            PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
+        END IF;
+        RETURN 'update_missing!';
+    ELSIF here_text = row_text THEN
         IF buried < sent THEN
             PERFORM tbl_repl._unbury(local_table, key);
         END IF;
         RETURN NULL;
-    ELSIF buried >= sent THEN
-        RETURN 'update_missing!';
     ELSIF here_text IS NOT NULL AND (standing > sent OR (standing = sent AND here_text COLLATE "C" > row_text)) THEN
         RETURN CASE WHEN rival = 'I' THEN 'insert_exists!' ELSE 'update_origin_differs!' END;
     END IF;

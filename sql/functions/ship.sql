@@ -41,7 +41,7 @@ BEGIN
     END IF;
     IF NOT quiet THEN
         UPDATE tbl_repl.flush AS f SET hop = NEW.hop + 1 WHERE f.txid = NEW.txid;
-    ELSIF NEW.key IS NULL OR NOT tbl_repl._ship_quickly(NEW) THEN
+    ELSIF NEW.key IS NULL OR current_setting('transaction_isolation') <> 'read committed' OR NOT tbl_repl._ship_quickly(NEW) THEN
         DELETE FROM tbl_repl.flush AS f WHERE f.txid = NEW.txid;
         PERFORM tbl_repl._unpack(NEW);
         PERFORM tbl_repl._ship_transaction(NEW.txid);
@@ -234,7 +234,7 @@ SET plan_cache_mode = force_generic_plan
 SET jit = off
 AS $function$
 DECLARE
-    repeatable boolean := current_setting('transaction_isolation') = 'repeatable read';
+    repeatable boolean := current_setting('transaction_isolation') <> 'read committed';
     preparing  boolean := false;
     total      bigint;
     whole      boolean;
@@ -267,7 +267,9 @@ BEGIN
         FROM tbl_repl.target AS t
         JOIN tbl_repl.target_state AS st USING (target_id)
         JOIN tbl_repl.source AS s USING (source_id)
-        WHERE (t.source_id = ANY (changed) AND t.mode <> 'async') OR t.target_id = ANY (copied)
+        WHERE (t.source_id = ANY (changed) AND t.mode <> 'async'
+               -- what else there is has been queued by capture
+               AND (t.mode = 'sync' OR current_setting('transaction_isolation') <> 'serializable')) OR t.target_id = ANY (copied)
         ORDER BY t.target_id
     LOOP
         IF preparing AND (item.copies OR (item.mode = 'sync' AND item.status = 'ok')) THEN
@@ -305,7 +307,7 @@ LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp
 AS $function$
 DECLARE
-    repeatable boolean := current_setting('transaction_isolation') = 'repeatable read';
+    repeatable boolean := current_setting('transaction_isolation') <> 'read committed';
     preparing  boolean := tbl_repl._is_preparing();
     entered    boolean;
     total      bigint;
@@ -404,7 +406,7 @@ BEGIN
     JOIN pg_foreign_server AS f ON f.srvname = t.server
     WHERE t.target_id = change.target_id AND t.mode <> 'async'
       AND NOT EXISTS (SELECT FROM tbl_repl.stash AS s WHERE s.txid = change.txid);
-    IF NOT FOUND OR current_setting('transaction_isolation') <> 'read committed' OR tbl_repl._is_preparing()
+    IF NOT FOUND OR tbl_repl._is_preparing()
        OR NOT coalesce(item.conn = ANY (tbl_repl._dblink_connections()), false)
        OR NOT pg_try_advisory_xact_lock_shared(tbl_repl._lock_ship(), change.target_id)
     THEN
