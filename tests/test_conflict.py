@@ -303,6 +303,19 @@ def test_linked_tables_are_settled_in_an_order_that_foreign_keys_allow(
     assert two.source.sql("SELECT message FROM tbl_repl.error_log") == []
 
 
+@pytest.mark.parametrize("policy", ["newest", "keep"])
+def test_rows_that_refer_to_each_other_are_settled_in_any_order(two: Pair, policy: str) -> None:
+    two.both("ALTER TABLE t ADD parent integer REFERENCES t")
+    two.add_target("t", mode="sync", on_conflict=policy, version_column="at")
+    two.source.sql("INSERT INTO t (id, parent) VALUES (10, NULL), (1, 10), (20, 1), (2, 20)")
+    two.assert_same("t")
+    two.source.sql(
+        "UPDATE t SET parent = 2, at = clock_timestamp() WHERE id = 1; DELETE FROM t WHERE id = 10"
+    )
+    two.source.sql("DELETE FROM t")
+    assert content(two.target) == []
+
+
 @pytest.mark.parametrize("policy", ["newest", "keep", "error"])
 @pytest.mark.parametrize("mode", ["sync", "tolerant", "async"])
 def test_unique_values_wander_between_rows(two: Pair, mode: str, policy: str) -> None:

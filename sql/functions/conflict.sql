@@ -279,8 +279,8 @@ BEGIN
                OR NOT EXISTS (SELECT FROM tbl_repl.target AS o WHERE o.source_id = t.source_id AND o.remote ->> 'node' = origin))
     LOOP
         RETURN QUERY EXECUTE format(
-            'SELECT DISTINCT ON (k.key) k.key, q.op FROM (SELECT c.* FROM %s AND c.origin IS NULL AND c.op <> ''B'' LIMIT 10000) AS q '
-            'CROSS JOIN LATERAL unnest(q.keys) AS k (key) WHERE k.key = ANY ($1) ORDER BY k.key, q.captured_at DESC', item.pending)
+            'SELECT DISTINCT ON (k.key) k.key, q.op FROM (SELECT c.op, c.keys, c.captured_at FROM %s AND c.origin IS NULL AND c.op <> ''B'' LIMIT 10000) AS q '
+            'CROSS JOIN LATERAL unnest(q.keys) AS k (key) WHERE q.keys && $1 AND k.key = ANY ($1) ORDER BY k.key, q.captured_at DESC', item.pending)
         USING keys;
     END LOOP;
 END
@@ -427,6 +427,16 @@ BEGIN
     END IF;
     RETURN tbl_repl._settle_items(dst_table::pg_catalog.regclass, policy, columns, key_columns, version_column, items,
                                   pg_catalog.current_setting('search_path'));
+EXCEPTION WHEN foreign_key_violation THEN
+    -- rows of one table that refer to each other want an order as well
+    IF pg_catalog.jsonb_array_length(items) OPERATOR(pg_catalog.=) 1
+       OR NOT EXISTS (SELECT FROM pg_catalog.pg_constraint AS f
+                      WHERE f.contype OPERATOR(pg_catalog.=) 'f' AND f.conrelid OPERATOR(pg_catalog.=) dst_table::pg_catalog.regclass
+                        AND f.confrelid OPERATOR(pg_catalog.=) f.conrelid) THEN
+        RAISE;
+    END IF;
+    RETURN tbl_repl._settle_clearing(dst_table::pg_catalog.regclass, policy, columns, key_columns, version_column, items,
+                                     pg_catalog.current_setting('search_path'));
 END
 $function$;
 COMMENT ON FUNCTION tbl_repl._settle(text, text, name[], name[], name, jsonb, boolean) IS
@@ -434,7 +444,7 @@ COMMENT ON FUNCTION tbl_repl._settle(text, text, name[], name[], name, jsonb, bo
 
 -- Where a unique value is taken from one row and given to another, the one that gives has to come first; where they take
 -- from each other in a ring, all of them are deleted and inserted again, unless that would take children along.  What
--- gets there has won already: a row that is refused violates nothing.
+-- gets there has won already: a row that is refused violates nothing.  Rows that refer to other rows come after those.
 CREATE OR REPLACE FUNCTION tbl_repl._settle_clearing(
     local_table    regclass,
     policy         text,
@@ -460,7 +470,7 @@ BEGIN
         FOR item IN SELECT x FROM jsonb_array_elements(todo) AS x LOOP
             BEGIN
                 PERFORM tbl_repl._settle_items(local_table, policy, columns, key_columns, version_column, jsonb_build_array(item), path);
-            EXCEPTION WHEN unique_violation THEN
+            EXCEPTION WHEN unique_violation OR foreign_key_violation THEN
                 ring := ring || jsonb_build_array(item);
             END;
         END LOOP;
