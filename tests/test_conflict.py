@@ -92,6 +92,16 @@ def test_a_node_of_the_same_name_is_found_out_also_where_older_sessions_have_to_
         left.execute("SELECT 1")
 
 
+def test_a_physical_copy_of_this_node_is_refused(two: Pair) -> None:
+    """It has this node's name and system identifier, but was started at another time."""
+    facts = """jsonb_build_object('node', tbl_repl.node_name(), 'database', current_database(),
+        'system', (SELECT c.system_identifier::text FROM pg_control_system() AS c),
+        'started', extract(epoch FROM pg_postmaster_start_time() {})::text)"""
+    two.source.sql(f"SELECT tbl_repl._check_node({facts.format('')})")
+    with pytest.raises(errors.ObjectNotInPrerequisiteState, match="has the name of this node"):
+        two.source.sql(f"SELECT tbl_repl._check_node({facts.format(chr(43) + ' interval ' + repr('1 s'))})")
+
+
 # --- policies
 
 
@@ -159,6 +169,58 @@ def test_error_fails_a_sync_writer(two: Pair) -> None:
     assert content(two.source) == []
 
 
+@pytest.mark.parametrize("policy", ["keep", "error"])
+def test_a_row_in_quarantine_is_no_conflict_once_it_fits(two: Pair, policy: str) -> None:
+    two.add_target("t", mode="async", on_conflict=policy)
+    two.source.sql("INSERT INTO t SELECT g, 'a', '2020-01-01' FROM generate_series(1, 4) g")
+    two.drain()
+    two.target.sql("ALTER TABLE t ADD CONSTRAINT short CHECK (length(v) < 3)")
+    two.source.sql("UPDATE t SET v = 'long' WHERE id < 4")
+    two.drain()
+    assert two.source.sql("SELECT sqlstate FROM tbl_repl.quarantine") == [("23514",)] * 3
+    # once more while it is there; and one that is corrected on the target meanwhile
+    two.source.sql("UPDATE t SET v = 'longer' WHERE id = 1; UPDATE t SET v = 'b' WHERE id = 2")
+    two.drain()
+    assert two.source.one("SELECT count(*) FROM tbl_repl.quarantine") == 2
+    two.target.sql("UPDATE t SET v = 'c' WHERE id = 3; ALTER TABLE t DROP CONSTRAINT short")
+    two.drain()
+    assert [r[1] for r in content(two.target)] == ["longer", "b", "c", "a"]
+    if policy == "keep":
+        assert conflicts(two.target) == [("update_origin_differs", {"id": 3}, "kept")]
+    else:
+        assert two.source.sql("SELECT key, sqlstate FROM tbl_repl.quarantine") == [({"id": 3}, "23000")]
+        two.target.sql("DELETE FROM t WHERE id = 3")
+        two.drain()
+        two.assert_same("t")
+
+
+@pytest.mark.parametrize("new", ["keep", "error", "newest"])
+@pytest.mark.parametrize("old", ["overwrite", "keep", "newest"])
+def test_the_policy_changes_while_changes_are_queued(two: Pair, old: str, new: str) -> None:
+    """What was kept of old rows for one policy means nothing to another."""
+    target = two.add_target("t", mode="async", on_conflict=old, version_column="at")
+    two.source.sql("INSERT INTO t SELECT g, 'a', '2020-01-01' FROM generate_series(1, 5) g")
+    two.drain()
+    two.source.sql(
+        "UPDATE t SET v = 'b' WHERE id = 1; DELETE FROM t WHERE id = 2; UPDATE t SET id = 30 WHERE id = 3"
+    )
+    two.call("alter_target", target_id=target, on_conflict=new)
+    two.source.sql("UPDATE t SET v = 'c', at = '2021-01-01' WHERE id = 4")
+    two.drain()
+    two.assert_same("t")
+    assert conflicts(two.target) == []
+
+
+def test_other_columns_are_sent_while_changes_are_queued_under_keep(two: Pair) -> None:
+    target = two.add_target("t", mode="async", on_conflict="keep")
+    two.source.sql("INSERT INTO t SELECT g, 'a', '2020-01-01' FROM generate_series(1, 3) g")
+    two.drain()
+    two.source.sql("UPDATE t SET v = 'b' WHERE id = 1")
+    two.call("alter_target", target_id=target, columns=["id", "v"])
+    two.drain()
+    two.assert_same("t")
+
+
 def test_overwrite_notes_what_it_overwrites(two: Pair) -> None:
     both_ways(two, mode="async")
     two.source.sql("INSERT INTO t VALUES (1, 'ours', '2020-01-01')")
@@ -214,6 +276,108 @@ def test_newest_in_the_direct_modes(two: Pair, mode: str) -> None:
     assert content(two.source)[-1][1] == "newer"
 
 
+@pytest.mark.parametrize(("version", "least"), [("timestamptz", "-infinity"), ("bigint", str(-(2**63)))])
+def test_newest_takes_no_version_for_the_least(pair: Pair, version: str, least: str) -> None:
+    pair.both(f"CREATE TABLE t (id integer PRIMARY KEY, v text, at {version})")
+    pair.join(pair.target, pair.source, "there")
+    both_ways(pair, mode="async", on_conflict="newest", version_column="at")
+    pair.source.sql("INSERT INTO t VALUES (1, 'a', NULL), (2, 'b', NULL), (3, 'z', NULL)")
+    pair.target.sql(
+        "INSERT INTO t VALUES (1, 'b', NULL), (2, 'a', %s), (3, 'a', %s)",
+        [least, "epoch" if version == "timestamptz" else "1"],
+    )
+    drain_all(pair.source, pair.target)
+    pair.assert_same("t")
+    assert pair.source.sql("SELECT v FROM t ORDER BY id") == [("b",), ("b",), ("a",)]
+    pair.source.sql("DELETE FROM t")
+    drain_all(pair.source, pair.target)
+    assert content(pair.target) == []
+
+
+@pytest.mark.parametrize("policy", ["newest", "keep"])
+@pytest.mark.parametrize("mode", ["sync", "tolerant", "async"])
+def test_linked_tables_are_settled_in_an_order_that_foreign_keys_allow(
+    two: Pair, mode: str, policy: str
+) -> None:
+    two.both(
+        "CREATE TABLE child (id integer PRIMARY KEY, parent integer REFERENCES t, at timestamptz DEFAULT clock_timestamp())"
+    )
+    for table in ("t", "child"):
+        two.add_target(table, mode=mode, on_conflict=policy, version_column="at")
+    two.source.sql("INSERT INTO t (id) VALUES (1), (2); INSERT INTO child VALUES (1, 1), (2, 2)")
+    two.drain()
+    two.source.sql("DELETE FROM child WHERE id = 1; DELETE FROM t WHERE id = 1")
+    two.drain()
+    two.source.sql(
+        "INSERT INTO t (id) VALUES (3); UPDATE child SET parent = 3, at = clock_timestamp(); DELETE FROM t WHERE id = 2"
+    )
+    two.drain()
+    two.assert_same("t")
+    two.assert_same("child")
+    assert two.source.sql("SELECT message FROM tbl_repl.error_log") == []
+
+
+@pytest.mark.parametrize("policy", ["newest", "keep"])
+def test_rows_that_refer_to_each_other_are_settled_in_any_order(two: Pair, policy: str) -> None:
+    two.both("ALTER TABLE t ADD parent integer REFERENCES t")
+    two.add_target("t", mode="sync", on_conflict=policy, version_column="at")
+    two.source.sql("INSERT INTO t (id, parent) VALUES (10, NULL), (1, 10), (20, 1), (2, 20)")
+    two.assert_same("t")
+    two.source.sql(
+        "UPDATE t SET parent = 2, at = clock_timestamp() WHERE id = 1; DELETE FROM t WHERE id = 10"
+    )
+    two.source.sql("DELETE FROM t")
+    assert content(two.target) == []
+
+
+@pytest.mark.parametrize("policy", ["newest", "keep", "error"])
+@pytest.mark.parametrize("mode", ["sync", "tolerant", "async"])
+def test_unique_values_wander_between_rows(two: Pair, mode: str, policy: str) -> None:
+    two.both("CREATE UNIQUE INDEX ON t (v)")
+    two.add_target("t", mode=mode, on_conflict=policy, version_column="at")
+    two.source.sql("INSERT INTO t (id, v) SELECT g, 'v' || g FROM generate_series(1, 6) g")
+    two.drain()
+    # a chain, against the order of keys; then a ring
+    two.source.sql(
+        """
+        UPDATE t SET v = 'new', at = clock_timestamp() WHERE id = 3;
+        UPDATE t SET v = 'v3', at = clock_timestamp() WHERE id = 2;
+        UPDATE t SET v = 'v2', at = clock_timestamp() WHERE id = 1
+        """
+    )
+    two.drain()
+    two.assert_same("t")
+    two.source.sql(
+        """
+        UPDATE t SET v = 'aside' WHERE id = 4;
+        UPDATE t SET v = 'v4', at = clock_timestamp() WHERE id = 5;
+        UPDATE t SET v = 'v5', at = clock_timestamp() WHERE id = 4
+        """
+    )
+    two.drain()
+    two.assert_same("t")
+    # one of them is taken by a row of the target alone
+    two.target.sql("INSERT INTO t (id, v, at) VALUES (100, 'taken', '2020-01-01')")
+    if mode == "sync":
+        with pytest.raises(errors.UniqueViolation):
+            two.source.sql("UPDATE t SET v = 'taken', at = clock_timestamp() WHERE id = 6")
+    else:
+        two.source.sql("UPDATE t SET v = 'taken', at = clock_timestamp() WHERE id = 6")
+        two.drain()
+        assert two.source.sql("SELECT key, sqlstate FROM tbl_repl.quarantine") == [({"id": 6}, "23505")]
+    assert (6, "v6") in [r[:2] for r in content(two.target)]
+
+
+def test_repair_deletes_what_only_the_target_has_under_newest(two: Pair) -> None:
+    forth, _ = both_ways(two, mode="async", on_conflict="newest", version_column="at")
+    two.target.sql(
+        "SET tbl_repl.origin = 'nowhere'; INSERT INTO t (id, v) VALUES (1, 'extra'); RESET tbl_repl.origin"
+    )
+    assert two.call("repair_target", target_id=forth, delete_extra=True) == 1
+    drain_all(two.source, two.target)
+    assert content(two.target) == content(two.source) == []
+
+
 def test_newest_truncate_deletes_every_row(two: Pair) -> None:
     both_ways(two, mode="async", on_conflict="newest", version_column="at")
     two.source.sql("INSERT INTO t (id, v) SELECT g, 'a' FROM generate_series(1, 5) g")
@@ -239,11 +403,13 @@ def test_newest_truncate_deletes_every_row(two: Pair) -> None:
             {"on_conflict": "newest", "version_column": "at", "columns": ["id", "at"]},
             errors.FeatureNotSupported,
         ),
+        ({"on_conflict": "keep", "column_map": {"n": "id"}}, errors.FeatureNotSupported),
     ],
 )
 def test_policies_that_cannot_work_are_refused(
     two: Pair, options: dict[str, object], error: type[psycopg.Error]
 ) -> None:
+    two.target.sql("ALTER TABLE t ADD n integer GENERATED ALWAYS AS IDENTITY")
     with pytest.raises(error):
         two.add_target("t", **options)
     assert two.source.one("SELECT count(*) FROM tbl_repl.target_status") == 0
@@ -292,6 +458,32 @@ def test_check_reports_what_keeps_conflicts_from_being_settled(two: Pair) -> Non
     two.target.admin("SELECT tbl_repl.set_node_name('renamed')")
     codes = two.source.sql("SELECT code FROM tbl_repl.check() WHERE code <> 'dblink_public'")
     assert ("node_renamed",) in codes
+
+
+@pytest.mark.parametrize("leaves_alone", [False, True])
+def test_check_reports_triggers_that_change_the_version_of_rows_that_arrive(
+    two: Pair, leaves_alone: bool
+) -> None:
+    condition = "WHEN (coalesce(current_setting('tbl_repl.origin', true), '') = '')" if leaves_alone else ""
+    two.both(
+        f"""
+        CREATE FUNCTION touch() RETURNS trigger LANGUAGE plpgsql
+            AS $$ BEGIN NEW.at := clock_timestamp(); RETURN NEW; END $$;
+        CREATE FUNCTION shorten() RETURNS trigger LANGUAGE plpgsql
+            AS $$ BEGIN NEW.v := rtrim(NEW.v); RETURN NEW; END $$;
+        CREATE TRIGGER touch BEFORE INSERT OR UPDATE ON t FOR EACH ROW {condition} EXECUTE FUNCTION touch();
+        CREATE TRIGGER shorten BEFORE INSERT OR UPDATE ON t FOR EACH ROW EXECUTE FUNCTION shorten()
+        """
+    )
+    both_ways(two, mode="async", on_conflict="newest", version_column="at")
+    two.source.sql("INSERT INTO t (id, v) VALUES (1, 'a'), (2, 'a')")
+    drain_all(two.source, two.target)
+    two.target.sql("UPDATE t SET v = 'b' WHERE id = 2")
+    drain_all(two.source, two.target)
+    assert (content(two.source) == content(two.target)) == leaves_alone
+    found = two.source.sql("SELECT code, message FROM tbl_repl.check() WHERE code <> 'dblink_public'")
+    message = "trigger touch of table public.t on the target sets the version of rows that arrive, too"
+    assert found == ([] if leaves_alone else [("version_changed", message)])
 
 
 def test_check_reports_nothing_between_two_newest_nodes(two: Pair) -> None:

@@ -155,6 +155,40 @@ def test_local_targets_do_not_carry_on(trio: Pair, nodes: list[Node]) -> None:
     assert [r[0] for r in rows(nodes[2])] == [2]
 
 
+def test_keep_holds_for_what_is_carried_on(trio: Pair, nodes: list[Node]) -> None:
+    trio.both(TABLE.format(version="timestamptz"))
+    connect_all(trio, nodes, CHAIN)
+    add_targets(nodes, CHAIN, forward="any", on_conflict="keep")
+    nodes[0].sql("INSERT INTO t VALUES (1, 'a', '2020-01-01'), (2, 'a', '2020-01-01')")
+    settle(nodes)
+    nodes[2].sql("UPDATE t SET v = 'corrected' WHERE id = 1")
+    nodes[0].sql("UPDATE t SET v = 'b'")
+    settle(nodes)
+    assert [r[1] for r in rows(nodes[2])] == ["corrected", "b"]
+    nodes[0].sql("DELETE FROM t")
+    settle(nodes)
+    assert [r[1] for r in rows(nodes[2])] == ["corrected"]
+
+
+def test_conflicts_are_noted_at_the_end_of_a_chain(trio: Pair, nodes: list[Node]) -> None:
+    """The change comes from a node that this one has no target to."""
+    trio.both(TABLE.format(version="timestamptz"))
+    connect_all(trio, nodes, CHAIN_BOTH)
+    add_targets(nodes, CHAIN_BOTH, forward="any", on_conflict="newest", version_column="at")
+    nodes[0].sql("INSERT INTO t VALUES (1, 'a', '2020-01-01')")
+    settle(nodes)
+    nodes[2].sql("UPDATE t SET v = 'c', at = '2021-01-01'")
+    nodes[0].sql("UPDATE t SET v = 'a', at = '2022-01-01'")
+    nodes[0].fresh("CALL tbl_repl.drain()")
+    settle(nodes[:2])
+    settle(nodes)
+    assert_equal(nodes)
+    log = nodes[2].sql("SELECT key, conflict_type, origin, resolution FROM tbl_repl.conflict_log")
+    assert log == [
+        ({"id": 1}, "update_origin_differs", nodes[0].one("SELECT tbl_repl.node_name()"), "applied")
+    ]
+
+
 def test_a_row_goes_with_the_origin_of_its_last_change(trio: Pair, nodes: list[Node]) -> None:
     """Changed elsewhere, then here: the other node has to get it, too."""
     trio.both(TABLE.format(version="timestamptz"))

@@ -84,7 +84,7 @@ BEGIN
     END IF;$piece$, source.source_id, tbl_repl._lock_sleep()) END);
 
     IF carries THEN
-        store := format(E'IF carried <> '''' THEN\n        PERFORM tbl_repl._capture_carried(%s, {op}, {keys}, carried);\n    ELSE\n    %s\n    END IF;', source.source_id, store);
+        store := format(E'IF carried <> '''' THEN\n        PERFORM tbl_repl._capture_carried(%s, {op}, {keys}, carried{v});\n    ELSE\n    %s\n    END IF;', source.source_id, store);
     END IF;
     store := replace(replace(store, '{c}', CASE WHEN old_s IS NULL THEN '' ELSE ', olds' END),
                      '{v}', CASE WHEN old_s IS NULL THEN '' ELSE ', {olds}' END);

@@ -328,6 +328,7 @@ AS $function$
 DECLARE
     facts   jsonb;
     node    jsonb;
+    touched text;
     here    text;
     there   text;
     dst     text := tbl_repl._dst_table(target);
@@ -381,9 +382,9 @@ BEGIN
         RETURN QUERY SELECT 'notice', 'receipts_not_used', 'the target has tbl_repl now, but receipts are not left there yet', format('Take note of it: %s', rebuild);
     END IF;
     IF (facts ->> 'extension')::boolean THEN
-        there := tbl_repl._call(conn, 'SELECT pg_catalog.concat_ws(''.'', c.system_identifier, pg_catalog.current_database()) FROM pg_catalog.pg_control_system() AS c',
+        there := tbl_repl._call(conn, 'SELECT pg_catalog.concat_ws(''.'', c.system_identifier, extract(epoch FROM pg_catalog.pg_postmaster_start_time()), pg_catalog.current_database()) FROM pg_catalog.pg_control_system() AS c',
                                 clock_timestamp() + target.timeout);
-        SELECT concat_ws('.', c.system_identifier, current_database()) INTO here FROM pg_control_system() AS c;
+        SELECT concat_ws('.', c.system_identifier, extract(epoch FROM pg_postmaster_start_time()), current_database()) INTO here FROM pg_control_system() AS c;
         IF here <> there AND tbl_repl._call(conn, 'SELECT pg_catalog.has_schema_privilege(''tbl_repl'', ''USAGE'') AND pg_catalog.has_function_privilege(''tbl_repl.node_name()'', ''EXECUTE'')',
                                             clock_timestamp() + target.timeout)::boolean
            AND tbl_repl._call(conn, 'SELECT tbl_repl.node_name()', clock_timestamp() + target.timeout) = tbl_repl.node_name() THEN
@@ -404,6 +405,21 @@ BEGIN
                 clock_timestamp() + target.timeout) = '0' THEN
             RETURN QUERY SELECT 'warning', 'newest_one_way', format('table %s on the target has no target with on_conflict => ''newest'' back to this node', dst),
                 'A value that is refused there could not be answered: add_target there as well, with on_conflict => ''newest''.'::text;
+        END IF;
+        IF target.on_conflict = 'newest' THEN
+            touched := tbl_repl._call(conn, format(
+                'SELECT pg_catalog.string_agg(pg_catalog.quote_ident(g.tgname), '', '' ORDER BY g.tgname) '
+                'FROM pg_catalog.pg_trigger AS g JOIN pg_catalog.pg_proc AS f ON f.oid = g.tgfoid '
+                'WHERE g.tgrelid = pg_catalog.to_regclass(%L) AND NOT g.tgisinternal AND g.tgenabled IN (''O'', ''A'') '
+                -- before each row that is inserted or updated
+                'AND g.tgtype & 3 = 3 AND g.tgtype & 20 <> 0 '
+                'AND pg_catalog.concat(f.prosrc, '' '', pg_catalog.encode(g.tgargs, ''escape'')) ~* %L '
+                'AND pg_catalog.strpos(pg_catalog.concat(f.prosrc, pg_catalog.pg_get_triggerdef(g.oid)), ''tbl_repl.origin'') = 0', dst,
+                format('(^|[^[:alnum:]_])%s($|[^[:alnum:]_])', regexp_replace(target.version_column, '([^[:alnum:]_])', E'\\\\\\1', 'g'))),
+                clock_timestamp() + target.timeout);
+            RETURN QUERY SELECT 'warning', 'version_changed', format('trigger %s of table %s on the target sets the version of rows that arrive, too', touched, dst),
+                'The nodes would keep different rows. Let it leave them alone: CREATE TRIGGER ... WHEN (coalesce(current_setting(''tbl_repl.origin'', true), '''') = '''') ...'::text
+            WHERE touched IS NOT NULL;
         END IF;
     ELSIF target.on_conflict <> 'overwrite' THEN
         RETURN QUERY SELECT 'error', 'may_not_settle', 'tbl_repl is not installed on the target, where conflicts are settled',

@@ -325,15 +325,18 @@ DECLARE
     turn     timestamptz := clock_timestamp();
     previous timestamptz := turn;
     spinning timestamptz := turn + interval '500 microseconds';
-    in_vain  integer := coalesce(nullif(current_setting('tbl_repl.spins_in_vain', true), ''), '0')::integer;
-    may_spin boolean := in_vain = 0 AND pg_try_advisory_lock(tbl_repl._lock_spin(), 0);
+    in_vain  text := coalesce(nullif(current_setting('tbl_repl.spins_in_vain', true), ''), '0/0');
+    rests    integer := split_part(in_vain, '/', 1);
+    longest  integer := split_part(in_vain, '/', 2);
+    may_spin boolean := rests = 0 AND pg_try_advisory_lock(tbl_repl._lock_spin(), 0);
     canceled boolean := false;
     code     text;
 BEGIN
     -- Spinning is quickest, if the target has a processor to itself.  One session at a time, or they take the
-    -- processors from those they wait for; and who has spun in vain sleeps the next few times at once.
-    IF in_vain > 0 THEN
-        PERFORM set_config('tbl_repl.spins_in_vain', (in_vain - 1)::text, false);
+    -- processors from those they wait for; and who has spun in vain sleeps at once the next time, twice as many times
+    -- after each further failure.
+    IF rests > 0 THEN
+        PERFORM set_config('tbl_repl.spins_in_vain', format('%s/%s', rests - 1, longest), false);
     END IF;
     LOOP
         LOOP
@@ -349,7 +352,8 @@ BEGIN
                         -- a long turn means that somebody else needed this processor
                         may_spin := false;
                         PERFORM pg_advisory_unlock(tbl_repl._lock_spin(), 0);
-                        PERFORM set_config('tbl_repl.spins_in_vain', '4', false);
+                        rests := least(greatest(longest * 2, 1), 64);
+                        PERFORM set_config('tbl_repl.spins_in_vain', format('%1$s/%1$s', rests), false);
                     END IF;
                     previous := turn;
                 END LOOP;
@@ -362,6 +366,9 @@ BEGIN
         IF may_spin THEN
             may_spin := false;
             PERFORM pg_advisory_unlock(tbl_repl._lock_spin(), 0);
+            IF longest > 0 THEN
+                PERFORM set_config('tbl_repl.spins_in_vain', '0/0', false);
+            END IF;
         END IF;
         IF canceled AND harmless THEN
             PERFORM tbl_repl._dblink_disconnect(conn);

@@ -276,31 +276,35 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._render_sql(integer) IS
     'text of render_N, which says the state of some keys in SQL for one target';
 
--- For policies that the target settles: the statements of render_N that say the values of the keys, for _settle.
+-- For policies that the target settles: the statements of render_N that say the values of the keys, for _settle; what is gone
+-- and what is there apart, for foreign keys ask for an order.
 CREATE OR REPLACE FUNCTION tbl_repl._render_values_sql(target tbl_repl.target, source tbl_repl.source)
 RETURNS text
 LANGUAGE sql STABLE
 SET search_path = pg_catalog, pg_temp
 AS $function$
     SELECT format($piece$
-    SELECT json_agg(json_build_object('k', %1$s, 'r', v.row_values, 't', v.row_text, 'v', %2$s, 'e', %3$s))::text
-    INTO rendered
-    FROM unnest(tbl_repl_keys) AS u (tbl_repl_key)
-    LEFT JOIN LATERAL (
-        SELECT json_build_array(%4$s) AS row_values, %5$s AS row_text, %6$s AS version
-        FROM %7$s AS s
-        WHERE %8$s AND (NOT tbl_repl_mine OR tbl_repl._is_mine(s.xmin))%9$s
-    ) AS v ON true
-    %10$s
-    WHERE tbl_repl_absent OR v.row_values IS NOT NULL;
-    upserts := format(%11$L, rendered);
-    IF rendered IS NULL THEN
-        upserts := NULL;
-    END IF;
+    SELECT json_agg(i.item) FILTER (WHERE i.gone)::text, json_agg(i.item) FILTER (WHERE NOT i.gone)::text
+    INTO deletes, upserts
+    FROM (
+        SELECT json_build_object('k', %1$s, 'r', v.row_values, 't', v.row_text, 'v', %2$s, %3$s) AS item, v.row_values IS NULL AS gone
+        FROM unnest(tbl_repl_keys) AS u (tbl_repl_key)
+        LEFT JOIN LATERAL (
+            SELECT json_build_array(%4$s) AS row_values, %5$s AS row_text, %6$s AS version
+            FROM %7$s AS s
+            WHERE %8$s AND (NOT tbl_repl_mine OR tbl_repl._is_mine(s.xmin))%9$s
+        ) AS v ON true
+        %10$s
+        WHERE tbl_repl_absent OR v.row_values IS NOT NULL
+    ) AS i;
+    deletes := CASE WHEN deletes IS NOT NULL THEN format(%11$L, deletes, '') END;
+    upserts := CASE WHEN upserts IS NOT NULL THEN format(%11$L, upserts, CASE WHEN tbl_repl_form = 'clear' THEN ', true' END) END;
     RETURN;$piece$,
         CASE WHEN cardinality(source.key_columns) = 1 THEN 'json_build_array(u.tbl_repl_key)' ELSE 'u.tbl_repl_key::json' END,
-        CASE WHEN target.on_conflict = 'newest' THEN 'coalesce(v.version, x.version)' ELSE 'v.version' END,
-        CASE WHEN target.on_conflict = 'newest' THEN 'NULL::text[]' ELSE 'x.digests' END,
+        CASE WHEN target.on_conflict = 'newest' THEN 'CASE WHEN v.row_values IS NULL THEN x.version ELSE v.version END' ELSE 'v.version' END,
+        CASE WHEN target.on_conflict = 'newest'
+             THEN format('''f'', CASE WHEN v.row_values IS NULL AND x.version IS NULL THEN tbl_repl._is_wanted_gone(%s, u.tbl_repl_key) END', target.target_id)
+             ELSE '''e'', x.digests' END,
         (SELECT string_agg(format('(%s)::text', e), ', ' ORDER BY n) FROM unnest(target.sent_exprs) WITH ORDINALITY AS e (e, n)),
         tbl_repl._row_text_sql(target),
         CASE WHEN target.version_column IS NULL THEN 'NULL::text' ELSE format('s.%I::text', target.version_column) END,
@@ -310,7 +314,7 @@ AS $function$
         CASE WHEN target.on_conflict = 'newest'
              THEN format('LEFT JOIN tbl_repl.tombstone AS x ON x.local_table = %L::regclass AND x.key = u.tbl_repl_key', source.source_table::oid)
              ELSE format('LEFT JOIN tbl_repl._expected(%s, tbl_repl_keys) AS x ON x.key = u.tbl_repl_key', target.target_id) END,
-        format('SELECT tbl_repl._settle(%s, %L, %s, %s, %s, %%L)',
+        format('SELECT tbl_repl._settle(%s, %L, %s, %s, %s, %%L%%s)',
                replace(quote_literal(tbl_repl._dst_table(target)), '%', '%%'), target.on_conflict,
                replace(quote_literal(target.sent_columns::text), '%', '%%'), replace(quote_literal(target.dst_keys::text), '%', '%%'),
                replace(quote_nullable(target.version_column::text), '%', '%%')))

@@ -1117,10 +1117,18 @@ BEGIN
                        item.target_id, item.chunks)
         USING ARRAY(SELECT p.key FROM unnest(poison) AS p WHERE p.target_id = item.target_id);
     END LOOP;
-    INSERT INTO tbl_repl.quarantined AS q (target_id, key, sqlstate, message)
-    SELECT DISTINCT ON (p.target_id, p.key) p.target_id, p.key, p.code, p.message FROM unnest(poison) AS p
+    -- What has never arrived is not expected there: expected stays as it was before the first failure, unless a person
+    -- has said that it does not matter (NULL).
+    INSERT INTO tbl_repl.quarantined AS q (target_id, key, sqlstate, message, expected)
+    SELECT DISTINCT ON (p.target_id, p.key) p.target_id, p.key, p.code, p.message, x.digests
+    FROM unnest(poison) AS p
+    LEFT JOIN (SELECT t.target_id, e.key, e.digests
+               FROM tbl_repl.target AS t
+               CROSS JOIN LATERAL tbl_repl._expected(t.target_id, ARRAY(SELECT u.key FROM unnest(poison) AS u WHERE u.target_id = t.target_id)) AS e
+               WHERE t.on_conflict IN ('keep', 'error') AND t.target_id IN (SELECT u.target_id FROM unnest(poison) AS u)) AS x USING (target_id, key)
     ON CONFLICT (target_id, key) DO UPDATE
-    SET attempts = q.attempts + 1, sqlstate = excluded.sqlstate, message = excluded.message, last_failed_at = clock_timestamp();
+    SET attempts = q.attempts + 1, sqlstate = excluded.sqlstate, message = excluded.message, last_failed_at = clock_timestamp(),
+        expected = CASE WHEN excluded.expected IS NOT NULL THEN q.expected END;
     PERFORM tbl_repl._log_error(p.target_id, p.key, p.code, p.message, NULL,
                                 'The row is in quarantine; it is tried again when it changes, or by replay.', NULL)
     FROM (SELECT DISTINCT ON (u.target_id, u.key) u.* FROM unnest(poison) AS u LIMIT 100) AS p;

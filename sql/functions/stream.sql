@@ -148,7 +148,7 @@ AS $function$
                                                                THEN coalesce(l.origin, tbl_repl.node_name()) END),
                                      CASE step.part WHEN 'upserts' THEN 'r.rows::bigint' ELSE '0::bigint' END,
                                      l.chunks, l.target_id, mine, l.absent,
-                                     CASE WHEN variant = 'clear' AND step.part = 'deletes' THEN 'clear' ELSE 'plain' END),
+                                     CASE WHEN variant = 'clear' THEN 'clear' ELSE 'plain' END),
                               ' UNION ALL ' ORDER BY step.n, CASE step.part WHEN 'deletes' THEN -l.fk_rank ELSE l.fk_rank END, l.target_id)
             FROM unnest(loads) AS l
             CROSS JOIN (VALUES ('deletes', CASE variant WHEN 'upserts first' THEN 2 ELSE 1 END),

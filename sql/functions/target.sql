@@ -795,6 +795,9 @@ BEGIN
         filter_expr = target.filter_expr, dst_keys = target.dst_keys, remote = target.remote, generation = target.generation,
         receipts = target.receipts
     WHERE t.target_id = _alter_target.target_id;
+    IF target.on_conflict <> 'overwrite' AND tbl_repl._old_value_sql(old) IS DISTINCT FROM tbl_repl._old_value_sql(target) THEN
+        PERFORM tbl_repl._forget_olds(target);
+    END IF;
     IF old.mode = 'async' AND target.mode <> 'async' THEN
         PERFORM tbl_repl._leave_async(old);
     END IF;
@@ -808,6 +811,24 @@ END
 $function$;
 COMMENT ON FUNCTION tbl_repl._alter_target(integer, text, text, name[], jsonb, text, text[], text, name, text, interval, text) IS
     'alter_target with the caller''s search_path';
+
+-- What capture has kept of old rows meant something under the policy it was kept for: under another one the queued
+-- changes are shipped without it, whatever is there.  Nobody writes the table now.
+CREATE OR REPLACE FUNCTION tbl_repl._forget_olds(target tbl_repl.target)
+RETURNS void
+LANGUAGE sql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    UPDATE tbl_repl.change AS c SET olds = NULL
+    WHERE c.source_id = target.source_id AND c.olds IS NOT NULL AND (c.target_id IS NULL OR c.target_id = target.target_id)
+      AND NOT EXISTS (SELECT FROM tbl_repl.target AS o
+                      WHERE o.source_id = target.source_id AND o.target_id <> target.target_id AND o.on_conflict <> 'overwrite');
+    UPDATE tbl_repl.stash AS s SET olds = NULL
+    WHERE s.source_id = target.source_id AND s.txid = pg_current_xact_id() AND s.olds IS NOT NULL;
+    UPDATE tbl_repl.quarantined AS q SET expected = NULL WHERE q.target_id = target.target_id AND q.expected IS NOT NULL
+$function$;
+COMMENT ON FUNCTION tbl_repl._forget_olds(tbl_repl.target) IS
+    'makes queued changes of a target fit another conflict policy';
 
 -- An async target shares its queue rows with others; a direct one has its own.  Nobody writes the table now.
 CREATE OR REPLACE FUNCTION tbl_repl._leave_async(target tbl_repl.target)

@@ -210,6 +210,7 @@ CREATE UNLOGGED TABLE tbl_repl.flush (
 ) WITH (fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 5000);
 COMMENT ON TABLE tbl_repl.flush IS 'transactions in flight that ship at commit';
 
+-- expected: what the target should still have of the row, see _expected.
 CREATE TABLE tbl_repl.quarantined (
     target_id       integer NOT NULL REFERENCES tbl_repl.target ON DELETE CASCADE,
     key             text NOT NULL,
@@ -218,6 +219,7 @@ CREATE TABLE tbl_repl.quarantined (
     message         text NOT NULL,
     first_failed_at timestamptz NOT NULL DEFAULT clock_timestamp(),
     last_failed_at  timestamptz NOT NULL DEFAULT clock_timestamp(),
+    expected        text[],
     PRIMARY KEY (target_id, key)
 );
 COMMENT ON TABLE tbl_repl.quarantined IS 'rows that a target rejects';
