@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import psycopg
 import pytest
 from psycopg import errors
 
 from support import Node, Pair, wait_until
+from support.background import in_background, within
 
 TABLE = "CREATE TABLE t (id integer PRIMARY KEY, v text, at timestamptz NOT NULL DEFAULT clock_timestamp())"
 
@@ -493,3 +496,154 @@ def test_a_copy_in_pieces_is_refused_for_conflict_policies(two: Pair) -> None:
     with pytest.raises(errors.FeatureNotSupported) as caught:
         two.source.sql(f"SELECT tbl_repl._copy_begin({target}, 1000)")
     assert "resync_target" in str(caught.value.diag.message_hint)
+
+
+@pytest.mark.parametrize("first", ["source", "target"])
+def test_newest_settles_rows_without_a_version(pair: Pair, first: str) -> None:
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY, v text, at bigint)")
+    pair.join(pair.target, pair.source, "there")
+    both_ways(pair, mode="async", on_conflict="newest", version_column="at")
+    pair.source.sql("INSERT INTO t VALUES (1, 'greater')")
+    pair.target.sql("INSERT INTO t VALUES (1, 'a')")
+    drain_all(*((pair.source, pair.target) if first == "source" else (pair.target, pair.source)))
+    assert content(pair.source) == content(pair.target) == [(1, "greater", None)]
+
+
+OLD, NEW = "2026-01-01 00:00:00+00", "2026-01-02 00:00:00+00"
+
+
+def settle(conn: psycopg.Connection, ids: range, version: str, *, gone: bool) -> None:
+    """What another node sends for these keys under newest."""
+    items = [
+        {
+            "k": [str(n)],
+            "r": None if gone else [str(n), "x", version],
+            "t": None if gone else f"'{version}','{n}','x'",
+            "v": version,
+        }
+        for n in ids
+    ]
+    conn.execute(
+        "SELECT tbl_repl._settle('public.t', 'newest', '{id,v,at}', '{id}', 'at', %s)", [json.dumps(items)]
+    )
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("deletion_first", [False, True])
+def test_newest_a_row_and_its_deletion_that_arrive_at_once_end_as_deleted(
+    two: Pair, deletion_first: bool, count: int
+) -> None:
+    two.add_target("t", mode="async", on_conflict="newest", version_column="at")
+    ids = range(1, count + 1)
+    one, other = two.source.connect(), two.source.connect()
+    for conn, origin in ((one, "x"), (other, "y")):
+        conn.execute(f"SET tbl_repl.origin = '{origin}'")
+        conn.execute("BEGIN")
+    settle(one, ids, NEW if deletion_first else OLD, gone=deletion_first)
+    second = in_background(
+        lambda: settle(other, ids, OLD if deletion_first else NEW, gone=not deletion_first)
+    )
+    waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted AND pid = %s"
+    wait_until(lambda: second.done() or two.source.admin(waiting, [other.info.backend_pid]) == [(1,)])
+    one.execute("COMMIT")
+    second.result(10)
+    other.execute("COMMIT")
+    assert content(two.source) == []
+    assert two.source.admin("SELECT DISTINCT version FROM tbl_repl.tombstone") == [(NEW,)]
+
+
+def test_a_tombstone_is_found_by_its_whole_key(two: Pair) -> None:
+    conn = two.target.connect()
+    conn.execute("BEGIN")
+    conn.execute(
+        "INSERT INTO tbl_repl.tombstone SELECT 't'::regclass, g::text, %s FROM generate_series(1, 1000) AS g",
+        [OLD],
+    )
+    settle(conn, range(2000, 2001), NEW, gone=True)
+    read = conn.execute("SELECT pg_stat_get_xact_tuples_returned('tbl_repl.tombstone_pkey'::regclass)")
+    assert read.fetchone()[0] < 100  # type: ignore[index]
+
+
+def test_many_values_are_settled_at_once_and_by_no_operator_of_others(two: Pair) -> None:
+    two.add_target("t", mode="async", on_conflict="newest", version_column="at")
+    two.target.admin("GRANT CREATE ON SCHEMA public TO writer")
+    two.target.sql(
+        """
+        CREATE TABLE trap (who name DEFAULT current_user);
+        GRANT INSERT ON trap TO PUBLIC;
+        CREATE FUNCTION spring(regclass, oid) RETURNS boolean LANGUAGE sql AS 'INSERT INTO public.trap DEFAULT VALUES; SELECT $1::oid OPERATOR(pg_catalog.=) $2';
+        CREATE OPERATOR = (LEFTARG = regclass, RIGHTARG = oid, FUNCTION = spring);
+        CREATE FUNCTION spring(jsonb, jsonb) RETURNS jsonb LANGUAGE sql AS 'SELECT $1';
+        CREATE OPERATOR -> (LEFTARG = jsonb, RIGHTARG = jsonb, FUNCTION = spring);
+        CREATE FUNCTION spring_text(jsonb, jsonb) RETURNS text LANGUAGE sql AS $$SELECT 'x'$$;
+        CREATE OPERATOR ->> (LEFTARG = jsonb, RIGHTARG = jsonb, FUNCTION = spring_text)
+        """,
+        user="writer",
+    )
+    # a deletion is known: the look for it is what the trap waits for
+    two.target.admin("INSERT INTO tbl_repl.tombstone SELECT 't'::regclass, '1', '2999-01-01 00:00:00+00'")
+    two.source.sql("INSERT INTO t (id, v) VALUES (1, 'a'), (2, 'a'), (3, 'a'), (4, 'a')")
+    two.drain()
+    two.source.sql("DELETE FROM t WHERE id IN (2, 3)")
+    two.drain()
+    assert [row[0] for row in content(two.target)] == [4]
+    assert two.target.sql("SELECT who FROM trap", user="writer") == []
+    assert "ERROR" not in two.target.log()
+
+
+def test_keep_finds_what_was_known_of_a_row_also_in_a_long_list(pair: Pair) -> None:
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY, v text)")
+    target = pair.add_target("t", mode="async", on_conflict="keep")
+    pair.source.sql("INSERT INTO t SELECT g, 'a' FROM generate_series(1, 100000) AS g")
+    with within(1):
+        known = pair.source.admin(
+            "SELECT count(*) FROM tbl_repl._expected(%s, ARRAY(SELECT g::text FROM generate_series(99001, 100000) AS g))"
+            " WHERE digests = '{\"\"}'",
+            [target],
+        )
+    assert known == [(1000,)]
+
+
+def test_a_long_backlog_is_not_searched_for_conflicts(two: Pair) -> None:
+    both_ways(two, mode="async")
+    two.target.sql("INSERT INTO t (id, v) SELECT g, 'a' FROM generate_series(1, 50) AS g")
+    two.target.admin("UPDATE tbl_repl.change SET row_count = 100001")
+    here = two.target.admin("SELECT * FROM tbl_repl._changed_here('t', '{1}', %s)", [node_name(two.source)])
+    assert here == []
+    two.target.admin("UPDATE tbl_repl.change SET row_count = 50")
+    here = two.target.admin("SELECT * FROM tbl_repl._changed_here('t', '{1}', %s)", [node_name(two.source)])
+    assert here == [("1", "I")]
+
+
+def node_name(node: Node) -> str:
+    return str(node.one("SELECT tbl_repl.node_name()"))
+
+
+@pytest.mark.parametrize("name", ["{keys}", "{op}", "{gone}", "a\nb", "100%s"])
+def test_newest_with_names_that_look_like_something_else(pair: Pair, name: str) -> None:
+    pair.both(
+        f'CREATE TABLE "{name}" ("{name}" integer PRIMARY KEY, v text, at timestamptz DEFAULT clock_timestamp())'
+    )
+    pair.add_target(f'"{name}"', mode="async", on_conflict="newest", version_column="at")
+    for statement in (
+        "INSERT INTO \"{0}\" VALUES (1, 'a'), (2, 'a'), (3, 'a')",
+        'UPDATE "{0}" SET "{0}" = 20, at = clock_timestamp() WHERE "{0}" = 2',
+        'DELETE FROM "{0}" WHERE "{0}" = 1',
+        'TRUNCATE "{0}"',
+        "INSERT INTO \"{0}\" VALUES (3, 'b')",
+    ):
+        pair.source.sql(statement.replace("{0}", name))
+        pair.drain()
+        pair.assert_same(f'"{name}"')
+
+
+@pytest.mark.parametrize("policy", ["keep", "overwrite"])
+def test_conflicts_are_forgotten_after_a_while(two: Pair, policy: str) -> None:
+    both_ways(two, mode="async", on_conflict=policy)
+    for n in (1, 2):
+        two.source.sql("INSERT INTO t VALUES (%s, 'ours', '2020-01-01')", [n])
+        two.target.sql("INSERT INTO t VALUES (%s, 'theirs', '2020-01-01')", [n])
+        two.drain()
+        assert conflicts(two.target)[-1][1] == {"id": n}  # type: ignore[index]
+        assert len(conflicts(two.target)) == 1
+        two.target.admin("UPDATE tbl_repl.conflict SET at = at - interval '31 days'")

@@ -160,3 +160,16 @@ def test_a_target_that_settles_conflicts_is_not_copied_in_pieces(pair: Pair) -> 
     assert said.returncode == 1
     assert "cannot be copied in pieces" in said.stderr and "resync_target" in said.stderr
     assert pair.target.rows("t") == ["(1,theirs)"]
+
+
+@pytest.mark.parametrize("key", ['"a$1"', '"a$1", "b$2"'])
+def test_names_with_a_dollar_sign(pair: Pair, key: str) -> None:
+    pair.both(f'CREATE TABLE t ("a$1" integer, "b$2" text, PRIMARY KEY ({key}))')
+    pair.source.sql("INSERT INTO t SELECT g, '$1' FROM generate_series(1, 10) AS g")
+    target = pair.add_target("t", mode="async", initial_copy="none")
+    pair.source.one("SELECT tbl_repl._copy_begin(%s, 4)", [target])
+    found = []
+    for _ in range(3):
+        query = pair.source.one("SELECT rows_query FROM tbl_repl._copy_next(%s)", [target])
+        found += [int(row[0]) for row in pair.source.sql(query)]
+    assert found == list(range(1, 11))

@@ -25,7 +25,6 @@ DECLARE
     native    text;
     old_s     text;  -- what a conflict policy needs of the old row
     absent    text;  -- and where there was none
-    bury      text;
     policy    record;
     carries   boolean := tbl_repl._carries(source_id);
 BEGIN
@@ -45,7 +44,6 @@ BEGIN
         absent := policy.absent;
         settings := policy.settings;
     END IF;
-    bury := tbl_repl._bury_sql(source);
     SELECT bool_or(t.mode <> 'async'), bool_or(t.mode = 'async'),
            -- A filter runs as its target's owner: only where all targets have the owner of this function.
            CASE WHEN bool_and(t.filter_expr IS NOT NULL) AND bool_and(t.on_conflict = 'overwrite') AND count(DISTINCT t.owner) = 1
@@ -88,7 +86,6 @@ BEGIN
     IF carries THEN
         store := format(E'IF carried <> '''' THEN\n        PERFORM tbl_repl._capture_carried(%s, {op}, {keys}, carried{v});\n    ELSE\n    %s\n    END IF;', source.source_id, store);
     END IF;
-    store := concat_ws(E'\n    ', store, bury);
     store := replace(replace(store, '{c}', CASE WHEN old_s IS NULL THEN '' ELSE ', olds' END),
                      '{v}', CASE WHEN old_s IS NULL THEN '' ELSE ', {olds}' END);
 
@@ -155,7 +152,8 @@ BEGIN
                       CASE WHEN old_s IS NULL THEN ', NULL::text[]' ELSE format(', array_agg(%s)', replace(old_s, '%', '%%')) END)),
         E'            IF changed IS NULL THEN RETURN NULL; END IF;\n',
         E'        END IF;\n        ',
-        replace(replace(replace(replace(replace(store, '{op}', '''T'''), '{keys}', 'changed'), '{olds}', 'olds'), '{gone}', 'true'), E'\n', E'\n        '),
+        concat_ws(E'\n        ', replace(replace(replace(replace(store, '{op}', '''T'''), '{keys}', 'changed'), '{olds}', 'olds'), E'\n', E'\n        '),
+                  tbl_repl._bury_sql(source, 'changed', 'olds', 'true')),
         E'\n        RETURN NULL;\n    END IF;');
 
     body := concat(
@@ -167,9 +165,11 @@ BEGIN
         CASE WHEN native IS NOT NULL THEN format(E'    new_keys %1$s;\n    old_keys %1$s;\n', native) END, E'BEGIN\n',
         CASE WHEN NOT carries THEN E'    IF carried <> '''' THEN RETURN NULL; END IF;\n' END, truncated, E'\n', body,
         E'\n    IF changed IS NOT NULL THEN\n    ',
-        replace(replace(replace(replace(store, '{op}', 'op'), '{keys}', 'changed'), '{olds}', 'olds'), '{gone}', 'false'),
+        concat_ws(E'\n    ', replace(replace(replace(store, '{op}', 'op'), '{keys}', 'changed'), '{olds}', 'olds'),
+                  tbl_repl._bury_sql(source, 'changed', 'olds', 'false')),
         E'\n    END IF;\n    IF former IS NOT NULL THEN\n    ',
-        replace(replace(replace(replace(store, '{op}', '''K'''), '{keys}', 'former'), '{olds}', 'former_olds'), '{gone}', 'false'),
+        concat_ws(E'\n    ', replace(replace(replace(store, '{op}', '''K'''), '{keys}', 'former'), '{olds}', 'former_olds'),
+                  tbl_repl._bury_sql(source, 'former', 'former_olds', 'false')),
         E'\n    END IF;\n    RETURN NULL;\nEND\n');
     RETURN format($sql$CREATE OR REPLACE FUNCTION tbl_repl.%I()
 RETURNS trigger

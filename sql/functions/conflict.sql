@@ -176,9 +176,10 @@ AS $function$
 $function$;
 COMMENT ON FUNCTION tbl_repl._old_value_sql(tbl_repl.target) IS 'SQL expression: what capture keeps of an old row';
 
--- Statements of the capture function that keep the tombstones of a newest table, or NULL.  The state decides, not
+-- Statements of the capture function that keep the tombstones of a newest table, or NULL.  keys, olds: names of its
+-- variables; gone: 'true' after a TRUNCATE.  The state decides, not
 -- the event: an application's own trigger may have written the row again already.
-CREATE OR REPLACE FUNCTION tbl_repl._bury_sql(source tbl_repl.source)
+CREATE OR REPLACE FUNCTION tbl_repl._bury_sql(source tbl_repl.source, keys text, olds text, gone text)
 RETURNS text
 LANGUAGE sql STABLE
 SET search_path = pg_catalog, pg_temp
@@ -186,23 +187,23 @@ AS $function$
     SELECT format($piece$IF current_setting('tbl_repl.settling', true) IS DISTINCT FROM 'on' THEN
         INSERT INTO tbl_repl.tombstone AS b (local_table, key, version)
         SELECT %1$L::regclass, u.tbl_repl_key, max(%2$s)::text
-        FROM unnest({keys}, {olds}) AS u (tbl_repl_key, old)
-        WHERE {gone} OR NOT EXISTS (SELECT FROM %3$s AS s WHERE %4$s)
+        FROM unnest(%6$s, %7$s) AS u (tbl_repl_key, old)
+        WHERE %8$s OR NOT EXISTS (SELECT FROM %3$s AS s WHERE %4$s)
         GROUP BY u.tbl_repl_key
         ON CONFLICT (local_table, key) DO UPDATE
         SET version = greatest(b.version::%5$s, excluded.version::%5$s)::text, at = clock_timestamp();
-        DELETE FROM tbl_repl.tombstone AS b USING unnest({keys}) AS u (tbl_repl_key)
-        WHERE NOT {gone} AND b.local_table = %1$L::regclass AND b.key = u.tbl_repl_key
+        DELETE FROM tbl_repl.tombstone AS b USING unnest(%6$s) AS u (tbl_repl_key)
+        WHERE NOT %8$s AND b.local_table = %1$L::regclass AND b.key = u.tbl_repl_key
           AND EXISTS (SELECT FROM %3$s AS s WHERE %4$s);
     END IF;$piece$, source.source_table::oid,
         CASE v.type WHEN 'timestamptz' THEN 'greatest(u.old::timestamptz, clock_timestamp())' ELSE 'coalesce(u.old::int8, -9223372036854775808)' END,
-        source.source_table, tbl_repl._key_match(source.source_table, source.key_columns), v.type)
+        source.source_table, tbl_repl._key_match(source.source_table, source.key_columns), v.type, keys, olds, gone)
     FROM (SELECT t.version_column FROM tbl_repl.target AS t
           WHERE t.source_id = source.source_id AND t.on_conflict = 'newest' LIMIT 1) AS t
     JOIN pg_attribute AS a ON a.attrelid = source.source_table AND a.attname = t.version_column
     CROSS JOIN LATERAL (SELECT CASE a.atttypid WHEN 'timestamptz'::regtype THEN 'timestamptz' ELSE 'int8' END) AS v (type)
 $function$;
-COMMENT ON FUNCTION tbl_repl._bury_sql(tbl_repl.source) IS 'statements that keep the tombstones of a table';
+COMMENT ON FUNCTION tbl_repl._bury_sql(tbl_repl.source, text, text, text) IS 'statements that keep the tombstones of a table';
 
 -- What an applier has changed in a table that is replicated from here, too: it is carried on to the targets
 -- that take any origin, always by the queue; and it may have met a change made here.
@@ -279,8 +280,9 @@ BEGIN
                OR NOT EXISTS (SELECT FROM tbl_repl.target AS o WHERE o.source_id = t.source_id AND o.remote ->> 'node' = origin))
     LOOP
         RETURN QUERY EXECUTE format(
-            'SELECT DISTINCT ON (k.key) k.key, q.op FROM (SELECT c.op, c.keys, c.captured_at FROM %s AND c.origin IS NULL AND c.op <> ''B'' LIMIT 10000) AS q '
-            'CROSS JOIN LATERAL unnest(q.keys) AS k (key) WHERE q.keys && $1 AND k.key = ANY ($1) ORDER BY k.key, q.captured_at DESC', item.pending)
+            'SELECT DISTINCT ON (k.key) k.key, q.op FROM (SELECT p.*, sum(p.row_count) OVER (ORDER BY p.txid, p.captured_at) AS n '
+            'FROM (SELECT c.txid, c.op, c.keys, c.row_count, c.captured_at FROM %s AND c.origin IS NULL AND c.op <> ''B'' LIMIT 10000) AS p) AS q '
+            'CROSS JOIN LATERAL unnest(q.keys) AS k (key) WHERE q.n <= 100000 AND k.key = ANY ($1) ORDER BY k.key, q.captured_at DESC', item.pending)
         USING keys;
     END LOOP;
 END
@@ -310,10 +312,32 @@ BEGIN
     FROM tbl_repl.source AS s
     CROSS JOIN LATERAL tbl_repl._changed_here(s.source_table, _note_conflicts.keys, _note_conflicts.origin) AS h
     WHERE s.source_id = _note_conflicts.source_id AND _note_conflicts.op <> 'K';
+    IF FOUND THEN
+        PERFORM tbl_repl._trim_conflicts();
+    END IF;
 END
 $function$;
 COMMENT ON FUNCTION tbl_repl._note_conflicts(integer, "char", text[], text) IS
     'notes that an applier has overwritten what was changed here';
+
+-- A tombstone may go when no older value can come any more.  Nobody knows what a node that is cut off still has queued:
+-- so they are kept for long, and a node that has been cut off for longer sends nothing (_cut_off_too_long).
+CREATE OR REPLACE FUNCTION tbl_repl._tombstone_retention() RETURNS interval
+LANGUAGE sql IMMUTABLE PARALLEL SAFE RETURN interval '30 days';
+COMMENT ON FUNCTION tbl_repl._tombstone_retention() IS 'how long versions of deleted rows are kept';
+
+-- Who notes conflicts also forgets old ones, a few at a time: as long as tombstones are kept.  A node that only takes
+-- values never replays.  SKIP LOCKED: who notes some beside us clears up the same rows, to its commit.
+CREATE OR REPLACE FUNCTION tbl_repl._trim_conflicts()
+RETURNS void
+LANGUAGE sql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    DELETE FROM tbl_repl.conflict AS c
+    WHERE c.ctid = ANY (ARRAY(SELECT x.ctid FROM tbl_repl.conflict AS x WHERE x.at < clock_timestamp() - tbl_repl._tombstone_retention()
+                              ORDER BY x.at LIMIT 2000 FOR UPDATE SKIP LOCKED))
+$function$;
+COMMENT ON FUNCTION tbl_repl._trim_conflicts() IS 'forgets conflicts that were settled long ago';
 
 -- Queues keys of a table for all its targets as if they had been written here: what was refused is answered by what
 -- is here.  SECURITY DEFINER: called on behalf of any applier.
@@ -358,11 +382,12 @@ BEGIN
             FROM unnest($1) AS u (key)
             LEFT JOIN (
                 SELECT true AS known, k.key, CASE WHEN c.olds IS NOT NULL THEN k.old END AS digest
-                FROM (SELECT c.keys, c.olds FROM %s AND c.keys && $1
+                FROM (SELECT c.keys, c.olds FROM %s
                       UNION ALL
                       SELECT s.keys, s.olds FROM tbl_repl.stash AS s
                       WHERE s.txid = pg_current_xact_id_if_assigned() AND s.source_id = %s AND s.keys IS NOT NULL) AS c
                 CROSS JOIN LATERAL unnest(c.keys, c.olds) AS k (key, old)
+                WHERE k.key = ANY ($1)
                 UNION ALL
                 SELECT true, q.key, d.digest
                 FROM tbl_repl.quarantined AS q
@@ -479,8 +504,8 @@ BEGIN
     END LOOP;
     IF ring <> '[]' THEN
         IF NOT EXISTS (SELECT FROM pg_constraint AS f WHERE f.contype = 'f' AND f.confrelid = local_table AND (f.conrelid <> f.confrelid OR f.confdeltype <> 'a')) THEN
-            SELECT format('DELETE FROM %s AS d USING jsonb_array_elements($1) AS x (item) WHERE %s', local_table,
-                          string_agg(format('d.%I OPERATOR(pg_catalog.=) (x.item -> ''k'' ->> %s)::%s', k.name, k.n - 1, format_type(a.atttypid, -1)), ' AND ' ORDER BY k.n))
+            SELECT format('DELETE FROM %s AS d USING pg_catalog.jsonb_array_elements($1) AS x (item) WHERE %s', local_table,
+                          string_agg(format('d.%I OPERATOR(pg_catalog.=) (x.item OPERATOR(pg_catalog.->) ''k'' OPERATOR(pg_catalog.->>) %s)::%s', k.name, k.n - 1, format_type(a.atttypid, -1)), ' AND ' ORDER BY k.n))
             INTO drop_sql
             FROM unnest(key_columns) WITH ORDINALITY AS k (name, n) JOIN pg_attribute AS a ON a.attrelid = local_table AND a.attname = k.name;
             PERFORM set_config('tbl_repl.settling', 'on', true);
@@ -531,6 +556,7 @@ DECLARE
     refused     text[] := '{}';
     kind        text;
     settled     text[] := '{}';
+    noted       boolean := false;
 BEGIN
     SELECT coalesce((SELECT s.key_columns FROM tbl_repl.source AS s
                      WHERE s.source_table = local_table AND s.key_columns @> _settle_items.key_columns AND s.key_columns <@ _settle_items.key_columns
@@ -635,9 +661,13 @@ BEGIN
             INSERT INTO tbl_repl.conflict (local_table, key, conflict_type, origin, local_version, remote_version, resolution)
             VALUES (_settle_items.local_table, tbl_repl._key_json(_settle_items.local_table, local_keys, key),
                     rtrim(kind, '!'), origin, here.version, item.version, CASE WHEN kind LIKE '%!' THEN 'kept' ELSE 'applied' END);
+            noted := true;
         END IF;
     END LOOP;
     PERFORM set_config('tbl_repl.settling', old_settling, true);
+    IF noted THEN
+        PERFORM tbl_repl._trim_conflicts();
+    END IF;
     IF cardinality(refused) > 0 THEN
         PERFORM tbl_repl._send_back(local_table, refused);
     END IF;
@@ -689,19 +719,19 @@ BEGIN
     )
     SELECT string_agg(format('%I', c.name), ', ' ORDER BY c.n) AS names,
            bool_or(c.always) AS always,
-           string_agg(format('(x.item -> ''r'' ->> %s)::%s', c.n - 1, c.type), ', ' ORDER BY c.n) AS given,
+           string_agg(format('(x.item OPERATOR(pg_catalog.->) ''r'' OPERATOR(pg_catalog.->>) %s)::%s', c.n - 1, c.type), ', ' ORDER BY c.n) AS given,
            string_agg(format('%1$I = excluded.%1$I', c.name), ', ' ORDER BY c.n) FILTER (WHERE NOT c.always) AS assigned,
            format('pg_catalog.array_to_string(ARRAY[%s], '','')', string_agg(format('pg_catalog.quote_nullable({row}.%I::text)', c.name), ', ' ORDER BY c.name::text COLLATE "C")) AS row_text,
            (SELECT string_agg(format('%I', k.name), ', ' ORDER BY k.n) FROM k) AS keys,
-           (SELECT string_agg(format('d.%I OPERATOR(pg_catalog.=) (x.item -> ''k'' ->> %s)::%s', k.name, k.n - 1, k.type), ' AND ' ORDER BY k.n) FROM k) AS matches
+           (SELECT string_agg(format('d.%I OPERATOR(pg_catalog.=) (x.item OPERATOR(pg_catalog.->) ''k'' OPERATOR(pg_catalog.->>) %s)::%s', k.name, k.n - 1, k.type), ' AND ' ORDER BY k.n) FROM k) AS matches
     INTO parts FROM c;
     IF parts.always THEN
         RETURN '{}';
     END IF;
     put_sql := format(
         'WITH i AS (SELECT x.item FROM pg_catalog.jsonb_array_elements($1) WITH ORDINALITY AS x (item, n) '
-        'WHERE pg_catalog.jsonb_typeof(x.item -> ''r'') = ''array'' AND NOT EXISTS (SELECT FROM tbl_repl.tombstone AS b '
-        'WHERE b.local_table = %1$s::pg_catalog.oid AND b.key = x.item ->> ''o'' AND b.version::%2$s >= coalesce((x.item ->> ''v'')::%2$s, %3$s)) ORDER BY x.n), '
+        'WHERE pg_catalog.jsonb_typeof(x.item OPERATOR(pg_catalog.->) ''r'') = ''array'' AND NOT EXISTS (SELECT FROM tbl_repl.tombstone AS b '
+        'WHERE b.local_table OPERATOR(pg_catalog.=) %1$s::pg_catalog.oid AND b.key OPERATOR(pg_catalog.=) (x.item OPERATOR(pg_catalog.->>) ''o'') AND b.version::%2$s >= coalesce((x.item OPERATOR(pg_catalog.->>) ''v'')::%2$s, %3$s)) ORDER BY x.n), '
         'put AS (INSERT INTO %4$s AS d (%5$s) SELECT %6$s FROM i AS x ON CONFLICT (%7$s) DO UPDATE SET %8$s '
         'WHERE coalesce(d.%9$I, %3$s) < coalesce(excluded.%9$I, %3$s) OR coalesce(d.%9$I, %3$s) = coalesce(excluded.%9$I, %3$s) AND %10$s COLLATE "C" < %11$s '
         'RETURNING %12$s AS key) '
@@ -711,25 +741,33 @@ BEGIN
         tbl_repl._key_text(local_keys, 'd'));
     del_sql := format(
         'WITH gone AS (DELETE FROM %1$s AS d USING pg_catalog.jsonb_array_elements($1) AS x (item) '
-        'WHERE pg_catalog.jsonb_typeof(x.item -> ''r'') IS DISTINCT FROM ''array'' AND x.item ->> ''v'' IS NOT NULL AND %2$s '
-        'AND coalesce(d.%3$I, %4$s) <= (x.item ->> ''v'')::%5$s RETURNING 1) SELECT pg_catalog.count(*) FROM gone',
+        'WHERE pg_catalog.jsonb_typeof(x.item OPERATOR(pg_catalog.->) ''r'') IS DISTINCT FROM ''array'' AND x.item OPERATOR(pg_catalog.->>) ''v'' IS NOT NULL AND %2$s '
+        'AND coalesce(d.%3$I, %4$s) <= (x.item OPERATOR(pg_catalog.->>) ''v'')::%5$s RETURNING 1) SELECT pg_catalog.count(*) FROM gone',
         local_table, parts.matches, version_column, lowest, version_type);
     see_sql := format(
-        'SELECT pg_catalog.array_agg(x.item ->> ''o'') FROM pg_catalog.jsonb_array_elements($1) AS x (item) JOIN %s AS d ON %s '
-        'WHERE pg_catalog.jsonb_typeof(x.item -> ''r'') IS DISTINCT FROM ''array''', local_table, parts.matches);
+        'SELECT pg_catalog.array_agg(x.item OPERATOR(pg_catalog.->>) ''o'') FROM pg_catalog.jsonb_array_elements($1) AS x (item) JOIN %s AS d ON %s '
+        'WHERE pg_catalog.jsonb_typeof(x.item OPERATOR(pg_catalog.->) ''r'') IS DISTINCT FROM ''array''', local_table, parts.matches);
 
     PERFORM set_config('search_path', path, true);
     EXECUTE put_sql INTO written USING items;
     EXECUTE del_sql USING items;
     EXECUTE see_sql INTO alive USING items;
     PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
-    -- rows: what has been buried since, or while we waited, is left; older tombstones go
-    SELECT array_agg(w.key) INTO written
-    FROM unnest(written) AS w (key)
-    JOIN jsonb_array_elements(items) AS x (item) ON x.item ->> 'o' = w.key
-    WHERE NOT EXISTS (SELECT FROM tbl_repl.tombstone AS b
-                      WHERE b.local_table = _settle_at_once.local_table AND b.key = w.key
-                        AND tbl_repl._rank(b.version, version_type) >= tbl_repl._rank(x.item ->> 'v', version_type));
+    -- rows: what has been buried since, or while we waited, or is being buried beside us, is left (see _lock_grave);
+    -- older tombstones go
+    WITH graves AS (
+        INSERT INTO tbl_repl.tombstone AS b (local_table, key, version)
+        SELECT _settle_at_once.local_table, x.item ->> 'o', ''
+        FROM jsonb_array_elements(items) WITH ORDINALITY AS x (item, n)
+        WHERE x.item ->> 'o' = ANY (written)
+        ORDER BY x.n
+        ON CONFLICT ON CONSTRAINT tombstone_pkey DO UPDATE SET at = b.at
+        RETURNING b.key, nullif(b.version, '') AS version
+    )
+    SELECT array_agg(g.key) INTO written
+    FROM graves AS g
+    JOIN jsonb_array_elements(items) AS x (item) ON x.item ->> 'o' = g.key
+    WHERE g.version IS NULL OR tbl_repl._rank(g.version, version_type) < tbl_repl._rank(x.item ->> 'v', version_type);
     DELETE FROM tbl_repl.tombstone AS b
     WHERE b.local_table = _settle_at_once.local_table AND b.key = ANY (written);
     -- deletions: of what is not alive any more
@@ -746,6 +784,10 @@ BEGIN
         RETURNING b.key
     )
     SELECT array_agg(g.key) INTO deleted FROM buried AS g;
+    -- who wrote such a row beside us has been waited for, at its tombstone
+    PERFORM set_config('search_path', path, true);
+    EXECUTE del_sql USING items;
+    PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
     RETURN coalesce(written, '{}') || coalesce(deleted, '{}');
 END
 $function$;
@@ -776,6 +818,25 @@ BEGIN
 END
 $function$;
 COMMENT ON FUNCTION tbl_repl._buried(regclass, text) IS 'version of a deleted row, NULL: none is known; locks it';
+
+-- Where there is neither row nor tombstone, two that settle values of one key have nothing in common to wait for: so
+-- who writes the row makes a tombstone of no version ('') first, and removes it again (_unbury).
+CREATE OR REPLACE FUNCTION tbl_repl._lock_grave(local_table regclass, key text)
+RETURNS text
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    found_version text;
+BEGIN
+    INSERT INTO tbl_repl.tombstone AS b (local_table, key, version) VALUES (local_table, key, '')
+    ON CONFLICT ON CONSTRAINT tombstone_pkey DO UPDATE SET at = b.at
+    RETURNING b.version INTO found_version;
+    RETURN nullif(found_version, '');
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._lock_grave(regclass, text) IS
+    'version of a deleted row, NULL: none is known; others that settle this key wait from now on';
 
 CREATE OR REPLACE FUNCTION tbl_repl._unbury(local_table regclass, key text)
 RETURNS void
@@ -836,6 +897,12 @@ BEGIN
         ON CONFLICT ON CONSTRAINT tombstone_pkey DO UPDATE
         SET version = excluded.version, at = clock_timestamp()
         WHERE tbl_repl._rank(b.version, version_type) < tbl_repl._rank(excluded.version, version_type);
+        IF here_text IS NULL THEN
+            -- who wrote the row beside us has been waited for, at its tombstone
+            PERFORM set_config('search_path', path, true);
+            EXECUTE drop_sql USING keys, version;
+            PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
+        END IF;
         RETURN CASE WHEN here_text IS NOT NULL AND rival IS NOT NULL THEN 'delete_origin_differs' END;
     END IF;
     IF buried >= sent THEN
@@ -861,8 +928,11 @@ BEGIN
     IF changed = 0 THEN
         RETURN 'insert_exists!';  -- written here since we looked, and greater
     END IF;
-    -- The upsert may have waited for a local DELETE, and have put the row back.
-    buried := tbl_repl._rank(b, version_type) FROM tbl_repl._buried(local_table, key) AS b WHERE b IS NOT NULL;
+    -- The upsert may have waited for a local DELETE, and have put the row back; and where there was no row, whoever
+    -- settles its deletion beside us had none to wait for.
+    buried := tbl_repl._rank(b, version_type)
+              FROM (SELECT CASE WHEN here_text IS NULL THEN tbl_repl._lock_grave(local_table, key) ELSE tbl_repl._buried(local_table, key) END) AS g (b)
+              WHERE b IS NOT NULL;
     IF buried >= sent THEN
         PERFORM set_config('search_path', path, true);
         EXECUTE drop_sql USING keys, version;
@@ -876,12 +946,6 @@ END
 $function$;
 COMMENT ON FUNCTION tbl_repl._settle_newest(regclass, text[], text, text[], text, text, text, text, text, text, text, text, text) IS
     'settles one value under newest';
-
--- A tombstone may go when no older value can come any more.  Nobody knows what a node that is cut off still has queued:
--- so they are kept for long, and a node that has been cut off for longer sends nothing (_cut_off_too_long).
-CREATE OR REPLACE FUNCTION tbl_repl._tombstone_retention() RETURNS interval
-LANGUAGE sql IMMUTABLE PARALLEL SAFE RETURN interval '30 days';
-COMMENT ON FUNCTION tbl_repl._tombstone_retention() IS 'how long versions of deleted rows are kept';
 
 -- Those that a target of this node has not got yet are kept longer.
 CREATE OR REPLACE FUNCTION tbl_repl._purge_tombstones()

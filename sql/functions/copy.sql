@@ -94,8 +94,8 @@ BEGIN
     rows_query := format('SELECT %s FROM %s AS s WHERE %s%s%s',
         tbl_repl._sent_list(target, is_binary), source.source_table,
         coalesce('(' || target.filter_expr || ')', 'true'),
-        CASE WHEN piece.after <> '' THEN ' AND (' || replace(tbl_repl._key_after(source.source_table, source.key_columns), '$1', quote_literal(piece.after)) || ')' END,
-        ' AND (' || replace(tbl_repl._key_until(source.source_table, source.key_columns), '$2', quote_literal(piece.upto)) || ')');
+        CASE WHEN piece.after <> '' THEN format(' AND (%s)', tbl_repl._key_after(source.source_table, source.key_columns, quote_literal(piece.after))) END,
+        format(' AND (%s)', tbl_repl._key_until(source.source_table, source.key_columns, quote_literal(piece.upto))));
     stage := format('CREATE TEMP TABLE tbl_repl_rows ON COMMIT DROP AS SELECT %s FROM %s WITH NO DATA', dst_columns, dst_table);
     merge := format('%s SELECT %s FROM pg_temp.tbl_repl_rows%s', left(parts.head, length(parts.head) - length(' VALUES ')), dst_columns, parts.tail);
     RETURN NEXT;

@@ -111,15 +111,15 @@ COMMENT ON FUNCTION tbl_repl._key_match(regclass, name[]) IS
     'SQL condition: row s has the key u.tbl_repl_key';
 
 -- A row comparison where an index can answer it; operators of other schemas cannot stand in one.
-CREATE OR REPLACE FUNCTION tbl_repl._key_after(source_table regclass, key_columns name[])
+CREATE OR REPLACE FUNCTION tbl_repl._key_after(source_table regclass, key_columns name[], key text DEFAULT '$1')
 RETURNS text
 LANGUAGE sql STABLE
 SET search_path = pg_catalog, pg_temp
 AS $function$
     WITH part AS (
         SELECT p.n, format('s.%I', p.name) AS name, p.equals, p.greater,
-               format('(%s)::%s', CASE WHEN cardinality(key_columns) = 1 THEN '$1'
-                                       ELSE format('$1::json ->> %s', p.n - 1) END, p.type) AS value
+               format('(%s)::%s', CASE WHEN cardinality(key_columns) = 1 THEN key
+                                       ELSE format('%s::json ->> %s', key, p.n - 1) END, p.type) AS value
         FROM tbl_repl._key_parts(source_table, key_columns) AS p
     )
     SELECT CASE WHEN bool_and(p.greater = 'OPERATOR(pg_catalog.>)')
@@ -129,24 +129,24 @@ AS $function$
                                           format('%s %s %s', p.name, p.greater, p.value)), ' OR ' ORDER BY p.n) END
     FROM part AS p
 $function$;
-COMMENT ON FUNCTION tbl_repl._key_after(regclass, name[]) IS
-    'SQL condition: row s comes after the key $1, in key order';
+COMMENT ON FUNCTION tbl_repl._key_after(regclass, name[], text) IS
+    'SQL condition: row s comes after a key, given as an expression, in key order';
 
 -- Its reverse, also as something that an index can answer.
-CREATE OR REPLACE FUNCTION tbl_repl._key_until(source_table regclass, key_columns name[])
+CREATE OR REPLACE FUNCTION tbl_repl._key_until(source_table regclass, key_columns name[], key text DEFAULT '$2')
 RETURNS text
 LANGUAGE sql STABLE
 SET search_path = pg_catalog, pg_temp
 AS $function$
     SELECT CASE WHEN bool_and(p.greater = 'OPERATOR(pg_catalog.>)')
                 THEN format('(%s) <= (%s)', string_agg(format('s.%I', p.name), ', ' ORDER BY p.n),
-                            string_agg(format('(%s)::%s', CASE WHEN cardinality(key_columns) = 1 THEN '$2'
-                                                               ELSE format('$2::json ->> %s', p.n - 1) END, p.type), ', ' ORDER BY p.n))
-                ELSE format('NOT (%s)', replace(tbl_repl._key_after(source_table, key_columns), '$1', '$2')) END
+                            string_agg(format('(%s)::%s', CASE WHEN cardinality(key_columns) = 1 THEN key
+                                                               ELSE format('%s::json ->> %s', key, p.n - 1) END, p.type), ', ' ORDER BY p.n))
+                ELSE format('NOT (%s)', tbl_repl._key_after(source_table, key_columns, key)) END
     FROM tbl_repl._key_parts(source_table, key_columns) AS p
 $function$;
-COMMENT ON FUNCTION tbl_repl._key_until(regclass, name[]) IS
-    'SQL condition: row s does not come after the key $2, in key order';
+COMMENT ON FUNCTION tbl_repl._key_until(regclass, name[], text) IS
+    'SQL condition: row s does not come after a key, given as an expression, in key order';
 
 CREATE OR REPLACE FUNCTION tbl_repl._key_json(source_table regclass, key_columns name[], key text)
 RETURNS jsonb

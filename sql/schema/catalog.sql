@@ -259,10 +259,11 @@ COMMENT ON TABLE tbl_repl.piece IS 'pieces of tables that are being copied';
 SELECT pg_catalog.pg_extension_config_dump('tbl_repl.piece', '');
 
 -- Deleted rows of tables that are replicated under newest; key: as in change.  Kept for a while (see
--- _purge_tombstones), for an older value may still be on its way.
+-- _purge_tombstones), for an older value may still be on its way.  Its collation: in functions with arguments of
+-- type name all text has that one, and could not use the index under another.
 CREATE TABLE tbl_repl.tombstone (
     local_table regclass NOT NULL,
-    key         text NOT NULL,
+    key         text COLLATE "C" NOT NULL,
     version     text NOT NULL,
     at          timestamptz NOT NULL DEFAULT clock_timestamp(),
     PRIMARY KEY (local_table, key)
@@ -283,7 +284,8 @@ CREATE TABLE tbl_repl.conflict (
     remote_version text,
     resolution     text NOT NULL
 );
-COMMENT ON TABLE tbl_repl.conflict IS 'conflicts settled on this node';
+CREATE INDEX conflict_at ON tbl_repl.conflict (at);
+COMMENT ON TABLE tbl_repl.conflict IS 'conflicts settled on this node, kept for a while';
 SELECT pg_catalog.pg_extension_config_dump('tbl_repl.conflict', '');
 
 -- What is sent to one target at one commit.
