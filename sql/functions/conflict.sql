@@ -504,8 +504,8 @@ BEGIN
     END LOOP;
     IF ring <> '[]' THEN
         IF NOT EXISTS (SELECT FROM pg_constraint AS f WHERE f.contype = 'f' AND f.confrelid = local_table AND (f.conrelid <> f.confrelid OR f.confdeltype <> 'a')) THEN
-            SELECT format('DELETE FROM %s AS d USING jsonb_array_elements($1) AS x (item) WHERE %s', local_table,
-                          string_agg(format('d.%I OPERATOR(pg_catalog.=) (x.item -> ''k'' ->> %s)::%s', k.name, k.n - 1, format_type(a.atttypid, -1)), ' AND ' ORDER BY k.n))
+            SELECT format('DELETE FROM %s AS d USING pg_catalog.jsonb_array_elements($1) AS x (item) WHERE %s', local_table,
+                          string_agg(format('d.%I OPERATOR(pg_catalog.=) (x.item OPERATOR(pg_catalog.->) ''k'' OPERATOR(pg_catalog.->>) %s)::%s', k.name, k.n - 1, format_type(a.atttypid, -1)), ' AND ' ORDER BY k.n))
             INTO drop_sql
             FROM unnest(key_columns) WITH ORDINALITY AS k (name, n) JOIN pg_attribute AS a ON a.attrelid = local_table AND a.attname = k.name;
             PERFORM set_config('tbl_repl.settling', 'on', true);

@@ -652,7 +652,9 @@ BEGIN
         ERRCODE = lane.code,
         MESSAGE = lane.error,
         DETAIL  = coalesce(lane.detail, format('Sync target on server %I.', (lane.parcels[1]).server)),
-        HINT    = coalesce(lane.hint, 'The local transaction is rolled back, because a target of mode sync failed.');
+        HINT    = coalesce(lane.hint, CASE WHEN lane.code IN ('55P03', '57014')
+                               THEN 'Somebody holds the row on the target, perhaps a writer there who waits for this one. The local transaction is rolled back: try it again.'
+                               ELSE 'The local transaction is rolled back, because a target of mode sync failed.' END);
 END
 $function$;
 COMMENT ON FUNCTION tbl_repl._raise_lane(tbl_repl.lane) IS 'fails the transaction with what a sync target said';
