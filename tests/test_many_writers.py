@@ -254,6 +254,7 @@ def act(node: Node, what: str, row: int, version: int, kind: str) -> None:
     node.fresh(statement)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("kind", ["timestamptz", "bigint"])
 @pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.parametrize("modes", ["async", "mixed"])

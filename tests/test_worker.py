@@ -712,6 +712,7 @@ WAYS = ("small batches", "copy", "pieces")
 FAULTS = ("cut", "black hole", "slow line", "crash of the source", "crash of the target")
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("way", WAYS)
 def test_whatever_breaks_under_load_the_tables_become_equal(
