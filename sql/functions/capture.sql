@@ -160,7 +160,7 @@ BEGIN
         E'\n#variable_conflict use_column\nDECLARE\n',
         -- a variable: an expression over TG_OP would be planned anew at every call
         E'    op "char" := left(TG_OP, 1);\n',
-        E'    changed text[];\n    former text[];\n    olds text[];\n    former_olds text[];\n    stored boolean := false;\n',
+        E'    changed text[];\n    former text[];\n    olds text[];\n    stored boolean := false;\n', CASE WHEN old_s IS NOT NULL THEN E'    former_olds text[];\n' END,
         E'    carried text := current_setting(''tbl_repl.origin'', true);\n',
         CASE WHEN native IS NOT NULL THEN format(E'    new_keys %1$s;\n    old_keys %1$s;\n', native) END, E'BEGIN\n',
         CASE WHEN NOT carries THEN E'    IF carried <> '''' THEN RETURN NULL; END IF;\n' END, truncated, E'\n', body,

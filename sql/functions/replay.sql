@@ -412,7 +412,8 @@ BEGIN
             small := tbl_repl._small_batch(targets, max_rows);
         EXCEPTION WHEN OTHERS THEN
             -- some expression fails on a row: the long way finds out on which
-            SELECT NULL AS message, false AS is_large INTO small;
+            SELECT NULL::text AS message, NULL::pg_snapshot AS snapshot, NULL::bigint AS rows, NULL::integer[] AS shipped, NULL::bigint[] AS counts,
+                   false AS is_large INTO small;
         END;
         IF small.message IS NOT NULL THEN
             BEGIN

@@ -462,7 +462,7 @@ BEGIN
             context = PG_EXCEPTION_CONTEXT;
         SELECT item.conn, change.target_id, item.sync, deadline, 'sent',
                ARRAY[ROW(change.target_id, item.source_id, item.server, item.conn, item.sync, item.timeout, s.fk_rank, NULL, message, 1)::tbl_repl.parcel],
-               message
+               message, NULL, NULL, NULL, NULL, NULL
         INTO lane
         FROM tbl_repl.source AS s WHERE s.source_id = item.source_id;
         -- cancelled here: the answer is still to come

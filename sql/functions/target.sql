@@ -82,7 +82,6 @@ CREATE OR REPLACE FUNCTION tbl_repl._check_words(
     operations     text[],
     on_conflict    text,
     forward        text,
-    version_column name,
     timeout        interval
 )
 RETURNS void
@@ -106,7 +105,7 @@ BEGIN
     END IF;
 END
 $function$;
-COMMENT ON FUNCTION tbl_repl._check_words(text, text[], text, text, name, interval) IS
+COMMENT ON FUNCTION tbl_repl._check_words(text, text[], text, text, interval) IS
     'refuses unknown modes, operations and policies';
 
 -- _resolve(source_table, expression, path, condition): the expression over a row called s with every
@@ -435,7 +434,7 @@ BEGIN
             ERRCODE = 'null_value_not_allowed',
             MESSAGE = 'source_table and server must be given';
     END IF;
-    PERFORM tbl_repl._check_words(mode, operations, on_conflict, forward, version_column, timeout);
+    PERFORM tbl_repl._check_words(mode, operations, on_conflict, forward, timeout);
     PERFORM tbl_repl._check_word('initial copy', initial_copy, '{now,background,none}');
     IF NOT EXISTS (SELECT FROM pg_foreign_server AS f WHERE f.srvname = server) THEN
         RAISE EXCEPTION USING
@@ -771,7 +770,7 @@ BEGIN
     target.version_column := coalesce(version_column, target.version_column);
     target.timeout := coalesce(timeout, target.timeout);
     PERFORM tbl_repl._check_words(target.mode, target.operations, target.on_conflict, target.forward,
-                                  target.version_column, target.timeout);
+                                  target.timeout);
     target.columns := coalesce(columns, target.columns);
     target.column_map := nullif(coalesce(column_map, target.column_map), '{}');
     target.row_filter := nullif(btrim(coalesce(row_filter, target.row_filter)), '');
