@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +22,14 @@ from tbl_repl.servers import Server
 
 ROOT = Path(__file__).parents[1]
 VERSION = control_version((ROOT / "tbl_repl.control").read_text())
+
+
+@pytest.fixture(autouse=True)
+def alone() -> Iterator[None]:
+    """They write into the checkout: one version at a time."""
+    with (Path(tempfile.gettempdir()) / "tbl_repl-packaging.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def run(*command: object, **options: object) -> str:

@@ -324,7 +324,7 @@ DECLARE
     line     text;
     turn     timestamptz := clock_timestamp();
     previous timestamptz := turn;
-    spinning timestamptz := turn + interval '500 microseconds';
+    spinning timestamptz := turn + interval '1000 microseconds';
     in_vain  text := coalesce(nullif(current_setting('tbl_repl.spins_in_vain', true), ''), '0/0');
     rests    integer := split_part(in_vain, '/', 1);
     longest  integer := split_part(in_vain, '/', 2);
