@@ -225,7 +225,14 @@ BEGIN
         RETURN;  -- TRUNCATE: targets that take any origin have got its keys before
     END IF;
     IF current_setting('tbl_repl.settling', true) IS DISTINCT FROM 'on' THEN
-        PERFORM tbl_repl._note_conflicts(source_id, op, keys, origin);
+        IF (SELECT s.capture = 'row' FROM tbl_repl.source AS s WHERE s.source_id = _capture_carried.source_id)
+           AND current_setting('transaction_isolation') <> 'serializable' THEN
+            -- row by row the backlog would be searched too often: at commit, for all of them
+            INSERT INTO tbl_repl.stash (source_id, op, keys, row_count, olds) VALUES (source_id, 'N', keys, 0, ARRAY[op::text, origin]);
+            INSERT INTO tbl_repl.flush DEFAULT VALUES ON CONFLICT DO NOTHING;
+        ELSE
+            PERFORM tbl_repl._note_conflicts(source_id, op, keys, origin);
+        END IF;
     END IF;
     INSERT INTO tbl_repl.change (segment, source_id, target_id, op, keys, row_count, origin, olds)
     SELECT h.segment, _capture_carried.source_id, x.target_id, _capture_carried.op, _capture_carried.keys,
@@ -320,6 +327,18 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._note_conflicts(integer, "char", text[], text) IS
     'notes that an applier has overwritten what was changed here';
 
+CREATE OR REPLACE FUNCTION tbl_repl._note_carried(own xid8)
+RETURNS void
+LANGUAGE sql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT tbl_repl._note_conflicts(n.source_id, n.olds[1]::"char", n.keys, n.olds[2])
+    FROM (SELECT s.source_id, s.olds, array_agg(s.keys[1] ORDER BY s.keys[1]) AS keys
+          FROM tbl_repl.stash AS s WHERE s.txid = own AND s.op = 'N' GROUP BY s.source_id, s.olds) AS n
+$function$;
+COMMENT ON FUNCTION tbl_repl._note_carried(xid8) IS
+    '_note_conflicts for what a transaction has changed row by row';
+
 -- A tombstone may go when no older value can come any more.  Nobody knows what a node that is cut off still has queued:
 -- so they are kept for long, and a node that has been cut off for longer sends nothing (_cut_off_too_long).
 CREATE OR REPLACE FUNCTION tbl_repl._tombstone_retention() RETURNS interval
@@ -385,7 +404,7 @@ BEGIN
                 FROM (SELECT c.keys, c.olds FROM %s
                       UNION ALL
                       SELECT s.keys, s.olds FROM tbl_repl.stash AS s
-                      WHERE s.txid = pg_current_xact_id_if_assigned() AND s.source_id = %s AND s.keys IS NOT NULL) AS c
+                      WHERE s.txid = pg_current_xact_id_if_assigned() AND s.source_id = %s AND s.keys IS NOT NULL AND s.op <> 'N') AS c
                 CROSS JOIN LATERAL unnest(c.keys, c.olds) AS k (key, old)
                 WHERE k.key = ANY ($1)
                 UNION ALL

@@ -115,7 +115,7 @@ BEGIN
     INTO target
     FROM tbl_repl.target AS t WHERE t.target_id = _render_transaction.target_id;
     FOR item IN SELECT s.op, s.keys FROM tbl_repl.stash AS s
-                WHERE s.txid = own AND s.source_id = target.source_id AND s.keys IS NOT NULL
+                WHERE s.txid = own AND s.source_id = target.source_id AND s.keys IS NOT NULL AND s.op <> 'N'
     LOOP
         IF target.everything OR (item.op = 'I' AND 'insert' = ANY (target.operations))
                              OR (item.op = 'U' AND 'update' = ANY (target.operations)) THEN
@@ -256,6 +256,7 @@ DECLARE
     total      bigint;
     whole      boolean;
     waking     boolean;
+    noting     boolean;
     changed    integer[];
     copied     integer[];
     item       record;
@@ -263,12 +264,15 @@ DECLARE
     failed     integer[] := '{}';
     queued     integer[] := '{}';
 BEGIN
-    SELECT sum(s.row_count), bool_or(s.keys IS NULL AND s.op <> 'W'), bool_or(s.op = 'W'),
-           array_agg(s.source_id) FILTER (WHERE s.op NOT IN ('C', 'W')), array_agg(s.target_id) FILTER (WHERE s.op = 'C')
-    INTO total, whole, waking, changed, copied
+    SELECT sum(s.row_count), bool_or(s.keys IS NULL AND s.op <> 'W'), bool_or(s.op = 'W'), bool_or(s.op = 'N'),
+           array_agg(s.source_id) FILTER (WHERE s.op NOT IN ('C', 'W', 'N')), array_agg(s.target_id) FILTER (WHERE s.op = 'C')
+    INTO total, whole, waking, noting, changed, copied
     FROM tbl_repl.stash AS s WHERE s.txid = own;
     IF total IS NULL THEN
         RETURN;
+    END IF;
+    IF noting THEN
+        PERFORM tbl_repl._note_carried(own);
     END IF;
     preparing := tbl_repl._is_preparing();
     IF waking AND NOT preparing THEN
@@ -357,7 +361,7 @@ BEGIN
         FROM tbl_repl.stash AS c
         JOIN tbl_repl.target AS t ON t.source_id = c.source_id AND t.target_id = item.target_id
         CROSS JOIN tbl_repl.queue_head AS h
-        WHERE c.txid = own AND c.op NOT IN ('C', 'W')
+        WHERE c.txid = own AND c.op NOT IN ('C', 'W', 'N')
         ORDER BY c.first DESC, c.ctid;
         IF item.has_failed THEN
             PERFORM tbl_repl._set_queueing(item.target_id);

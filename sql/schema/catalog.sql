@@ -183,7 +183,8 @@ INSERT INTO tbl_repl.queue_head (segment) VALUES (0);
 
 -- What a transaction in flight has changed in tables with direct targets.  Emptied by the flush at
 -- its commit; unlogged, because no row outlives its transaction.  Further ops: 'C': copy the whole table to
--- target_id; 'W': wake the worker.  first: came from flush, and was the transaction's first change.
+-- target_id; 'W': wake the worker; 'N': changed by an applier (olds: how, and for which node), so it may be a conflict.
+-- first: came from flush, and was the transaction's first change.
 CREATE UNLOGGED TABLE tbl_repl.stash (
     txid      xid8 NOT NULL DEFAULT pg_current_xact_id(),
     source_id integer NOT NULL,
