@@ -173,3 +173,12 @@ def test_settings_of_the_target_role_do_not_change_what_arrives(pair: Pair) -> N
     )
     query = "SELECT id, d = '2026-04-05', i = '1 year -2 days', extract(epoch FROM ts) = 1769915045, b = '\\x00ff5c27'::bytea, f = 0.1::float8 + 0.2 FROM t"
     assert pair.target.admin(query) == [(1, True, True, True, True, True)]
+
+
+def test_what_a_session_leaves_in_our_setting_fails_no_commit(pair: Pair) -> None:
+    replicate(pair, mode="sync")
+    conn = pair.source.connect()
+    for word in ("nonsense", "7", "99999999999/1", "/"):
+        conn.execute("SELECT set_config('tbl_repl.spins_in_vain', %s, false)", [word])
+        conn.execute("INSERT INTO t VALUES ((SELECT count(*) FROM t), %s)", [word])
+    pair.assert_same("t")

@@ -486,6 +486,64 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._settle(text, text, name[], name[], name, jsonb, boolean) IS
     'applies values that another node has sent, by a conflict policy; returns how many';
 
+-- _settle_shape(local_table, columns, key_columns, version_column, item): the pieces of SQL in which rows d of the table
+-- and values meet; item: SQL expression of one value as _settle gets it.
+--   names, given, assigned: of an upsert; keys: its conflict target; always: it would write an identity column ALWAYS
+--   matches: whether row d has the key of the value; row_text: row d as one text; newer: whether excluded is
+--   greater than d; version: that of row d; version_type, lowest: of versions, and what stands for none
+-- Operators are named in full: the statements run under the search_path of the applier.
+CREATE OR REPLACE FUNCTION tbl_repl._settle_shape(
+    local_table    regclass,
+    columns        name[],
+    key_columns    name[],
+    version_column name,
+    item           text,
+    OUT names        text,
+    OUT given        text,
+    OUT assigned     text,
+    OUT keys         text,
+    OUT always       boolean,
+    OUT matches      text,
+    OUT row_text     text,
+    OUT newer        text,
+    OUT version      text,
+    OUT version_type text,
+    OUT lowest       text
+)
+LANGUAGE plpgsql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+BEGIN
+    SELECT string_agg(format('%I', u.name), ', ' ORDER BY u.n),
+           string_agg(format('(%s OPERATOR(pg_catalog.->) ''r'' OPERATOR(pg_catalog.->>) %s)::%s', item, u.n - 1, format_type(a.atttypid, -1)), ', ' ORDER BY u.n),
+           coalesce(string_agg(format('%1$I = excluded.%1$I', u.name), ', ' ORDER BY u.n) FILTER (WHERE a.attidentity <> 'a'), ''),
+           bool_or(a.attidentity = 'a'),
+           format('pg_catalog.array_to_string(ARRAY[%s], '','')',
+                  string_agg(format('pg_catalog.quote_nullable(d.%I::text)', u.name), ', ' ORDER BY u.name::text COLLATE "C")),
+           format('pg_catalog.array_to_string(ARRAY[%s], '','')',
+                  string_agg(format('pg_catalog.quote_nullable(excluded.%I::text)', u.name), ', ' ORDER BY u.name::text COLLATE "C"))
+    INTO names, given, assigned, always, row_text, newer
+    FROM unnest(columns) WITH ORDINALITY AS u (name, n)
+    JOIN pg_attribute AS a ON a.attrelid = local_table AND a.attname = u.name;
+    SELECT string_agg(format('%I', u.name), ', ' ORDER BY u.n),
+           string_agg(format('d.%I OPERATOR(pg_catalog.=) (%s OPERATOR(pg_catalog.->) ''k'' OPERATOR(pg_catalog.->>) %s)::%s',
+                             u.name, item, u.n - 1, format_type(a.atttypid, -1)), ' AND ' ORDER BY u.n)
+    INTO keys, matches
+    FROM unnest(key_columns) WITH ORDINALITY AS u (name, n)
+    JOIN pg_attribute AS a ON a.attrelid = local_table AND a.attname = u.name;
+    SELECT CASE a.atttypid WHEN 'timestamptz'::regtype THEN 'timestamptz' ELSE 'int8' END INTO version_type
+    FROM pg_attribute AS a WHERE a.attrelid = local_table AND a.attname = version_column;
+    lowest := CASE version_type WHEN 'timestamptz' THEN '-infinity' ELSE '-9223372036854775808' END;
+    version := CASE WHEN version_column IS NULL THEN 'NULL::text' ELSE format('d.%I::text', version_column) END;
+    newer := CASE WHEN version_column IS NOT NULL THEN
+        format('coalesce(d.%1$I, %2$L) OPERATOR(pg_catalog.<) coalesce(excluded.%1$I, %2$L) '
+               'OR coalesce(d.%1$I, %2$L) OPERATOR(pg_catalog.=) coalesce(excluded.%1$I, %2$L) AND %3$s COLLATE "C" OPERATOR(pg_catalog.<) %4$s',
+               version_column, lowest, row_text, newer) END;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._settle_shape(regclass, name[], name[], name, text) IS
+    'the pieces of SQL in which rows of a table and values sent by another node meet';
+
 -- Where a unique value is taken from one row and given to another, the one that gives has to come first; where they take
 -- from each other in a ring, all of them are deleted and inserted again, unless that would take children along.  What
 -- gets there has won already: a row that is refused violates nothing.  Rows that refer to other rows come after those.
@@ -523,10 +581,9 @@ BEGIN
     END LOOP;
     IF ring <> '[]' THEN
         IF NOT EXISTS (SELECT FROM pg_constraint AS f WHERE f.contype = 'f' AND f.confrelid = local_table AND (f.conrelid <> f.confrelid OR f.confdeltype <> 'a')) THEN
-            SELECT format('DELETE FROM %s AS d USING pg_catalog.jsonb_array_elements($1) AS x (item) WHERE %s', local_table,
-                          string_agg(format('d.%I OPERATOR(pg_catalog.=) (x.item OPERATOR(pg_catalog.->) ''k'' OPERATOR(pg_catalog.->>) %s)::%s', k.name, k.n - 1, format_type(a.atttypid, -1)), ' AND ' ORDER BY k.n))
+            SELECT format('DELETE FROM %s AS d USING pg_catalog.jsonb_array_elements($1) AS x (item) WHERE %s', local_table, s.matches)
             INTO drop_sql
-            FROM unnest(key_columns) WITH ORDINALITY AS k (name, n) JOIN pg_attribute AS a ON a.attrelid = local_table AND a.attname = k.name;
+            FROM tbl_repl._settle_shape(local_table, columns, key_columns, version_column, 'x.item') AS s;
             PERFORM set_config('tbl_repl.settling', 'on', true);
             PERFORM set_config('search_path', path, true);
             EXECUTE drop_sql USING ring;
@@ -559,10 +616,7 @@ DECLARE
     origin      text := nullif(current_setting('tbl_repl.origin', true), '');
     old_settling text := coalesce(current_setting('tbl_repl.settling', true), '');
     local_keys  name[];
-    version_type text;
-    matches     text;
-    row_text    text;
-    newer       text;
+    shape       record;
     lock_sql    text;
     put_sql     text;
     add_sql     text;
@@ -580,35 +634,16 @@ BEGIN
     SELECT coalesce((SELECT s.key_columns FROM tbl_repl.source AS s
                      WHERE s.source_table = local_table AND s.key_columns @> _settle_items.key_columns AND s.key_columns <@ _settle_items.key_columns
                      ORDER BY s.source_id LIMIT 1), key_columns) INTO local_keys;
-    SELECT CASE a.atttypid WHEN 'timestamptz'::regtype THEN 'timestamptz' ELSE 'int8' END INTO version_type
-    FROM pg_attribute AS a WHERE a.attrelid = local_table AND a.attname = version_column;
-    WITH c AS (
-        SELECT u.name, u.n, format_type(a.atttypid, -1) AS type, a.attidentity = 'a' AS always, u.name = ANY (key_columns) AS is_key
-        FROM unnest(columns) WITH ORDINALITY AS u (name, n)
-        JOIN pg_attribute AS a ON a.attrelid = local_table AND a.attname = u.name
-    )
-    SELECT (SELECT string_agg(format('d.%I OPERATOR(pg_catalog.=) ($1)[%s]::%s', k.name, k.n, format_type(a.atttypid, -1)), ' AND ' ORDER BY k.n)
-            FROM unnest(key_columns) WITH ORDINALITY AS k (name, n) JOIN pg_attribute AS a ON a.attrelid = local_table AND a.attname = k.name),
-           format('pg_catalog.array_to_string(ARRAY[%s], '','')', string_agg(format('pg_catalog.quote_nullable(d.%I::text)', c.name), ', ' ORDER BY c.name::text COLLATE "C")),
-           format('INSERT INTO %s AS d (%s)%s VALUES (%s)', local_table, string_agg(format('%I', c.name), ', ' ORDER BY c.n),
-                  CASE WHEN bool_or(c.always) THEN ' OVERRIDING SYSTEM VALUE' ELSE '' END,
-                  string_agg(format('($2)[%s]::%s', c.n, c.type), ', ' ORDER BY c.n)),
-           coalesce(string_agg(format('%1$I = excluded.%1$I', c.name), ', ' ORDER BY c.n) FILTER (WHERE NOT c.always), '')
-    INTO matches, row_text, add_sql, put_sql
-    FROM c;
-    newer := CASE WHEN policy = 'newest' THEN
-        format('coalesce(d.%1$I, %2$s) < coalesce($3::%3$s, %2$s) OR coalesce(d.%1$I, %2$s) = coalesce($3::%3$s, %2$s) AND %4$s COLLATE "C" < $4',
-               version_column, CASE version_type WHEN 'timestamptz' THEN '''-infinity''' ELSE '-9223372036854775808' END, version_type, row_text)
-        ELSE format('%s = $4', row_text) END;
-    put_sql := format('%s ON CONFLICT (%s) DO UPDATE SET %s WHERE %s', add_sql,
-                      (SELECT string_agg(format('%I', k), ', ' ORDER BY n) FROM unnest(key_columns) WITH ORDINALITY AS k (k, n)), put_sql, newer);
-    add_sql := format('%s ON CONFLICT (%s) DO NOTHING', add_sql,
-                      (SELECT string_agg(format('%I', k), ', ' ORDER BY n) FROM unnest(key_columns) WITH ORDINALITY AS k (k, n)));
-    lock_sql := format('SELECT %s AS row_text, %s AS version FROM %s AS d WHERE %s FOR UPDATE', row_text,
-                       CASE WHEN version_column IS NULL THEN 'NULL::text' ELSE format('d.%I::text', version_column) END, local_table, matches);
-    drop_sql := format('DELETE FROM %s AS d WHERE %s AND %s', local_table, matches,
-                       CASE WHEN policy = 'newest' THEN format('(d.%1$I IS NULL OR d.%1$I <= $2::%2$s)', version_column, version_type)
-                            ELSE format('%s = $3', row_text) END);
+    shape := tbl_repl._settle_shape(local_table, columns, key_columns, version_column, '$1');
+    add_sql := format('INSERT INTO %s AS d (%s)%s VALUES (%s) ON CONFLICT (%s)', local_table, shape.names,
+                      CASE WHEN shape.always THEN ' OVERRIDING SYSTEM VALUE' END, shape.given, shape.keys);
+    put_sql := format('%s DO UPDATE SET %s WHERE %s', add_sql, shape.assigned,
+                      CASE WHEN policy = 'newest' THEN shape.newer ELSE format('%s OPERATOR(pg_catalog.=) $2', shape.row_text) END);
+    add_sql := format('%s DO NOTHING', add_sql);
+    lock_sql := format('SELECT %s AS row_text, %s AS version FROM %s AS d WHERE %s FOR UPDATE', shape.row_text, shape.version, local_table, shape.matches);
+    drop_sql := format('DELETE FROM %s AS d WHERE %s AND %s', local_table, shape.matches,
+                       CASE WHEN policy = 'newest' THEN format('(d.%1$I IS NULL OR d.%1$I OPERATOR(pg_catalog.<=) $2::%2$s)', version_column, shape.version_type)
+                            ELSE format('%s OPERATOR(pg_catalog.=) $2', shape.row_text) END);
 
     PERFORM set_config('tbl_repl.settling', 'on', true);
     -- values that were changed here meanwhile: an arriving one that wins is a conflict as well
@@ -616,16 +651,14 @@ BEGIN
     FROM tbl_repl._changed_here(local_table, ARRAY(
         SELECT tbl_repl._own_key(key_columns, local_keys, x.item -> 'k') FROM jsonb_array_elements(items) AS x (item)), origin) AS h;
     IF policy = 'newest' THEN
-        settled := tbl_repl._settle_at_once(local_table, columns, key_columns, local_keys, version_column, version_type,
+        settled := tbl_repl._settle_at_once(local_table, columns, key_columns, local_keys, version_column,
             (SELECT jsonb_agg(jsonb_build_object('o', o.key) || x.item ORDER BY x.n)
              FROM jsonb_array_elements(items) WITH ORDINALITY AS x (item, n)
              CROSS JOIN LATERAL tbl_repl._own_key(key_columns, local_keys, x.item -> 'k') AS o (key)
              WHERE NOT rivals ? o.key), path);
     END IF;
     FOR item IN
-        SELECT ARRAY(SELECT e FROM jsonb_array_elements_text(x.item -> 'k') AS e) AS keys, x.item -> 'k' AS key_values,
-               CASE jsonb_typeof(x.item -> 'r') WHEN 'array' THEN ARRAY(SELECT e FROM jsonb_array_elements_text(x.item -> 'r') AS e) END AS row_values,
-               x.item ->> 't' AS row_text, x.item ->> 'v' AS version, coalesce((x.item ->> 'f')::boolean, false) AS forced,
+        SELECT x.item AS value, x.item -> 'k' AS key_values, jsonb_typeof(x.item -> 'r') IS DISTINCT FROM 'array' AS gone, x.item ->> 't' AS row_text, x.item ->> 'v' AS version, coalesce((x.item ->> 'f')::boolean, false) AS forced,
                CASE jsonb_typeof(x.item -> 'e') WHEN 'array' THEN ARRAY(SELECT e FROM jsonb_array_elements_text(x.item -> 'e') AS e) END AS expected
         FROM jsonb_array_elements(items) AS x (item)
     LOOP
@@ -633,36 +666,36 @@ BEGIN
         CONTINUE WHEN key = ANY (settled);
         kind := NULL;
         PERFORM set_config('search_path', path, true);
-        EXECUTE lock_sql INTO here USING item.keys;
+        EXECUTE lock_sql INTO here USING item.value;
         PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
         IF policy = 'newest' THEN
             IF item.forced AND here.row_text IS NOT NULL THEN
-                item.version := coalesce(here.version, CASE version_type WHEN 'timestamptz' THEN '-infinity' ELSE '-9223372036854775808' END);
+                item.version := coalesce(here.version, shape.lowest);
             END IF;
-            kind := tbl_repl._settle_newest(local_table, item.keys, key, item.row_values, item.row_text, item.version, here.row_text, here.version,
-                                            version_type, rivals ->> key, put_sql, drop_sql, path);
+            kind := tbl_repl._settle_newest(local_table, item.value, key, item.gone, item.row_text, item.version, here.row_text, here.version,
+                                            shape.version_type, rivals ->> key, put_sql, drop_sql, path);
             IF kind LIKE '%!' THEN
                 refused := array_append(refused, key);
             END IF;
         ELSE
             PERFORM set_config('search_path', path, true);
-            IF item.row_values IS NOT NULL AND here.row_text IS NULL THEN
+            IF NOT item.gone AND here.row_text IS NULL THEN
                 IF item.expected IS NULL OR '' OPERATOR(pg_catalog.=) ANY (item.expected) THEN
-                    EXECUTE add_sql USING item.keys, item.row_values;
+                    EXECUTE add_sql USING item.value;
                     GET DIAGNOSTICS changed = ROW_COUNT;
                     kind := CASE WHEN changed OPERATOR(pg_catalog.=) 0 THEN 'insert_exists!' END;
                 ELSE
                     kind := 'update_missing!';
                 END IF;
-            ELSIF item.row_values IS NOT NULL AND here.row_text OPERATOR(pg_catalog.<>) item.row_text THEN
+            ELSIF NOT item.gone AND here.row_text OPERATOR(pg_catalog.<>) item.row_text THEN
                 IF item.expected IS NULL OR pg_catalog.md5(here.row_text) OPERATOR(pg_catalog.=) ANY (item.expected) THEN
-                    EXECUTE put_sql USING item.keys, item.row_values, item.version, here.row_text;
+                    EXECUTE put_sql USING item.value, here.row_text;
                 ELSE
                     kind := CASE WHEN item.expected OPERATOR(pg_catalog.=) '{""}' THEN 'insert_exists!' ELSE 'update_origin_differs!' END;
                 END IF;
-            ELSIF item.row_values IS NULL AND here.row_text IS NOT NULL THEN
+            ELSIF item.gone AND here.row_text IS NOT NULL THEN
                 IF item.expected IS NULL OR pg_catalog.md5(here.row_text) OPERATOR(pg_catalog.=) ANY (item.expected) THEN
-                    EXECUTE drop_sql USING item.keys, item.version, here.row_text;
+                    EXECUTE drop_sql USING item.value, here.row_text;
                 ELSE
                     kind := 'delete_origin_differs!';
                 END IF;
@@ -706,7 +739,6 @@ CREATE OR REPLACE FUNCTION tbl_repl._settle_at_once(
     key_columns    name[],
     local_keys     name[],
     version_column name,
-    version_type   text,
     items          jsonb,
     path           text
 )
@@ -715,8 +747,8 @@ LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp
 AS $function$
 DECLARE
-    parts   record;
-    lowest  text := CASE version_type WHEN 'timestamptz' THEN '''-infinity''' ELSE '-9223372036854775808' END;
+    shape   record;
+    version_type text;
     put_sql text;
     del_sql text;
     see_sql text;
@@ -727,45 +759,28 @@ BEGIN
     IF jsonb_array_length(items) < 2 THEN
         RETURN '{}';
     END IF;
-    WITH c AS (
-        SELECT u.name, u.n, format_type(a.atttypid, -1) AS type, a.attidentity = 'a' AS always
-        FROM unnest(columns) WITH ORDINALITY AS u (name, n)
-        JOIN pg_attribute AS a ON a.attrelid = local_table AND a.attname = u.name
-    ), k AS (
-        SELECT u.name, u.n, format_type(a.atttypid, -1) AS type
-        FROM unnest(key_columns) WITH ORDINALITY AS u (name, n)
-        JOIN pg_attribute AS a ON a.attrelid = local_table AND a.attname = u.name
-    )
-    SELECT string_agg(format('%I', c.name), ', ' ORDER BY c.n) AS names,
-           bool_or(c.always) AS always,
-           string_agg(format('(x.item OPERATOR(pg_catalog.->) ''r'' OPERATOR(pg_catalog.->>) %s)::%s', c.n - 1, c.type), ', ' ORDER BY c.n) AS given,
-           string_agg(format('%1$I = excluded.%1$I', c.name), ', ' ORDER BY c.n) FILTER (WHERE NOT c.always) AS assigned,
-           format('pg_catalog.array_to_string(ARRAY[%s], '','')', string_agg(format('pg_catalog.quote_nullable({row}.%I::text)', c.name), ', ' ORDER BY c.name::text COLLATE "C")) AS row_text,
-           (SELECT string_agg(format('%I', k.name), ', ' ORDER BY k.n) FROM k) AS keys,
-           (SELECT string_agg(format('d.%I OPERATOR(pg_catalog.=) (x.item OPERATOR(pg_catalog.->) ''k'' OPERATOR(pg_catalog.->>) %s)::%s', k.name, k.n - 1, k.type), ' AND ' ORDER BY k.n) FROM k) AS matches
-    INTO parts FROM c;
-    IF parts.always THEN
+    shape := tbl_repl._settle_shape(local_table, columns, key_columns, version_column, 'x.item');
+    version_type := shape.version_type;
+    IF shape.always THEN
         RETURN '{}';
     END IF;
     put_sql := format(
         'WITH i AS (SELECT x.item FROM pg_catalog.jsonb_array_elements($1) WITH ORDINALITY AS x (item, n) '
-        'WHERE pg_catalog.jsonb_typeof(x.item OPERATOR(pg_catalog.->) ''r'') = ''array'' AND NOT EXISTS (SELECT FROM tbl_repl.tombstone AS b '
-        'WHERE b.local_table OPERATOR(pg_catalog.=) %1$s::pg_catalog.oid AND b.key OPERATOR(pg_catalog.=) (x.item OPERATOR(pg_catalog.->>) ''o'') AND b.version::%2$s >= coalesce((x.item OPERATOR(pg_catalog.->>) ''v'')::%2$s, %3$s)) ORDER BY x.n), '
-        'put AS (INSERT INTO %4$s AS d (%5$s) SELECT %6$s FROM i AS x ON CONFLICT (%7$s) DO UPDATE SET %8$s '
-        'WHERE coalesce(d.%9$I, %3$s) < coalesce(excluded.%9$I, %3$s) OR coalesce(d.%9$I, %3$s) = coalesce(excluded.%9$I, %3$s) AND %10$s COLLATE "C" < %11$s '
-        'RETURNING %12$s AS key) '
+        'WHERE pg_catalog.jsonb_typeof(x.item OPERATOR(pg_catalog.->) ''r'') OPERATOR(pg_catalog.=) ''array'' AND NOT EXISTS (SELECT FROM tbl_repl.tombstone AS b '
+        'WHERE b.local_table OPERATOR(pg_catalog.=) %1$s::pg_catalog.oid AND b.key OPERATOR(pg_catalog.=) (x.item OPERATOR(pg_catalog.->>) ''o'') '
+        'AND b.version::%2$s OPERATOR(pg_catalog.>=) coalesce((x.item OPERATOR(pg_catalog.->>) ''v'')::%2$s, %3$L)) ORDER BY x.n), '
+        'put AS (INSERT INTO %4$s AS d (%5$s) SELECT %6$s FROM i AS x ON CONFLICT (%7$s) DO UPDATE SET %8$s WHERE %9$s RETURNING %10$s AS key) '
         'SELECT pg_catalog.array_agg(put.key) FROM put',
-        local_table::oid, version_type, lowest, local_table, parts.names, parts.given, parts.keys, parts.assigned, version_column,
-        replace(parts.row_text, '{row}', 'd'), replace(parts.row_text, '{row}', 'excluded'),
+        local_table::oid, version_type, shape.lowest, local_table, shape.names, shape.given, shape.keys, shape.assigned, shape.newer,
         tbl_repl._key_text(local_keys, 'd'));
     del_sql := format(
         'WITH gone AS (DELETE FROM %1$s AS d USING pg_catalog.jsonb_array_elements($1) AS x (item) '
         'WHERE pg_catalog.jsonb_typeof(x.item OPERATOR(pg_catalog.->) ''r'') IS DISTINCT FROM ''array'' AND x.item OPERATOR(pg_catalog.->>) ''v'' IS NOT NULL AND %2$s '
-        'AND coalesce(d.%3$I, %4$s) <= (x.item OPERATOR(pg_catalog.->>) ''v'')::%5$s RETURNING 1) SELECT pg_catalog.count(*) FROM gone',
-        local_table, parts.matches, version_column, lowest, version_type);
+        'AND coalesce(d.%3$I, %4$L) OPERATOR(pg_catalog.<=) (x.item OPERATOR(pg_catalog.->>) ''v'')::%5$s RETURNING 1) SELECT pg_catalog.count(*) FROM gone',
+        local_table, shape.matches, version_column, shape.lowest, version_type);
     see_sql := format(
         'SELECT pg_catalog.array_agg(x.item OPERATOR(pg_catalog.->>) ''o'') FROM pg_catalog.jsonb_array_elements($1) AS x (item) JOIN %s AS d ON %s '
-        'WHERE pg_catalog.jsonb_typeof(x.item OPERATOR(pg_catalog.->) ''r'') IS DISTINCT FROM ''array''', local_table, parts.matches);
+        'WHERE pg_catalog.jsonb_typeof(x.item OPERATOR(pg_catalog.->) ''r'') IS DISTINCT FROM ''array''', local_table, shape.matches);
 
     PERFORM set_config('search_path', path, true);
     EXECUTE put_sql INTO written USING items;
@@ -810,7 +825,7 @@ BEGIN
     RETURN coalesce(written, '{}') || coalesce(deleted, '{}');
 END
 $function$;
-COMMENT ON FUNCTION tbl_repl._settle_at_once(regclass, name[], name[], name[], name, text, jsonb, text) IS
+COMMENT ON FUNCTION tbl_repl._settle_at_once(regclass, name[], name[], name[], name, jsonb, text) IS
     'settles those of many values under newest that meet nothing greater';
 
 -- A key as this node writes it: the columns may stand in another order there.
@@ -873,9 +888,9 @@ COMMENT ON FUNCTION tbl_repl._unbury(regclass, text) IS 'forgets that a row was 
 -- its end: refused, what is here is greater.
 CREATE OR REPLACE FUNCTION tbl_repl._settle_newest(
     local_table  regclass,
-    keys         text[],
+    item         jsonb,
     key          text,
-    row_values   text[],
+    gone         boolean,
     row_text     text,
     version      text,
     here_text    text,
@@ -896,16 +911,16 @@ DECLARE
     buried   numeric;
     changed  bigint;
 BEGIN
-    IF row_values IS NULL AND version IS NULL THEN
+    IF gone AND version IS NULL THEN
         RETURN NULL;  -- gone before there were tombstones: nothing is known of it
     END IF;
     buried := tbl_repl._rank(b, version_type) FROM tbl_repl._buried(local_table, key) AS b WHERE b IS NOT NULL;
-    IF row_values IS NULL THEN
+    IF gone THEN
         IF here_text IS NOT NULL AND standing > sent THEN
             RETURN 'delete_origin_differs!';
         ELSIF here_text IS NOT NULL THEN
             PERFORM set_config('search_path', path, true);
-            EXECUTE drop_sql USING keys, version;
+            EXECUTE drop_sql USING item, version;
             GET DIAGNOSTICS changed = ROW_COUNT;
             PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
             IF changed = 0 THEN
@@ -919,7 +934,7 @@ BEGIN
         IF here_text IS NULL THEN
             -- who wrote the row beside us has been waited for, at its tombstone
             PERFORM set_config('search_path', path, true);
-            EXECUTE drop_sql USING keys, version;
+            EXECUTE drop_sql USING item, version;
             PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
         END IF;
         RETURN CASE WHEN here_text IS NOT NULL AND rival IS NOT NULL THEN 'delete_origin_differs' END;
@@ -928,7 +943,7 @@ BEGIN
         IF here_text = row_text THEN
             -- dead all the same: written while its deletion was on its way
             PERFORM set_config('search_path', path, true);
-            EXECUTE drop_sql USING keys, version;
+            EXECUTE drop_sql USING item, version;
             PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
         END IF;
         RETURN 'update_missing!';
@@ -941,7 +956,7 @@ BEGIN
         RETURN CASE WHEN rival = 'I' THEN 'insert_exists!' ELSE 'update_origin_differs!' END;
     END IF;
     PERFORM set_config('search_path', path, true);
-    EXECUTE put_sql USING keys, row_values, version, row_text;
+    EXECUTE put_sql USING item;
     GET DIAGNOSTICS changed = ROW_COUNT;
     PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
     IF changed = 0 THEN
@@ -954,7 +969,7 @@ BEGIN
               WHERE b IS NOT NULL;
     IF buried >= sent THEN
         PERFORM set_config('search_path', path, true);
-        EXECUTE drop_sql USING keys, version;
+        EXECUTE drop_sql USING item, version;
         PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
         RETURN 'update_missing!';
     END IF;
@@ -963,7 +978,7 @@ BEGIN
                 WHEN rival IS NOT NULL THEN 'update_origin_differs' END;
 END
 $function$;
-COMMENT ON FUNCTION tbl_repl._settle_newest(regclass, text[], text, text[], text, text, text, text, text, text, text, text, text) IS
+COMMENT ON FUNCTION tbl_repl._settle_newest(regclass, jsonb, text, boolean, text, text, text, text, text, text, text, text, text) IS
     'settles one value under newest';
 
 -- Those that a target of this node has not got yet are kept longer.

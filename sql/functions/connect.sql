@@ -325,7 +325,7 @@ DECLARE
     turn     timestamptz := clock_timestamp();
     previous timestamptz := turn;
     spinning timestamptz := turn + interval '1000 microseconds';
-    in_vain  text := coalesce(nullif(current_setting('tbl_repl.spins_in_vain', true), ''), '0/0');
+    in_vain  text := coalesce(substring(current_setting('tbl_repl.spins_in_vain', true) FROM '^[0-9]{1,2}/[0-9]{1,2}$'), '0/0');
     rests    integer := split_part(in_vain, '/', 1);
     longest  integer := split_part(in_vain, '/', 2);
     may_spin boolean := rests = 0 AND pg_try_advisory_lock(tbl_repl._lock_spin(), 0);
