@@ -475,7 +475,7 @@ def test_a_position_from_another_cluster_is_not_believed(pair: Pair) -> None:
     pair.source.sql("INSERT INTO t VALUES (1, 'a')")
     pair.source.sql("UPDATE tbl_repl.change SET txid = '9000000000000000'")
     pair.source.sql(
-        "UPDATE tbl_repl.target_state SET system_identifier = 1, position = '9000000000000:9000000000000:'"
+        "UPDATE tbl_repl.progress SET position = '9000000000000:9000000000000:'; UPDATE tbl_repl.target_state SET system_identifier = 1"
     )
     pair.source.sql("INSERT INTO t VALUES (2, 'b')")
     answers = [replay(pair) for _ in range(4)]

@@ -22,7 +22,7 @@ BEGIN
         -- CREATE: the functions generated for a target belong to who defines it
         EXECUTE format('GRANT CREATE ON SCHEMA tbl_repl TO %s', grantee);
         EXECUTE format('GRANT SELECT ON ALL TABLES IN SCHEMA tbl_repl TO %s', grantee);
-        EXECUTE format('GRANT INSERT, UPDATE, DELETE ON tbl_repl.source, tbl_repl.target, tbl_repl.target_state, tbl_repl.change, '
+        EXECUTE format('GRANT INSERT, UPDATE, DELETE ON tbl_repl.source, tbl_repl.target, tbl_repl.target_state, tbl_repl.progress, tbl_repl.change, '
                        'tbl_repl.stash, tbl_repl.flush, tbl_repl.shipped, tbl_repl.quarantined, tbl_repl.error, tbl_repl.tombstone, tbl_repl.conflict, tbl_repl.boot TO %s', grantee);
         EXECUTE format('GRANT USAGE ON ALL SEQUENCES IN SCHEMA tbl_repl TO %s', grantee);
         FOR item IN

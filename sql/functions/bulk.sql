@@ -34,6 +34,8 @@ COMMENT ON FUNCTION tbl_repl._bulk_lanes(name, bigint) IS
 
 -- _bulk_jobs(targets): for the snapshot of this statement, what to read here and what to run there.
 --   rows_query, gone_query: run here, by COPY, as the target's owner; gone_query gives keys as text
+--   pending_keys: how many keys are queued, those that are queued twice counted twice
+--   deletes_only: whether rows are most likely all gone
 --   is_binary: whether both sides have the same types, so that COPY need not look inside
 --   insert_only: whether COPY may go straight into the table
 --   stage, merge, remove: statements for the target (tables pg_temp.tbl_repl_rows_N, pg_temp.tbl_repl_gone_N)
@@ -46,6 +48,8 @@ RETURNS TABLE (
     is_binary   boolean,
     insert_only boolean,
     whole       boolean,
+    deletes_only boolean,
+    pending_keys bigint,
     rows_query  text,
     gone_query  text,
     stage       text,
@@ -68,9 +72,9 @@ DECLARE
 BEGIN
     FOR target IN SELECT t.* FROM tbl_repl.target AS t WHERE t.target_id = ANY (targets) ORDER BY t.target_id LOOP
         SELECT * INTO STRICT source FROM tbl_repl.source AS s WHERE s.source_id = target.source_id;
-        SELECT tbl_repl._pending_from(target, st.position) INTO pending
-        FROM tbl_repl.target_state AS st WHERE st.target_id = target.target_id;
-        EXECUTE format('SELECT array_agg(DISTINCT CASE WHEN c.op = ''T'' AND c.keys IS NOT NULL THEN ''t'' ELSE c.op::text END) FROM %s', pending) INTO ops;
+        pending := tbl_repl._pending_from(target, tbl_repl._position(target.target_id));
+        EXECUTE format('SELECT array_agg(DISTINCT CASE WHEN c.op = ''T'' AND c.keys IS NOT NULL THEN ''t'' ELSE c.op::text END), '
+                       'sum(cardinality(c.keys)) FROM %s', pending) INTO ops, pending_keys;
         CONTINUE WHEN ops IS NULL;
         by_key := tbl_repl._truncates_by_key(target.target_id);
         parts := tbl_repl._upsert_parts(target);
@@ -85,6 +89,7 @@ BEGIN
         dst_columns := tbl_repl._dst_columns(target);
         whole := 'T' = ANY (ops) AND NOT by_key;
         insert_only := ops = '{I}';
+        deletes_only := ops <@ '{D,K,t}';
         is_binary := tbl_repl._may_copy_binary(target, source);
         rows_query := format('SELECT %s FROM %s',
             tbl_repl._sent_list(target, is_binary),
@@ -158,12 +163,7 @@ SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 AS $function$
 BEGIN
-    UPDATE tbl_repl.target_state AS st
-    SET position = snapshot,
-        rows_shipped = st.rows_shipped + coalesce((counts ->> st.target_id::text)::bigint, 0),
-        last_shipped_at = clock_timestamp(),
-        next_try_at = NULL, failures = 0
-    WHERE st.target_id = ANY (targets);
+    PERFORM tbl_repl._advance(t, coalesce((counts ->> t::text)::bigint, 0), snapshot) FROM unnest(targets) AS t;
     PERFORM tbl_repl._back_to_ok(t) FROM unnest(targets) AS t;
     PERFORM tbl_repl._rotate();
 END

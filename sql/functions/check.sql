@@ -259,7 +259,7 @@ BEGIN
     ELSIF state.status = 'paused' THEN
         RETURN QUERY SELECT 'notice', 'paused', format('target %s is paused, %s rows are queued', target.target_id, pending.rows),
             format('SELECT tbl_repl.resume_target(%s);', target.target_id);
-    ELSIF pending.rows > 0 AND state.last_error_at > coalesce(state.last_shipped_at, '-infinity') THEN
+    ELSIF pending.rows > 0 AND state.last_error_at > coalesce(tbl_repl._shipped_at(target.target_id), '-infinity') THEN
         RETURN QUERY SELECT 'warning', 'queueing', format('%s rows are queued for target %s since an error: %s', pending.rows, target.target_id, state.last_error),
             format('When the target is well again: %s', drained);
     ELSIF pending.oldest < clock_timestamp() - tbl_repl._old_after() THEN

@@ -581,11 +581,11 @@ BEGIN
         RETURN keys;
     END IF;
     -- a TRUNCATE of the whole table that is queued stands for every key
-    EXECUTE (SELECT format('WITH pending AS MATERIALIZED (SELECT c.keys FROM %s) '
-                           'SELECT coalesce(array_agg(u.k ORDER BY u.n), ''{}'') FROM unnest($1) WITH ORDINALITY AS u (k, n) '
-                           'WHERE NOT EXISTS (SELECT FROM pending AS p WHERE p.keys IS NULL) '
-                           'AND u.k NOT IN (SELECT q FROM pending AS p, unnest(p.keys) AS q)', tbl_repl._pending_from(target, st.position))
-             FROM tbl_repl.target_state AS st WHERE st.target_id = target.target_id)
+    EXECUTE format('WITH pending AS MATERIALIZED (SELECT c.keys FROM %s) '
+                   'SELECT coalesce(array_agg(u.k ORDER BY u.n), ''{}'') FROM unnest($1) WITH ORDINALITY AS u (k, n) '
+                   'WHERE NOT EXISTS (SELECT FROM pending AS p WHERE p.keys IS NULL) '
+                   'AND u.k NOT IN (SELECT q FROM pending AS p, unnest(p.keys) AS q)',
+                   tbl_repl._pending_from(target, tbl_repl._position(target.target_id)))
     INTO remaining USING keys;
     RETURN remaining;
 END

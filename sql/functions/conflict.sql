@@ -280,8 +280,8 @@ DECLARE
 BEGIN
     -- SECURITY DEFINER: called on behalf of any applier
     FOR item IN
-        SELECT tbl_repl._pending_from(t, st.position) AS pending
-        FROM tbl_repl.source AS s JOIN tbl_repl.target AS t USING (source_id) JOIN tbl_repl.target_state AS st USING (target_id)
+        SELECT tbl_repl._pending_from(t, tbl_repl._position(t.target_id)) AS pending
+        FROM tbl_repl.source AS s JOIN tbl_repl.target AS t USING (source_id)
         WHERE s.source_table = local_table AND origin IS NOT NULL
           AND (t.remote ->> 'node' = origin
                OR NOT EXISTS (SELECT FROM tbl_repl.target AS o WHERE o.source_id = t.source_id AND o.remote ->> 'node' = origin))
@@ -412,9 +412,8 @@ BEGIN
                 FROM tbl_repl.quarantined AS q
                 LEFT JOIN LATERAL unnest(CASE WHEN q.sqlstate = '23000' AND q.expected IS NOT NULL THEN array_append(q.expected, '') ELSE q.expected END) AS d (digest) ON true
                 WHERE q.target_id = %s AND q.key = ANY ($1)) AS x ON x.key = u.key
-            GROUP BY u.key$query$, tbl_repl._pending_from(t, st.position), t.source_id, t.target_id)
-        FROM tbl_repl.target AS t JOIN tbl_repl.target_state AS st USING (target_id)
-        WHERE t.target_id = _expected.target_id)
+            GROUP BY u.key$query$, tbl_repl._pending_from(t, tbl_repl._position(t.target_id)), t.source_id, t.target_id)
+        FROM tbl_repl.target AS t WHERE t.target_id = _expected.target_id)
     USING keys;
 END
 $function$;
@@ -435,9 +434,8 @@ DECLARE
 BEGIN
     EXECUTE (
         SELECT format('SELECT EXISTS (SELECT FROM %s AND c.olds IS NULL AND c.op IN (''D'', ''K'', ''T'') AND c.keys @> ARRAY[$1])',
-                      tbl_repl._pending_from(t, st.position))
-        FROM tbl_repl.target AS t JOIN tbl_repl.target_state AS st USING (target_id)
-        WHERE t.target_id = _is_wanted_gone.target_id)
+                      tbl_repl._pending_from(t, tbl_repl._position(t.target_id)))
+        FROM tbl_repl.target AS t WHERE t.target_id = _is_wanted_gone.target_id)
     INTO wanted USING key;
     RETURN wanted;
 END
@@ -984,13 +982,18 @@ COMMENT ON FUNCTION tbl_repl._settle_newest(regclass, jsonb, text, boolean, text
 -- Those that a target of this node has not got yet are kept longer.
 CREATE OR REPLACE FUNCTION tbl_repl._purge_tombstones()
 RETURNS void
-LANGUAGE sql VOLATILE
+LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp
 AS $function$
-    DELETE FROM tbl_repl.tombstone AS b
-    WHERE b.at < clock_timestamp() - tbl_repl._tombstone_retention()
-      AND NOT EXISTS (SELECT FROM tbl_repl.source AS s JOIN tbl_repl.target AS t USING (source_id)
-                      WHERE s.source_table = b.local_table AND t.on_conflict = 'newest' AND tbl_repl._has_pending(t.target_id))
+BEGIN
+    -- asked after every batch, and mostly there is none
+    IF EXISTS (SELECT FROM tbl_repl.tombstone AS b WHERE b.at < clock_timestamp() - tbl_repl._tombstone_retention()) THEN
+        DELETE FROM tbl_repl.tombstone AS b
+        WHERE b.at < clock_timestamp() - tbl_repl._tombstone_retention()
+          AND NOT EXISTS (SELECT FROM tbl_repl.source AS s JOIN tbl_repl.target AS t USING (source_id)
+                          WHERE s.source_table = b.local_table AND t.on_conflict = 'newest' AND tbl_repl._has_pending(t.target_id));
+    END IF;
+END
 $function$;
 COMMENT ON FUNCTION tbl_repl._purge_tombstones() IS 'removes versions of deleted rows that nobody needs any more';
 

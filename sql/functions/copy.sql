@@ -114,9 +114,9 @@ AS $function$
     SET state = 'done', done_at = clock_timestamp(), rows_copied = _copy_done.rows, bytes_copied = _copy_done.bytes
     WHERE p.target_id = _copy_done.target_id AND p.n = _copy_done.n;
     UPDATE tbl_repl.target_state AS st
-    SET rows_copied = st.rows_copied + _copy_done.rows, rows_shipped = st.rows_shipped + _copy_done.rows,
-        last_shipped_at = clock_timestamp(), next_try_at = NULL, failures = 0
-    WHERE st.target_id = _copy_done.target_id
+    SET rows_copied = st.rows_copied + _copy_done.rows
+    WHERE st.target_id = _copy_done.target_id;
+    SELECT tbl_repl._advance(_copy_done.target_id, _copy_done.rows);
 $function$;
 COMMENT ON FUNCTION tbl_repl._copy_done(integer, integer, bigint, bigint) IS
     'notes that a piece is committed on the target; SECURITY DEFINER, for the worker''s role';

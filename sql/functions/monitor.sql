@@ -28,9 +28,8 @@ SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 AS $function$
 BEGIN
-    EXECUTE (SELECT format('SELECT coalesce(sum(c.row_count), 0), min(c.captured_at) FROM %s%s', tbl_repl._pending_from(t, st.position), tbl_repl._wanted(t))
-             FROM tbl_repl.target AS t JOIN tbl_repl.target_state AS st USING (target_id)
-             WHERE t.target_id = _pending_rows.target_id)
+    EXECUTE (SELECT format('SELECT coalesce(sum(c.row_count), 0), min(c.captured_at) FROM %s%s', tbl_repl._pending_from(t, tbl_repl._position(t.target_id)), tbl_repl._wanted(t))
+             FROM tbl_repl.target AS t WHERE t.target_id = _pending_rows.target_id)
     INTO rows, oldest;
     -- rows still to be copied in the background: an estimate
     rows := rows + coalesce((
@@ -56,12 +55,13 @@ SELECT t.target_id,
        p.oldest AS oldest_pending_at,
        st.last_error,
        st.last_error_at,
-       greatest(st.last_shipped_at, d.shipped_at) AS last_shipped_at,
-       st.rows_shipped + coalesce(d.rows, 0) AS rows_shipped,
+       greatest(g.shipped_at, d.shipped_at) AS last_shipped_at,
+       g.rows + coalesce(d.rows, 0) AS rows_shipped,
        st.next_try_at,
        (SELECT coalesce(sum(b.row_count), 0)::bigint FROM tbl_repl.doubt AS b WHERE b.target_id = t.target_id) AS in_doubt
 FROM tbl_repl.target AS t
 JOIN tbl_repl.target_state AS st USING (target_id)
+JOIN tbl_repl.progress AS g USING (target_id)
 JOIN tbl_repl.source AS s USING (source_id)
 LEFT JOIN LATERAL (SELECT sum(x.rows)::bigint AS rows, max(x.shipped_at) AS shipped_at
                    FROM tbl_repl.shipped AS x WHERE x.target_id = t.target_id) AS d ON true
@@ -78,8 +78,8 @@ DECLARE
     item record;
 BEGIN
     FOR item IN
-        SELECT t.target_id, s.source_table, s.key_columns, tbl_repl._pending_from(t, st.position) || tbl_repl._wanted(t) AS pending
-        FROM tbl_repl.target AS t JOIN tbl_repl.target_state AS st USING (target_id) JOIN tbl_repl.source AS s USING (source_id)
+        SELECT t.target_id, s.source_table, s.key_columns, tbl_repl._pending_from(t, tbl_repl._position(t.target_id)) || tbl_repl._wanted(t) AS pending
+        FROM tbl_repl.target AS t JOIN tbl_repl.source AS s USING (source_id)
         ORDER BY t.target_id
     LOOP
         RETURN QUERY EXECUTE format($query$

@@ -134,14 +134,15 @@ DECLARE
 BEGIN
     -- the usual case, in one query
     SELECT s.txid, s.receipts, b.id AS boot INTO last
-    FROM tbl_repl.shipped AS s, tbl_repl.boot AS b
-    WHERE s.target_id = _receipt.target_id AND s.pid = pg_backend_pid() AND s.txid <> own AND s.receipts = 1;
+    FROM (SELECT x.txid, x.receipts FROM tbl_repl.shipped AS x
+          WHERE x.target_id = _receipt.target_id AND x.pid = pg_backend_pid() ORDER BY x.turn DESC LIMIT 1) AS s, tbl_repl.boot AS b
+    WHERE s.txid <> own AND s.receipts = 1;
     IF FOUND AND part = 0 THEN
         RETURN format('; EXECUTE tbl_repl_receipt(%s, %s, ''%s'', ''%s'', 0, %L, ''%s'', false)', extract(epoch FROM deadline)::numeric, target_id,
                       last.boot, own, keys, last.txid);
     END IF;
     SELECT s.txid, s.receipts INTO last
-    FROM tbl_repl.shipped AS s WHERE s.target_id = _receipt.target_id AND s.pid = pg_backend_pid();
+    FROM tbl_repl.shipped AS s WHERE s.target_id = _receipt.target_id AND s.pid = pg_backend_pid() ORDER BY s.turn DESC LIMIT 1;
     RETURN format('; EXECUTE tbl_repl_receipt(%s, %s, %L, %L, %s, %L, %L, %L)', extract(epoch FROM deadline)::numeric, target_id,
                   tbl_repl._boot(), own, part + CASE WHEN last.txid = own THEN last.receipts ELSE 0 END, keys,
                   CASE WHEN last.txid <> own AND part = 0 THEN last.txid END, coalesce(last.receipts > 1, false));

@@ -40,6 +40,7 @@ RETURNS bigint
 LANGUAGE plpgsql VOLATILE
 SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
+SET plan_cache_mode = force_generic_plan
 AS $function$
 DECLARE
     lane    record;
@@ -69,7 +70,7 @@ BEGIN
     -- for all of them or for none.  Their writers never wait for our locks.
     FOR lane IN
         SELECT array_agg(w.target_id ORDER BY w.target_id) AS targets
-        FROM (SELECT t.target_id, t.server, t.owner, t.timeout, t.mode, st.status, st.last_error_at, st.last_shipped_at,
+        FROM (SELECT t.target_id, t.server, t.owner, t.timeout, t.mode, st.status, st.last_error_at, tbl_repl._shipped_at(t.target_id) AS last_shipped_at,
                      CASE WHEN st.copy_after IS NULL THEN tbl_repl._has_pending(t.target_id)
                           ELSE coalesce(t.target_id = ANY (copies), true) END AS queued
               FROM tbl_repl.target AS t JOIN tbl_repl.target_state AS st USING (target_id)
@@ -141,6 +142,61 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._takes_origin(tbl_repl.target) IS
     'SQL condition: row c of the queue was changed where the target may get it from';
 
+-- The one row that tbl_repl.progress has for a target: no sequential scan and no sort, which would meet every version that
+-- an old snapshot keeps, see there.
+CREATE OR REPLACE FUNCTION tbl_repl._progress(target_id integer)
+RETURNS tbl_repl.progress
+LANGUAGE plpgsql STABLE
+SET search_path = pg_catalog, pg_temp
+SET enable_seqscan = off
+SET enable_sort = off
+SET plan_cache_mode = force_generic_plan
+AS $function$
+DECLARE
+    progress tbl_repl.progress;
+BEGIN
+    SELECT * INTO progress FROM tbl_repl.progress AS p WHERE p.target_id = _progress.target_id ORDER BY p.turn DESC LIMIT 1;
+    RETURN progress;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._progress(integer) IS 'how far a target is';
+
+CREATE OR REPLACE FUNCTION tbl_repl._position(target_id integer) RETURNS pg_snapshot
+LANGUAGE sql STABLE RETURN (tbl_repl._progress(target_id)).position;
+COMMENT ON FUNCTION tbl_repl._position(integer) IS 'position of a target: everything visible in it has been shipped';
+
+CREATE OR REPLACE FUNCTION tbl_repl._shipped_at(target_id integer) RETURNS timestamptz
+LANGUAGE sql STABLE RETURN (tbl_repl._progress(target_id)).shipped_at;
+COMMENT ON FUNCTION tbl_repl._shipped_at(integer) IS 'when a batch was last shipped to a target';
+
+-- _advance(target_id, rows, passed): rows have been shipped, and the position is now passed (NULL: where it was).  Whoever
+-- moves the position holds ship exclusively; pieces of a copy are counted side by side: hence the second try.
+CREATE OR REPLACE FUNCTION tbl_repl._advance(
+    target_id integer,
+    rows      bigint,
+    passed    pg_snapshot DEFAULT NULL
+)
+RETURNS void
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+SET enable_seqscan = off
+SET enable_sort = off
+SET plan_cache_mode = force_generic_plan
+AS $function$
+BEGIN
+    LOOP
+        UPDATE tbl_repl.progress AS p
+        SET position = coalesce(passed, p.position), batches = p.batches + 1, rows = p.rows + _advance.rows,
+            shipped_at = CASE WHEN _advance.rows > 0 THEN clock_timestamp() ELSE p.shipped_at END
+        WHERE p.ctid = (SELECT x.ctid FROM tbl_repl.progress AS x WHERE x.target_id = _advance.target_id ORDER BY x.turn DESC LIMIT 1);
+        EXIT WHEN FOUND OR tbl_repl._position(target_id) IS NULL;
+    END LOOP;
+    UPDATE tbl_repl.target_state AS st SET next_try_at = NULL, failures = 0
+    WHERE st.target_id = _advance.target_id AND (st.next_try_at IS NOT NULL OR st.failures > 0);
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._advance(integer, bigint, pg_snapshot) IS 'notes how far a target is after a batch';
+
 -- Pending rows of a target, as what follows FROM: rows meant for it that are not in its position.
 CREATE OR REPLACE FUNCTION tbl_repl._pending_from(
     target   tbl_repl.target,
@@ -178,20 +234,25 @@ DECLARE
     floor  xid8;
     beside xid8[];
 BEGIN
-    SELECT t.source_id, t.mode, st.position, t.forward = 'any' AS carries, t.remote ->> 'node' AS node INTO target
-    FROM tbl_repl.target AS t JOIN tbl_repl.target_state AS st ON st.target_id = t.target_id
+    SELECT t.source_id, t.mode, tbl_repl._position(t.target_id) AS position, t.forward = 'any' AS carries, t.remote ->> 'node' AS node INTO target
+    FROM tbl_repl.target AS t
     WHERE t.target_id = _has_pending.target_id;
     floor := pg_snapshot_xmax(target.position);
     beside := ARRAY(SELECT pg_snapshot_xip(target.position));
+    -- one by one: of a single expression both queries would be set up
+    IF EXISTS (SELECT FROM tbl_repl.change AS c
+               WHERE c.txid >= floor AND c.source_id = target.source_id
+                 AND (c.target_id = _has_pending.target_id OR (c.target_id IS NULL AND target.mode = 'async'))
+                 AND (c.origin IS NULL OR (target.carries AND c.origin IS DISTINCT FROM target.node)))
+    THEN
+        RETURN true;
+    ELSIF beside = '{}' THEN
+        RETURN false;
+    END IF;
     RETURN EXISTS (SELECT FROM tbl_repl.change AS c
-                   WHERE c.txid >= floor AND c.source_id = target.source_id
-                     AND (c.target_id = _has_pending.target_id OR (c.target_id IS NULL AND target.mode = 'async'))
-                     AND (c.origin IS NULL OR (target.carries AND c.origin IS DISTINCT FROM target.node)))
-        OR (beside <> '{}' AND EXISTS (
-                   SELECT FROM tbl_repl.change AS c
                    WHERE c.txid = ANY (beside) AND c.source_id = target.source_id
                      AND (c.target_id = _has_pending.target_id OR (c.target_id IS NULL AND target.mode = 'async'))
-                     AND (c.origin IS NULL OR (target.carries AND c.origin IS DISTINCT FROM target.node))));
+                     AND (c.origin IS NULL OR (target.carries AND c.origin IS DISTINCT FROM target.node)));
 END
 $function$;
 COMMENT ON FUNCTION tbl_repl._has_pending(integer) IS 'whether anything is queued for a target';
@@ -211,8 +272,9 @@ BEGIN
     END IF;
     -- numbers that are ahead of this cluster's would never be passed
     UPDATE tbl_repl.change SET txid = pg_current_xact_id();
-    UPDATE tbl_repl.target_state AS st SET position = '1:1:', system_identifier = here
-    WHERE st.system_identifier <> here;
+    UPDATE tbl_repl.progress AS p SET position = '1:1:'
+    FROM tbl_repl.target_state AS st WHERE st.target_id = p.target_id AND st.system_identifier <> here;
+    UPDATE tbl_repl.target_state AS st SET system_identifier = here WHERE st.system_identifier <> here;
 END
 $function$;
 COMMENT ON FUNCTION tbl_repl._check_positions() IS
@@ -281,7 +343,7 @@ BEGIN
                    (SELECT array_agg(run.txid) FROM run WHERE run.txid > cut.txid) AS remaining
             FROM cut RIGHT JOIN (SELECT) AS one ON true$query$,
             coalesce(string_agg(format('SELECT %s AS target_id, c.txid, c.op, c.keys IS NULL AS whole, c.row_count FROM %s',
-                                       t.target_id, tbl_repl._pending_from(t, st.position)), ' UNION ALL '),
+                                       t.target_id, tbl_repl._pending_from(t, tbl_repl._position(t.target_id))), ' UNION ALL '),
                      'SELECT 0 AS target_id, c.txid, c.op, true AS whole, c.row_count FROM tbl_repl.change AS c WHERE false'))
     INTO listing
     FROM tbl_repl.target AS t JOIN tbl_repl.target_state AS st USING (target_id)
@@ -296,7 +358,7 @@ BEGIN
     JOIN tbl_repl.target_state AS st USING (target_id)
     CROSS JOIN LATERAL (SELECT array_agg(o::"char") AS found FROM jsonb_array_elements_text(_open_batch.ops -> t.target_id::text) AS o WHERE o <> 't') AS o
     CROSS JOIN LATERAL tbl_repl._loads_by_origin(t, o.found,
-        tbl_repl._pending_from(t, st.position, CASE WHEN NOT _open_batch.complete THEN _open_batch.cut END)) AS l
+        tbl_repl._pending_from(t, tbl_repl._position(t.target_id), CASE WHEN NOT _open_batch.complete THEN _open_batch.cut END)) AS l
     WHERE t.target_id = ANY (targets) AND st.copy_after IS NULL AND _open_batch.ops ? t.target_id::text;
     OPEN variants FOR
         SELECT v.variant, tbl_repl._open_stream(_open_batch.loads, false, v.variant)
@@ -354,7 +416,7 @@ BEGIN
     THEN
         BEGIN
             -- one that was used a moment ago need not be asked: were it dead, we would only wait longer
-            IF NOT EXISTS (SELECT FROM tbl_repl.target_state AS st WHERE st.target_id = ANY (targets) AND st.last_shipped_at > clock_timestamp() - interval '1 second') THEN
+            IF NOT EXISTS (SELECT FROM unnest(targets) AS t WHERE tbl_repl._shipped_at(t) > clock_timestamp() - interval '1 second') THEN
                 PERFORM tbl_repl._is_alive(lane.conn, clock_timestamp() + lane.timeout);
             END IF;
             -- twice the timeout: an older session of ours may have to be outlived first
@@ -424,10 +486,7 @@ BEGIN
                 RETURN 0;
             END;
             IF sent THEN
-                UPDATE tbl_repl.target_state AS st
-                SET position = small.snapshot, rows_shipped = st.rows_shipped + u.keys,
-                    last_shipped_at = clock_timestamp(), next_try_at = NULL, failures = 0
-                FROM unnest(small.shipped, small.counts) AS u (target_id, keys) WHERE st.target_id = u.target_id;
+                PERFORM tbl_repl._advance(u.target_id, u.keys, small.snapshot) FROM unnest(small.shipped, small.counts) AS u (target_id, keys);
                 PERFORM tbl_repl._back_to_ok(t) FROM unnest(targets) AS t;
                 RETURN small.rows;
             END IF;
@@ -493,11 +552,9 @@ BEGIN
             -- they have filled the batch; the others still have theirs
             RETURN tbl_repl._replay_lane(ARRAY(SELECT x FROM unnest(targets) AS x WHERE x <> ALL (failure.broken)), max_rows, retry, copies, leave_large);
         END IF;
-        UPDATE tbl_repl.target_state AS st
-        SET rows_shipped = st.rows_shipped + coalesce((failure.by_target ->> st.target_id::text)::bigint, 0),
-            last_shipped_at = clock_timestamp(), next_try_at = NULL, failures = 0
-        WHERE st.target_id IN (SELECT u.target_id FROM unnest(loads) AS u)
-          AND (failure.by_target ->> st.target_id::text)::bigint > 0;
+        PERFORM tbl_repl._advance(u.target_id, (failure.by_target ->> u.target_id::text)::bigint)
+        FROM (SELECT DISTINCT l.target_id FROM unnest(loads) AS l) AS u
+        WHERE (failure.by_target ->> u.target_id::text)::bigint > 0;
     END IF;
 
     -- what had failed takes rows again
@@ -506,11 +563,10 @@ BEGIN
 
     -- Positions move with this transaction; were it lost now, the same would be sent again.
     IF batch.cut IS NOT NULL THEN
-        UPDATE tbl_repl.target_state AS st
-        SET position = CASE WHEN batch.complete THEN batch.snapshot
-                            ELSE tbl_repl._position_after(st.position, batch.snapshot, batch.cut, batch.remaining) END,
-            next_try_at = NULL, failures = 0
-        WHERE batch.ops ? st.target_id::text AND st.target_id <> ALL (coalesce(failure.broken, '{}'));
+        PERFORM tbl_repl._advance(u.target_id, 0, CASE WHEN batch.complete THEN batch.snapshot ELSE
+                    tbl_repl._position_after(tbl_repl._position(u.target_id), batch.snapshot, batch.cut, batch.remaining) END)
+        FROM (SELECT o::integer AS target_id FROM jsonb_object_keys(batch.ops) AS o) AS u
+        WHERE u.target_id <> ALL (coalesce(failure.broken, '{}'));
     END IF;
     FOR item IN SELECT p.key::integer AS target_id, jsonb_array_length(p.value) AS n, p.value ->> -1 AS last FROM jsonb_each(pages) AS p LOOP
         CONTINUE WHEN item.target_id = ANY (coalesce(failure.broken, '{}'));
@@ -574,7 +630,7 @@ BEGIN
     counts := '{}';
     is_large := false;
     FOR item IN
-        SELECT t.target_id, t.source_id, t.mode, t.forward, t.remote ->> 'node' AS node, st.position, st.status, s.source_table,
+        SELECT t.target_id, t.source_id, t.mode, t.forward, t.remote ->> 'node' AS node, tbl_repl._position(t.target_id) AS position, st.status, s.source_table,
                t.on_conflict = 'overwrite' AND t.operations @> '{insert,update,delete,truncate}'
                AND NOT EXISTS (SELECT FROM tbl_repl.quarantined AS q WHERE q.target_id = t.target_id) AS plain
         FROM tbl_repl.target AS t
@@ -620,9 +676,10 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._small_batch(integer[], integer) IS
     'what is queued for some targets as one message, where that is little';
 
--- A small batch: everything in one message, then the commit.  False: the target has refused it, and nothing of it has
--- happened; the long way finds out what is to be done.  A connection that turns out to be dead before the commit was
--- sent is opened anew, once.  Errors: those of the connection, and a cancel.
+-- A small batch: one message that commits by itself, with its lease.  False: the target has refused it, or it came too
+-- late, and nothing of it has happened; the long way finds out what is to be done.  A connection that is lost is opened
+-- anew, once.  Errors: those of the connection, and a cancel; the message has taken effect then or never will, for
+-- who comes after us may ship something newer.
 CREATE OR REPLACE FUNCTION tbl_repl._apply_at_once(
     target_id integer,
     conn      text,
@@ -635,6 +692,7 @@ SET search_path = pg_catalog, pg_temp
 AS $function$
 DECLARE
     started timestamptz := clock_timestamp();
+    lease   timestamptz;
     anew    boolean := false;
     context text;
 BEGIN
@@ -643,40 +701,34 @@ BEGIN
     END IF;
     LOOP
         BEGIN
-            PERFORM tbl_repl._connect(target_id, conn, clock_timestamp() + timeout * 2);
-            PERFORM tbl_repl._send(conn, format('BEGIN; SET CONSTRAINTS ALL DEFERRED; %s; SET CONSTRAINTS ALL IMMEDIATE', message));
-            PERFORM tbl_repl._receive(conn, clock_timestamp() + timeout * 2, false, true);
-            EXIT;
+            PERFORM tbl_repl._connect(target_id, conn, clock_timestamp() + timeout * 2, lease);
+            lease := clock_timestamp() + timeout;
+            PERFORM tbl_repl._send(conn, format('SET CONSTRAINTS ALL DEFERRED; %s; SET CONSTRAINTS ALL IMMEDIATE%s', message, tbl_repl._lease(lease)));
+            -- who is alive and too late says so himself, by the lease
+            PERFORM tbl_repl._receive(conn, lease + timeout, false, true);
+            RETURN true;
         EXCEPTION WHEN query_canceled OR OTHERS THEN
             GET STACKED DIAGNOSTICS context = PG_EXCEPTION_CONTEXT;
-            IF SQLSTATE ~ '^(08|57P)' THEN
-                IF anew OR clock_timestamp() > started + timeout THEN
-                    RAISE;
-                END IF;
-                anew := true;
-            ELSIF SQLSTATE <> '57014' OR tbl_repl._is_too_slow(SQLSTATE, context, conn) THEN
-                PERFORM tbl_repl._call(conn, 'ROLLBACK', clock_timestamp() + timeout);
+            IF SQLSTATE !~ '^(08|57P)' AND (SQLSTATE <> '57014' OR tbl_repl._is_too_slow(SQLSTATE, context, conn)) THEN
                 RETURN false;
-            ELSE
-                -- this session goes on, and must not find a remote transaction open
-                IF conn = ANY (tbl_repl._dblink_connections()) THEN
-                    PERFORM tbl_repl._dblink_disconnect(conn);
+            END IF;
+            IF conn = ANY (tbl_repl._dblink_connections()) THEN
+                PERFORM tbl_repl._dblink_disconnect(conn);
+            END IF;
+            IF SQLSTATE = '57014' OR anew OR clock_timestamp() > started + timeout THEN
+                IF lease IS NOT NULL THEN
+                    BEGIN
+                        -- which ends what is left of the session that got the message
+                        PERFORM tbl_repl._connect(target_id, conn, clock_timestamp() + timeout, lease);
+                    EXCEPTION WHEN query_canceled OR OTHERS THEN
+                        PERFORM tbl_repl._outlive(lease);
+                    END;
                 END IF;
                 RAISE;
             END IF;
+            anew := true;
         END;
-        IF conn = ANY (tbl_repl._dblink_connections()) THEN
-            PERFORM tbl_repl._dblink_disconnect(conn);
-        END IF;
     END LOOP;
-    BEGIN
-        PERFORM tbl_repl._commit(conn, timeout);
-    EXCEPTION WHEN division_by_zero THEN
-        -- the lease was over: not committed
-        PERFORM tbl_repl._call(conn, 'ROLLBACK', clock_timestamp() + timeout);
-        RETURN false;
-    END;
-    RETURN true;
 END
 $function$;
 COMMENT ON FUNCTION tbl_repl._apply_at_once(integer, text, text, interval) IS
@@ -1159,7 +1211,7 @@ BEGIN
             BEGIN
                 EXECUTE format('LOCK TABLE %s IN ACCESS EXCLUSIVE MODE NOWAIT', resting);
                 EXECUTE format('SELECT EXISTS (SELECT FROM %s AS c JOIN tbl_repl.target AS t ON t.source_id = c.source_id '
-                               'JOIN tbl_repl.target_state AS st ON st.target_id = t.target_id '
+                               'JOIN (SELECT o.target_id, tbl_repl._position(o.target_id) AS position FROM tbl_repl.target AS o OFFSET 0) AS st ON st.target_id = t.target_id '
                                'WHERE (c.target_id = t.target_id OR (c.target_id IS NULL AND t.mode = ''async'')) '
                               'AND (c.origin IS NULL OR (t.forward = ''any'' AND c.origin IS DISTINCT FROM t.remote ->> ''node'')) '
                                'AND NOT pg_visible_in_snapshot(c.txid, st.position))', resting) INTO needed;

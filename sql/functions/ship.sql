@@ -637,7 +637,8 @@ BEGIN
     UPDATE tbl_repl.shipped AS s
     SET rows = s.rows + _count_shipped.rows, shipped_at = clock_timestamp(), txid = pg_current_xact_id(),
         receipts = _count_shipped.receipts + CASE WHEN s.txid = pg_current_xact_id() THEN s.receipts ELSE 0 END
-    WHERE s.target_id = _count_shipped.target_id AND s.pid = pg_backend_pid();
+    WHERE s.ctid = (SELECT x.ctid FROM tbl_repl.shipped AS x
+                    WHERE x.target_id = _count_shipped.target_id AND x.pid = pg_backend_pid() ORDER BY x.turn DESC LIMIT 1);
     IF NOT FOUND THEN
         INSERT INTO tbl_repl.shipped (target_id, pid, rows, shipped_at, txid, receipts)
         VALUES (target_id, pg_backend_pid(), rows, clock_timestamp(), pg_current_xact_id(), receipts) ON CONFLICT DO NOTHING;

@@ -509,9 +509,10 @@ BEGIN
     target.target_id := nextval('tbl_repl.target_target_id_seq');
     whole := tbl_repl._truncate_whole(target);
     INSERT INTO tbl_repl.target SELECT target.*;
-    INSERT INTO tbl_repl.target_state (target_id, status, position, system_identifier, copy_after)
+    INSERT INTO tbl_repl.progress (target_id, position) VALUES (target.target_id, pg_current_snapshot());
+    INSERT INTO tbl_repl.target_state (target_id, status, system_identifier, copy_after)
     SELECT target.target_id, CASE initial_copy WHEN 'background' THEN 'copying' ELSE 'ok' END,
-           pg_current_snapshot(), c.system_identifier, CASE initial_copy WHEN 'background' THEN '' END
+           c.system_identifier, CASE initial_copy WHEN 'background' THEN '' END
     FROM pg_control_system() AS c;
     PERFORM tbl_repl._rebuild_target(target.target_id);
     PERFORM tbl_repl._rebuild_capture(source.source_id);
@@ -583,7 +584,7 @@ BEGIN
                format('SELECT EXISTS (SELECT FROM %s AND c.op = ''T'' AND c.keys IS NULL AND NOT EXISTS '
                       '(SELECT FROM tbl_repl.change AS k WHERE k.txid = c.txid AND k.source_id = c.source_id AND k.op = ''T'' AND k.keys IS NOT NULL))'
                       ' OR EXISTS (SELECT FROM tbl_repl.stash AS s WHERE s.txid = pg_current_xact_id() AND s.source_id = %s AND s.op = ''T'' AND s.keys IS NULL)',
-                      tbl_repl._pending_from(t, st.position), t.source_id) AS query
+                      tbl_repl._pending_from(t, tbl_repl._position(t.target_id)), t.source_id) AS query
         FROM tbl_repl.target AS t JOIN tbl_repl.target_state AS st USING (target_id)
         WHERE t.target_id = ANY (targets) AND 'truncate' = ANY (t.operations) AND tbl_repl._truncates_by_key(t.target_id)
     LOOP
@@ -838,10 +839,9 @@ AS $function$
 DECLARE
     moved bigint;
 BEGIN
-    EXECUTE (SELECT format('INSERT INTO tbl_repl.change (segment, source_id, target_id, op, keys, row_count, captured_at, origin, olds) '
-                           'SELECT h.segment, c.source_id, %s, c.op, c.keys, c.row_count, c.captured_at, c.origin, c.olds FROM tbl_repl.queue_head AS h, %s AND c.target_id IS NULL',
-                           target.target_id, tbl_repl._pending_from(target, st.position))
-             FROM tbl_repl.target_state AS st WHERE st.target_id = target.target_id);
+    EXECUTE format('INSERT INTO tbl_repl.change (segment, source_id, target_id, op, keys, row_count, captured_at, origin, olds) '
+                   'SELECT h.segment, c.source_id, %s, c.op, c.keys, c.row_count, c.captured_at, c.origin, c.olds FROM tbl_repl.queue_head AS h, %s AND c.target_id IS NULL',
+                   target.target_id, tbl_repl._pending_from(target, tbl_repl._position(target.target_id)));
     GET DIAGNOSTICS moved = ROW_COUNT;
     IF moved > 0 THEN
         UPDATE tbl_repl.target_state AS st SET status = 'queueing' WHERE st.target_id = target.target_id AND st.status = 'ok';

@@ -83,9 +83,9 @@ BEGIN
         waiting := coalesce(pg_xact_status(own) = 'in progress', false);
         -- no row when the target has been dropped, with what was queued for it
         look := (SELECT format('SELECT EXISTS (SELECT FROM %s%s%s) FROM tbl_repl.target AS t WHERE t.target_id = %s',
-                               tbl_repl._pending_from(t, st.position, greatest(pg_snapshot_xmax(named), own)), tbl_repl._wanted(t),
+                               tbl_repl._pending_from(t, tbl_repl._position(t.target_id), greatest(pg_snapshot_xmax(named), own)), tbl_repl._wanted(t),
                                condition, t.target_id)
-                 FROM tbl_repl.target AS t JOIN tbl_repl.target_state AS st USING (target_id) WHERE t.target_id = wait_for.target_id);
+                 FROM tbl_repl.target AS t WHERE t.target_id = wait_for.target_id);
         IF look IS NOT NULL AND NOT waiting THEN
             EXECUTE look INTO waiting;
         END IF;

@@ -71,30 +71,43 @@ CREATE POLICY target_read ON tbl_repl.target FOR SELECT USING (true);
 CREATE POLICY target_write ON tbl_repl.target USING (pg_catalog.pg_has_role(owner, 'MEMBER'));
 
 -- status: 'ok' | 'copying' | 'queueing' | 'paused' | 'failed'.  A hint that saves work: the truth is
--- in the pending rows of the queue.  position: everything visible in it has been shipped.
+-- in the pending rows of the queue.
 -- copy_after: key of the last row copied in the background ('' before the first one).
 -- next_try_at: the worker leaves the target alone until then; failures: how many in a row have led to it.
 CREATE TABLE tbl_repl.target_state (
     target_id         integer PRIMARY KEY REFERENCES tbl_repl.target ON DELETE CASCADE,
     status            text NOT NULL DEFAULT 'ok',
-    position          pg_snapshot NOT NULL,
     system_identifier bigint NOT NULL,
     copy_after        text,
     rows_copied       bigint NOT NULL DEFAULT 0,
-    rows_shipped      bigint NOT NULL DEFAULT 0,
-    last_shipped_at   timestamptz,
     last_error        text,
     last_error_at     timestamptz,
     next_try_at       timestamptz,
     failures          integer NOT NULL DEFAULT 0,
     CONSTRAINT target_status_known CHECK (status IN ('ok', 'copying', 'queueing', 'paused', 'failed'))
 ) WITH (fillfactor = 50);
-COMMENT ON TABLE tbl_repl.target_state IS 'what changes while a target runs: status, position, figures';
+COMMENT ON TABLE tbl_repl.target_state IS 'what changes while a target runs: status, errors';
 SELECT pg_catalog.pg_extension_config_dump('tbl_repl.target_state', '');
+
+-- One row per target, written by every batch.  position: everything visible in it has been shipped.
+-- While somebody holds a snapshot for hours no version of such a row is removed, and whoever looks a key up in the index
+-- meets every version there is.  So the key moves on (turn), and the row is found from the end, see _progress:
+-- every 64th time, for in between PostgreSQL removes versions by itself when nobody holds a snapshot (HOT).
+CREATE TABLE tbl_repl.progress (
+    target_id  integer NOT NULL REFERENCES tbl_repl.target ON DELETE CASCADE,
+    position   pg_snapshot NOT NULL,
+    batches    bigint NOT NULL DEFAULT 0,
+    rows       bigint NOT NULL DEFAULT 0,
+    shipped_at timestamptz,
+    turn       bigint GENERATED ALWAYS AS (batches / 64) STORED,
+    PRIMARY KEY (target_id, turn)
+) WITH (fillfactor = 50);
+COMMENT ON TABLE tbl_repl.progress IS 'how far a target is: position and figures, written by every batch';
+SELECT pg_catalog.pg_extension_config_dump('tbl_repl.progress', '');
 
 -- What direct shipping counts, one row per backend, so that writers do not meet on one row.
 -- Unlogged: a crash loses figures, never data.  txid, receipts: the transaction that shipped last, and how many
--- receipts it has left; who can see them knows that it has committed.
+-- receipts it has left; who can see them knows that it has committed.  turn: as in tbl_repl.progress.
 CREATE UNLOGGED TABLE tbl_repl.shipped (
     target_id  integer NOT NULL,
     pid        integer NOT NULL,
@@ -102,7 +115,8 @@ CREATE UNLOGGED TABLE tbl_repl.shipped (
     shipped_at timestamptz NOT NULL,
     txid       xid8 NOT NULL,
     receipts   integer NOT NULL,
-    PRIMARY KEY (target_id, pid)
+    turn       bigint GENERATED ALWAYS AS (rows / 64) STORED,
+    PRIMARY KEY (target_id, pid, turn)
 ) WITH (fillfactor = 50);
 COMMENT ON TABLE tbl_repl.shipped IS 'rows shipped at commit, by target and backend';
 

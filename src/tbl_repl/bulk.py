@@ -190,18 +190,25 @@ def _move(source: Connection, target: Target, watchdog: Watchdog, lane: Row) -> 
             target.execute(f"TRUNCATE {emptied}".encode())
         for job in jobs:
             target.execute(str(job["stage"]).encode())
-        for job in sorted(jobs, key=lambda job: -int(job["fk_rank"])):
-            counts[int(job["target_id"])] = 0
-            if job["gone_query"] is not None and not job["insert_only"]:
-                table = f"pg_temp.tbl_repl_gone_{job['target_id']} (k)"
-                gone, _ = pump(source, target, watchdog, str(job["gone_query"]), table, binary=False)
-                if gone:
-                    watchdog.expect(MERGE_SECONDS)
-                    target.execute(f"ANALYZE pg_temp.tbl_repl_gone_{job['target_id']}".encode())
-                    target.execute(str(job["remove"]).encode())
-                    counts[int(job["target_id"])] += gone
-        for job in sorted(jobs, key=lambda job: int(job["fk_rank"])):
-            counts[int(job["target_id"])] += _upsert(source, target, watchdog, job)
+        staged = {
+            int(job["target_id"]): _stage(source, target, watchdog, job)
+            for job in jobs
+            if not (job["insert_only"] or job["whole"])
+        }
+        by_rank = sorted(jobs, key=lambda job: int(job["fk_rank"]))
+        for job in reversed(by_rank):
+            if staged.get(int(job["target_id"]), (0, 0))[1]:
+                watchdog.expect(MERGE_SECONDS)
+                target.execute(f"ANALYZE pg_temp.tbl_repl_gone_{job['target_id']}".encode())
+                target.execute(str(job["remove"]).encode())
+        for job in by_rank:
+            target_id = int(job["target_id"])
+            if target_id in staged:
+                counts[target_id] = sum(staged[target_id])
+                if staged[target_id][0]:
+                    _merge(target, watchdog, job)
+            else:
+                counts[target_id] = _straight(source, target, watchdog, job)
     return str(row["snapshot"]), counts
 
 
@@ -215,21 +222,41 @@ def as_owner(source: Connection, lane: Row) -> None:
     )
 
 
-def _upsert(source: Connection, target: Target, watchdog: Watchdog, job: Row) -> int:
+def _stage(source: Connection, target: Target, watchdog: Watchdog, job: Row) -> tuple[int, int]:
+    """COPY rows, and keys of rows that are gone, into temporary tables; how many of each.
+
+    Every key is one or the other: once all are found, nobody looks for more.
+    """
+    steps = ["rows", "gone"]
+    if job["deletes_only"]:
+        steps.reverse()
+    found = {"rows": 0, "gone": 0}
+    for step in steps:
+        if sum(found.values()) < int(job["pending_keys"]):
+            found[step], _ = pump(
+                source, target, watchdog, str(job[f"{step}_query"]),
+                f"pg_temp.tbl_repl_{step}_{job['target_id']}", bool(job["is_binary"]) and step == "rows",
+            )  # fmt: skip
+    return found["rows"], found["gone"]
+
+
+def _straight(source: Connection, target: Target, watchdog: Watchdog, job: Row) -> int:
+    """COPY rows into the table itself; by way of a temporary one if the target has some of them already."""
     query, binary = str(job["rows_query"]), bool(job["is_binary"])
-    if job["insert_only"] or job["whole"]:
-        target.execute("SAVEPOINT tbl_repl")
-        try:
-            into = f"{job['dst_table']} ({job['dst_columns']})"
-            return pump(source, target, watchdog, query, into, binary)[0]
-        except psycopg.errors.UniqueViolation:
-            # rows that the target has already
-            target.execute("ROLLBACK TO tbl_repl")
+    target.execute("SAVEPOINT tbl_repl")
+    try:
+        into = f"{job['dst_table']} ({job['dst_columns']})"
+        return pump(source, target, watchdog, query, into, binary)[0]
+    except psycopg.errors.UniqueViolation:
+        target.execute("ROLLBACK TO tbl_repl")
     rows, _ = pump(source, target, watchdog, query, f"pg_temp.tbl_repl_rows_{job['target_id']}", binary)
-    if rows:
-        watchdog.expect(MERGE_SECONDS)
-        target.execute(str(job["merge"]).encode())
+    _merge(target, watchdog, job)
     return rows
+
+
+def _merge(target: Target, watchdog: Watchdog, job: Row) -> None:
+    watchdog.expect(MERGE_SECONDS)
+    target.execute(str(job["merge"]).encode())
 
 
 def pump(

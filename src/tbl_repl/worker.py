@@ -460,8 +460,7 @@ class Watcher(threading.Thread):
             pause = SHORTEST_LOOK_SECONDS
             try:
                 wait = self._wake(connection)
-                if wait > 0:
-                    self._sleep(connection, wait)
+                if wait > 0 and not self._sleep(connection, wait):
                     self._wake(connection)
                 just_looked = True
             finally:
@@ -501,18 +500,20 @@ class Watcher(threading.Thread):
             self.copiers[server] = copier
             copier.start()
 
-    def _sleep(self, connection: Connection, seconds: float) -> None:
+    def _sleep(self, connection: Connection, seconds: float) -> bool:
+        """Until somebody notifies, or so long; whether the only drainer there is has been woken."""
         until = time.monotonic() + seconds
         while not self.stop.is_set():
             left = until - time.monotonic()
             if left <= 0:
-                return
+                return False
             if any(connection.notifies(timeout=min(left, 0.2), stop_after=1)):
-                if len(self.drainers) == 1:
-                    for drainer in self.drainers.values():  # most likely it is meant: no need to ask
-                        if drainer.ready:
-                            drainer.wake()
-                return
+                drainers = list(self.drainers.values())
+                if len(drainers) == 1 and drainers[0].ready:
+                    drainers[0].wake()  # most likely it is meant: whether others are is asked when it is done
+                    return True
+                return False
+        return False
 
     @staticmethod
     def _try(connection: Connection, function: str) -> bool:
