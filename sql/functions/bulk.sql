@@ -33,12 +33,12 @@ COMMENT ON FUNCTION tbl_repl._bulk_lanes(name, bigint) IS
     'targets of a server with a backlog worth a COPY';
 
 -- _bulk_jobs(targets): for the snapshot of this statement, what to read here and what to run there.
---   rows_query, gone_query: run here, by COPY, as the target's owner; gone_query gives keys as text
---   pending_keys: how many keys are queued, those that are queued twice counted twice
---   deletes_only: whether rows are most likely all gone
 --   is_binary: whether both sides have the same types, so that COPY need not look inside
---   insert_only: whether COPY may go straight into the table
---   stage, merge, remove: statements for the target (tables pg_temp.tbl_repl_rows_N, pg_temp.tbl_repl_gone_N)
+--   rows_query: run here as the target's owner: rows that may go straight into the table, by COPY
+--   batch_query: the same for rows that go into a temporary table first, and keys whose rows are gone; NULL: straight
+--   whole: everything, after TRUNCATE
+--   stage, gone, remove, merge: statements for the target: create the temporary table, take the keys out of it (as many
+--   as rows affected), delete their rows, write the others
 CREATE OR REPLACE FUNCTION tbl_repl._bulk_jobs(targets integer[])
 RETURNS TABLE (
     target_id   integer,
@@ -46,15 +46,13 @@ RETURNS TABLE (
     dst_table   text,
     dst_columns text,
     is_binary   boolean,
-    insert_only boolean,
     whole       boolean,
-    deletes_only boolean,
-    pending_keys bigint,
     rows_query  text,
-    gone_query  text,
+    batch_query text,
     stage       text,
-    merge       text,
-    remove      text
+    gone        text,
+    remove      text,
+    merge       text
 )
 LANGUAGE plpgsql VOLATILE
 SECURITY DEFINER
@@ -67,46 +65,50 @@ DECLARE
     ops     text[];
     by_key  boolean;
     parts   record;
+    columns text;
     keys    text;
-    kept    text;
+    matches text;
+    listing text;
 BEGIN
     FOR target IN SELECT t.* FROM tbl_repl.target AS t WHERE t.target_id = ANY (targets) ORDER BY t.target_id LOOP
         SELECT * INTO STRICT source FROM tbl_repl.source AS s WHERE s.source_id = target.source_id;
         pending := tbl_repl._pending_from(target, tbl_repl._position(target.target_id));
-        EXECUTE format('SELECT array_agg(DISTINCT CASE WHEN c.op = ''T'' AND c.keys IS NOT NULL THEN ''t'' ELSE c.op::text END), '
-                       'sum(cardinality(c.keys)) FROM %s', pending) INTO ops, pending_keys;
+        EXECUTE format('SELECT array_agg(DISTINCT CASE WHEN c.op = ''T'' AND c.keys IS NOT NULL THEN ''t'' ELSE c.op::text END) FROM %s', pending) INTO ops;
         CONTINUE WHEN ops IS NULL;
         by_key := tbl_repl._truncates_by_key(target.target_id);
         parts := tbl_repl._upsert_parts(target);
-        -- sorted, as in _loads
-        keys := format('(SELECT DISTINCT ON (x.tbl_repl_key COLLATE "C") x.tbl_repl_key FROM (SELECT unnest(c.keys) AS tbl_repl_key '
-                       'FROM %s AND c.op = ANY (%L)) AS x ORDER BY x.tbl_repl_key COLLATE "C") AS u', pending,
-                       CASE WHEN by_key THEN '{I,U,K,D,T}' ELSE '{I,U,K,D}' END);
-        kept := coalesce(' AND (' || target.filter_expr || ')', '');
         target_id := target.target_id;
         fk_rank := source.fk_rank;
         dst_table := tbl_repl._dst_table(target);
         dst_columns := tbl_repl._dst_columns(target);
         whole := 'T' = ANY (ops) AND NOT by_key;
-        insert_only := ops = '{I}';
-        deletes_only := ops <@ '{D,K,t}';
         is_binary := tbl_repl._may_copy_binary(target, source);
-        rows_query := format('SELECT %s FROM %s',
-            tbl_repl._sent_list(target, is_binary),
-            CASE WHEN whole THEN format('%s AS s WHERE true%s', source.source_table, kept)
-                 ELSE format('%s JOIN %s AS s ON %s%s', keys, source.source_table,
-                             tbl_repl._key_match(source.source_table, source.key_columns), kept) END);
-        gone_query := CASE WHEN NOT whole THEN format('SELECT u.tbl_repl_key FROM %s WHERE NOT EXISTS (SELECT FROM %s AS s WHERE %s%s)',
-            keys, source.source_table, tbl_repl._key_match(source.source_table, source.key_columns), kept) END;
-        stage := format('CREATE TEMP TABLE tbl_repl_rows_%1$s ON COMMIT DROP AS SELECT %2$s FROM %3$s WITH NO DATA; '
-                        'CREATE TEMP TABLE tbl_repl_gone_%1$s (k text) ON COMMIT DROP', target_id, dst_columns, dst_table);
-        merge := format('%s SELECT %s FROM pg_temp.tbl_repl_rows_%s%s', left(parts.head, length(parts.head) - length(' VALUES ')),
-                        dst_columns, target_id, parts.tail);
-        remove := format('DELETE FROM %s AS d USING pg_temp.tbl_repl_gone_%s AS g WHERE %s', dst_table, target_id,
+        columns := tbl_repl._sent_list(target, is_binary);
+        matches := tbl_repl._key_match(source.source_table, source.key_columns) || coalesce(' AND (' || target.filter_expr || ')', '');
+        keys := format('SELECT unnest(c.keys) AS tbl_repl_key FROM %s AND c.op = ANY (%L)', pending,
+                       CASE WHEN by_key THEN '{I,U,K,D,T}' ELSE '{I,U,K,D}' END);
+        -- rows that were only inserted come in the order in which they were, which the target's index likes, and once each
+        rows_query := CASE WHEN whole THEN format('SELECT %s FROM %s AS s%s', columns, source.source_table, ' WHERE ' || target.filter_expr)
+                           ELSE format('SELECT %s FROM (%s) AS u JOIN %s AS s ON %s', columns, keys, source.source_table, matches) END;
+        -- DISTINCT by sorting, as in _loads
+        SELECT string_agg(format('r.c%s', n), ', ' ORDER BY n) INTO listing FROM generate_series(1, cardinality(target.sent_columns)) AS n;
+        batch_query := CASE WHEN NOT whole AND ops <> '{I}' THEN format(
+            'SELECT CASE WHEN r.found IS NULL THEN u.tbl_repl_key END, %s '
+            'FROM (SELECT DISTINCT ON (x.tbl_repl_key COLLATE "C") x.tbl_repl_key FROM (%s) AS x ORDER BY x.tbl_repl_key COLLATE "C") AS u '
+            'LEFT JOIN LATERAL (SELECT true, %s FROM %s AS s WHERE %s) AS r (found, %s) ON true',
+            listing, keys, columns, source.source_table, matches, replace(listing, 'r.', '')) END;
+        stage := format('CREATE TEMP TABLE tbl_repl_rows_%s ON COMMIT DROP AS SELECT NULL::text AS tbl_repl_gone, %s FROM %s WITH NO DATA',
+                        target_id, dst_columns, dst_table);
+        gone := format('CREATE TEMP TABLE tbl_repl_gone_%1$s ON COMMIT DROP AS SELECT tbl_repl_gone AS k FROM pg_temp.tbl_repl_rows_%1$s '
+                       'WHERE tbl_repl_gone IS NOT NULL', target_id);
+        remove := format('ANALYZE pg_temp.tbl_repl_gone_%s; DELETE FROM %s AS d USING pg_temp.tbl_repl_gone_%s AS g WHERE %s',
+            target_id, dst_table, target_id,
             (SELECT string_agg(format('d.%I %s (%s)::%s', k.name, k.equals,
                                       CASE WHEN cardinality(target.dst_keys) = 1 THEN 'g.k' ELSE format('g.k::json ->> %s', k.n - 1) END, k.type),
                                ' AND ' ORDER BY k.n)
              FROM tbl_repl._dst_key_parts(target) AS k));
+        merge := format('%s SELECT %s FROM pg_temp.tbl_repl_rows_%s WHERE tbl_repl_gone IS NULL%s', left(parts.head, length(parts.head) - length(' VALUES ')),
+                        dst_columns, target_id, parts.tail);
         RETURN NEXT;
     END LOOP;
 END

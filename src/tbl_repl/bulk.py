@@ -190,25 +190,21 @@ def _move(source: Connection, target: Target, watchdog: Watchdog, lane: Row) -> 
             target.execute(f"TRUNCATE {emptied}".encode())
         for job in jobs:
             target.execute(str(job["stage"]).encode())
-        staged = {
-            int(job["target_id"]): _stage(source, target, watchdog, job)
-            for job in jobs
-            if not (job["insert_only"] or job["whole"])
-        }
         by_rank = sorted(jobs, key=lambda job: int(job["fk_rank"]))
-        for job in reversed(by_rank):
-            if staged.get(int(job["target_id"]), (0, 0))[1]:
-                watchdog.expect(MERGE_SECONDS)
-                target.execute(f"ANALYZE pg_temp.tbl_repl_gone_{job['target_id']}".encode())
+        staged = [job for job in by_rank if job["batch_query"] is not None]
+        for job in staged:
+            into = f"pg_temp.tbl_repl_rows_{job['target_id']}"
+            rows, _ = pump(source, target, watchdog, str(job["batch_query"]), into, bool(job["is_binary"]))
+            counts[int(job["target_id"])] = rows
+        for job in reversed(staged):
+            watchdog.expect(MERGE_SECONDS)
+            if target.execute(str(job["gone"]).encode()).rowcount:
                 target.execute(str(job["remove"]).encode())
         for job in by_rank:
-            target_id = int(job["target_id"])
-            if target_id in staged:
-                counts[target_id] = sum(staged[target_id])
-                if staged[target_id][0]:
-                    _merge(target, watchdog, job)
+            if job in staged:
+                _merge(target, watchdog, job)
             else:
-                counts[target_id] = _straight(source, target, watchdog, job)
+                counts[int(job["target_id"])] = _straight(source, target, watchdog, job)
     return str(row["snapshot"]), counts
 
 
@@ -222,24 +218,6 @@ def as_owner(source: Connection, lane: Row) -> None:
     )
 
 
-def _stage(source: Connection, target: Target, watchdog: Watchdog, job: Row) -> tuple[int, int]:
-    """COPY rows, and keys of rows that are gone, into temporary tables; how many of each.
-
-    Every key is one or the other: once all are found, nobody looks for more.
-    """
-    steps = ["rows", "gone"]
-    if job["deletes_only"]:
-        steps.reverse()
-    found = {"rows": 0, "gone": 0}
-    for step in steps:
-        if sum(found.values()) < int(job["pending_keys"]):
-            found[step], _ = pump(
-                source, target, watchdog, str(job[f"{step}_query"]),
-                f"pg_temp.tbl_repl_{step}_{job['target_id']}", bool(job["is_binary"]) and step == "rows",
-            )  # fmt: skip
-    return found["rows"], found["gone"]
-
-
 def _straight(source: Connection, target: Target, watchdog: Watchdog, job: Row) -> int:
     """COPY rows into the table itself; by way of a temporary one if the target has some of them already."""
     query, binary = str(job["rows_query"]), bool(job["is_binary"])
@@ -249,7 +227,8 @@ def _straight(source: Connection, target: Target, watchdog: Watchdog, job: Row) 
         return pump(source, target, watchdog, query, into, binary)[0]
     except psycopg.errors.UniqueViolation:
         target.execute("ROLLBACK TO tbl_repl")
-    rows, _ = pump(source, target, watchdog, query, f"pg_temp.tbl_repl_rows_{job['target_id']}", binary)
+    into = f"pg_temp.tbl_repl_rows_{job['target_id']} ({job['dst_columns']})"
+    rows, _ = pump(source, target, watchdog, query, into, binary)
     _merge(target, watchdog, job)
     return rows
 
