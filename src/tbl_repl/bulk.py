@@ -198,7 +198,7 @@ def _move(source: Connection, target: Target, watchdog: Watchdog, lane: Row) -> 
             counts[int(job["target_id"])] = rows
         for job in reversed(staged):
             watchdog.expect(MERGE_SECONDS)
-            if target.execute(str(job["gone"]).encode()).rowcount:
+            if job["gone"] is None or target.execute(str(job["gone"]).encode()).rowcount:
                 target.execute(str(job["remove"]).encode())
         for job in by_rank:
             if job in staged:

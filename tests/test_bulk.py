@@ -1,0 +1,167 @@
+"""Large batches by COPY: whatever is in them, the tables become equal, and nothing is left to replay."""
+
+from __future__ import annotations
+
+import pytest
+
+from support import Pair
+from tbl_repl import bulk, database
+
+COMPOSITE = "CREATE TABLE t (a text, b integer, v text, PRIMARY KEY (b, a))"
+
+
+def ship(pair: Pair) -> int | None:
+    """What is queued, by COPY; the number of keys."""
+    source = pair.source
+    dsn = f"host=127.0.0.1 port={source.cluster.port} dbname={source.dbname} user=owner password=secret"
+    with database.connect(dsn, "worker") as connection:
+        return bulk.ship(connection, pair.server, 1)
+
+
+def everything_at_once(pair: Pair, key: str) -> None:
+    """Rows that come, change, go, come back, move and swap their keys; key: SQL expression over g."""
+    for statement in (
+        f"INSERT INTO t (id, v) SELECT {key}, 'new' FROM generate_series(101, 140) g",
+        f"UPDATE t SET v = v || '!' WHERE id IN (SELECT {key} FROM generate_series(1, 30) g)",
+        f"UPDATE t SET v = v || '?' WHERE id IN (SELECT {key} FROM generate_series(20, 40) g)",
+        f"DELETE FROM t WHERE id IN (SELECT {key} FROM generate_series(41, 60) g)",
+        f"INSERT INTO t (id, v) SELECT {key}, 'back' FROM generate_series(55, 60) g",
+        f"DELETE FROM t WHERE id IN (SELECT {key} FROM generate_series(131, 140) g)",
+        f"UPDATE t SET id = (SELECT {key} FROM (VALUES (777)) AS x (g)) WHERE id = (SELECT {key} FROM (VALUES (61)) AS x (g))",
+    ):
+        pair.source.sql(statement)
+
+
+@pytest.mark.parametrize("in_array", [True, False], ids=["one array", "more keys than an array takes"])
+@pytest.mark.parametrize(
+    ("key_type", "key"),
+    [
+        ("bigint", "g"),
+        ("text", "E'it''s \"' || g || E'\" \\\\ 100%%'"),
+        ("integer[]", "ARRAY[g, NULL]"),
+        ("timestamptz", "'2026-01-01 00:00+00'::timestamptz + g * interval '1 hour'"),
+    ],
+    ids=["bigint", "text", "array", "timestamptz"],
+)
+def test_every_kind_of_change_in_one_batch(pair: Pair, key_type: str, key: str, in_array: bool) -> None:
+    pair.both(f"CREATE TABLE t (id {key_type} PRIMARY KEY, v text)")
+    pair.source.sql(f"INSERT INTO t SELECT {key}, 'old' FROM generate_series(1, 100) g")
+    target_id = pair.add_target("t", mode="async")
+    if not in_array:
+        pair.source.sql(
+            "CREATE OR REPLACE FUNCTION tbl_repl._keys_per_array() RETURNS integer LANGUAGE sql RETURN 1"
+        )
+    everything_at_once(pair, key)
+    assert ship(pair)
+    pair.assert_same("t")
+    assert pair.pending(target_id) == 0
+
+
+def test_composite_keys(pair: Pair) -> None:
+    pair.both(COMPOSITE)
+    pair.source.sql("INSERT INTO t SELECT 'a''\"' || g, g, 'old' FROM generate_series(1, 50) g")
+    pair.add_target("t", mode="async")
+    pair.source.sql("DELETE FROM t WHERE b <= 10")
+    pair.source.sql("UPDATE t SET a = a || 'x' WHERE b BETWEEN 11 AND 20")
+    pair.source.sql("UPDATE t SET v = 'new' WHERE b > 40")
+    assert ship(pair) == 10 + 20 + 10
+    pair.assert_same("t")
+
+
+def test_only_deletions_and_only_updates(pair: Pair) -> None:
+    pair.both(COMPOSITE)
+    pair.source.sql("INSERT INTO t SELECT g::text, g, 'old' FROM generate_series(1, 50) g")
+    pair.add_target("t", mode="async")
+    for statement in ("UPDATE t SET v = 'new' WHERE b < 30", "DELETE FROM t WHERE b > 20", "DELETE FROM t"):
+        pair.source.sql(statement)
+        assert ship(pair)
+        pair.assert_same("t")
+
+
+def test_inserted_rows_go_straight_into_the_table_in_their_order(pair: Pair) -> None:
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY, v text)")
+    pair.add_target("t", mode="async")
+    pair.source.sql("INSERT INTO t SELECT g, 'n' FROM generate_series(300, 1, -1) g")
+    assert ship(pair) == 300
+    pair.assert_same("t")
+    assert pair.target.admin(
+        "SELECT array_agg(id ORDER BY ctid) = array_agg(id ORDER BY id DESC) FROM t"
+    ) == [(True,)]
+
+
+def test_inserted_rows_that_the_target_has_already(pair: Pair) -> None:
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY, v text)")
+    pair.add_target("t", mode="async")
+    pair.target.sql("INSERT INTO t SELECT g, 'stale' FROM generate_series(1, 300, 3) g")
+    pair.source.sql("INSERT INTO t SELECT g, 'n' FROM generate_series(1, 300) g")
+    assert ship(pair) == 300
+    pair.assert_same("t")
+
+
+def test_a_deletion_that_nobody_has_captured_leaves_the_rest_to_replay(pair: Pair) -> None:
+    """Then one key is queued as inserted twice."""
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY, v text)")
+    pair.add_target("t", mode="async")
+    pair.source.sql("INSERT INTO t SELECT g, 'first' FROM generate_series(1, 10) g")
+    pair.source.admin("SET session_replication_role = replica; DELETE FROM t WHERE id = 5")
+    pair.source.sql("INSERT INTO t VALUES (5, 'again')")
+    assert ship(pair) is None
+    pair.drain()
+    pair.assert_same("t")
+
+
+def test_rows_that_enter_and_leave_the_filter(pair: Pair) -> None:
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY, v text)")
+    pair.source.sql(
+        "INSERT INTO t SELECT g, CASE WHEN g % 2 = 0 THEN 'yes' ELSE 'no' END FROM generate_series(1, 100) g"
+    )
+    pair.add_target("t", mode="async", row_filter="v = 'yes' OR v IS NULL")
+    pair.source.sql(
+        "UPDATE t SET v = CASE v WHEN 'yes' THEN 'no' ELSE 'yes' END WHERE id <= 50; UPDATE t SET v = NULL WHERE id = 70"
+    )
+    assert ship(pair)
+    pair.assert_same("t", where="v = 'yes' OR v IS NULL")
+
+
+def test_expressions_are_for_rows_that_are_there(pair: Pair) -> None:
+    """What a map makes of NULL must not matter for a row that is gone."""
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY, v text)")
+    pair.source.sql(
+        "CREATE FUNCTION strict_about(v text) RETURNS text LANGUAGE plpgsql AS "
+        "$$BEGIN IF v IS NULL THEN RAISE 'there is no value'; END IF; RETURN upper(v); END$$"
+    )
+    pair.source.sql("INSERT INTO t SELECT g, 'v' || g FROM generate_series(1, 50) g")
+    pair.add_target("t", mode="async", column_map={"v": "public.strict_about(v)"})
+    pair.source.sql("DELETE FROM t WHERE id <= 20; UPDATE t SET v = 'w' WHERE id > 40")
+    assert ship(pair) == 30
+    assert pair.target.rows("t") == pair.source.rows("t", "id, upper(v)")
+
+
+def test_text_where_types_differ_and_truncate_with_rows_after_it(pair: Pair) -> None:
+    pair.source.sql("CREATE TABLE t (id integer PRIMARY KEY, v integer)")
+    pair.target.sql("CREATE TABLE t (id bigint PRIMARY KEY, v text)")
+    pair.source.sql("INSERT INTO t SELECT g, g FROM generate_series(1, 50) g")
+    pair.add_target("t", mode="async")
+    pair.source.sql("DELETE FROM t WHERE id <= 5; UPDATE t SET v = -v WHERE id > 30")
+    assert ship(pair) == 25
+    pair.assert_same("t")
+    pair.source.sql("TRUNCATE t; INSERT INTO t SELECT g, g FROM generate_series(11, 20) g")
+    assert ship(pair) == 10
+    pair.assert_same("t")
+
+
+def test_parents_and_children(pair: Pair) -> None:
+    pair.both(
+        "CREATE TABLE p (id integer PRIMARY KEY); CREATE TABLE c (id integer PRIMARY KEY, p integer REFERENCES p)"
+    )
+    pair.source.sql(
+        "INSERT INTO p SELECT generate_series(1, 20); INSERT INTO c SELECT g, (g + 1) / 2 FROM generate_series(1, 40) g"
+    )
+    for table in "pc":
+        pair.add_target(table, mode="async")
+    pair.source.sql(
+        "INSERT INTO p VALUES (100); UPDATE c SET p = 100 WHERE p = 20; DELETE FROM c WHERE p <= 5; DELETE FROM p WHERE id <= 5"
+    )
+    assert ship(pair)
+    for table in "pc":
+        pair.assert_same(table)
