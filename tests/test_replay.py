@@ -1332,3 +1332,35 @@ def test_keys_that_change_places_arrive(pair: Pair) -> None:
     pair.drain()
     pair.assert_same("t")
     assert pair.target.rows("t") == ["(1,b)", "(2,a)"]
+
+
+@pytest.mark.parametrize(
+    ("table", "statement"),
+    [("progress", "tbl_repl._advance(%s, 1)"), ("shipped", "tbl_repl._count_shipped(%s, 1)")],
+    ids=["batches", "commits"],
+)
+def test_nothing_gets_slower_while_somebody_holds_a_snapshot(pair: Pair, table: str, statement: str) -> None:
+    """A report that runs for hours keeps every version of a row; who looks for the newest must not meet them all."""
+    target_id = async_table(pair)
+    statement %= target_id
+    holder, conn = pair.source.connect(), pair.source.connect()
+    holder.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
+    holder.execute("SELECT 1 FROM t")
+    conn.execute("SET synchronous_commit = off")
+    conn.execute(f"DO $$BEGIN FOR i IN 1 .. 5000 LOOP PERFORM {statement}; COMMIT; END LOOP; END$$")
+    fetched = (
+        "SELECT sum(pg_stat_get_xact_blocks_fetched(c.oid)) FROM pg_class c WHERE c.oid = %s::regclass"
+        " OR c.oid IN (SELECT indexrelid FROM pg_index WHERE indrelid = %s::regclass)"
+    )
+    blocks = []
+    with conn.transaction():
+        conn.execute("SET LOCAL enable_seqscan = off")  # as in a commit
+        for _ in range(2):
+            row = conn.execute(fetched, [f"tbl_repl.{table}"] * 2).fetchone()
+            assert row is not None
+            blocks.append(row[0])
+            conn.execute(f"SELECT {statement}")
+    assert 0 < blocks[1] - blocks[0] < 20
+    assert (
+        pair.source.one(f"SELECT sum(rows) FROM tbl_repl.{table} WHERE target_id = %s", [target_id]) == 5002
+    )
