@@ -290,7 +290,7 @@ class Native:
 
     def _shipped(self) -> int:
         (row,) = self.bench.source.sql(
-            "SELECT rows_shipped FROM tbl_repl.target_state AS st JOIN tbl_repl.target AS t USING (target_id)"
+            "SELECT g.rows FROM tbl_repl.progress AS g JOIN tbl_repl.target AS t USING (target_id)"
             f" WHERE t.dst_name = '{ASYNC.table}'", dbname=DBNAME, user=OWNER,
         )  # fmt: skip
         return int(row[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import psycopg
 import pytest
 
 from support import Pair
@@ -165,3 +166,13 @@ def test_parents_and_children(pair: Pair) -> None:
     assert ship(pair)
     for table in "pc":
         pair.assert_same(table)
+
+
+def test_a_target_that_falls_silent_after_the_login_is_given_up(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bulk, "SILENCE_SECONDS", 0.2)
+    there = pair.target
+    dsn = f"host=127.0.0.1 port={there.cluster.port} dbname={there.dbname} user=owner password=secret"
+    with pytest.raises(psycopg.OperationalError), bulk.open_target(dsn, "SELECT pg_sleep(20)"):
+        pass

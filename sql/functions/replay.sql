@@ -716,14 +716,18 @@ BEGIN
                 PERFORM tbl_repl._dblink_disconnect(conn);
             END IF;
             IF SQLSTATE = '57014' OR anew OR clock_timestamp() > started + timeout THEN
-                IF lease IS NOT NULL THEN
+                WHILE clock_timestamp() <= lease LOOP
                     BEGIN
                         -- which ends what is left of the session that got the message
                         PERFORM tbl_repl._connect(target_id, conn, clock_timestamp() + timeout, lease);
-                    EXCEPTION WHEN query_canceled OR OTHERS THEN
-                        PERFORM tbl_repl._outlive(lease);
+                        EXIT;
+                    EXCEPTION
+                        WHEN query_canceled THEN
+                            NULL;  -- one cancel may come twice: PostgreSQL signals the process, and its group
+                        WHEN OTHERS THEN
+                            PERFORM tbl_repl._outlive(lease);
                     END;
-                END IF;
+                END LOOP;
                 RAISE;
             END IF;
             anew := true;

@@ -110,8 +110,12 @@ def open_target(conninfo: str, settings: str) -> Iterator[tuple[Target, float]]:
     The offset is rounded down: a lease may end early, never late.
     """
     with psycopg.connect(conninfo, autocommit=True, row_factory=tuple_row) as target:
-        target.execute(settings.encode())
-        now = target.execute("SELECT extract(epoch FROM clock_timestamp())::float8").fetchone()
+        watchdog = Watchdog(target)
+        try:
+            target.execute(settings.encode())
+            now = target.execute("SELECT extract(epoch FROM clock_timestamp())::float8").fetchone()
+        finally:
+            watchdog.stop()
         yield target, (float(str(now[0])) - time.time() if now else 0.0)
 
 
