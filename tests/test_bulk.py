@@ -176,3 +176,16 @@ def test_a_target_that_falls_silent_after_the_login_is_given_up(
     dsn = f"host=127.0.0.1 port={there.cluster.port} dbname={there.dbname} user=owner password=secret"
     with pytest.raises(psycopg.OperationalError), bulk.open_target(dsn, "SELECT pg_sleep(20)"):
         pass
+
+
+def test_domains_that_take_no_null(pair: Pair) -> None:
+    """Beside a key that is gone there are no values."""
+    pair.both(
+        "CREATE DOMAIN word AS text NOT NULL; CREATE DOMAIN good_word AS word CHECK (VALUE IS NOT NULL);"
+        ' CREATE TABLE t (id integer PRIMARY KEY, v word, "W x" good_word, n integer[])'
+    )
+    pair.source.sql("INSERT INTO t SELECT g, 'x', 'y', ARRAY[g] FROM generate_series(1, 50) g")
+    pair.add_target("t", mode="async")
+    pair.source.sql("DELETE FROM t WHERE id <= 10; UPDATE t SET v = 'z', \"W x\" = 'w' WHERE id > 40")
+    assert ship(pair) == 20
+    pair.assert_same("t")

@@ -438,3 +438,56 @@ def test_a_cancel_behind_the_sending_undoes_nothing(pair: Pair, mode: str, rows:
     writing.result(10)
     assert pair.source.one("SELECT count(*) FROM t WHERE v = 'b'") == rows
     pair.assert_same("t")
+
+
+def test_a_drainer_that_is_killed_leaves_no_batch_behind_that_takes_effect_later(pair: Pair) -> None:
+    """The next one has a connection of its own already, and need not look who was there before."""
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY, v text)")
+    target = pair.add_target("t", mode="async", timeout="20 s")
+    pair.source.sql("INSERT INTO t VALUES (1, 'a')")
+    first, second = pair.source.connect(), pair.source.connect()
+    first.execute("SELECT tbl_repl.replay()")
+    backends = set(pair.target.backends(f"tbl_repl % {first.info.backend_pid}.%"))
+    pair.source.sql("UPDATE t SET v = 'b'")
+    second.execute("SELECT tbl_repl.replay()")
+    pair.source.sql("UPDATE t SET v = 'old'")
+    for pid in backends:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        running = start(first, "SELECT tbl_repl.replay()")
+        wait_until(
+            lambda: pair.source.admin(
+                "SELECT pid FROM pg_stat_activity WHERE pid = %s AND wait_event = 'PgSleep'",
+                [first.info.backend_pid],
+            )
+        )
+        pair.source.admin("SELECT pg_terminate_backend(%s)", [first.info.backend_pid])
+        with pytest.raises(psycopg.OperationalError):
+            running.result(10)
+        pair.source.sql("UPDATE t SET v = 'new'")
+        second.execute("SELECT tbl_repl.replay()")
+    finally:
+        for pid in backends:
+            os.kill(pid, signal.SIGCONT)
+    wait_until(lambda: not backends & set(pair.target.backends()))
+    pair.assert_same("t")
+    assert pair.pending(target) == 0
+
+
+def test_a_cancelled_replay_ends_although_the_line_is_silent(pair: Pair, proxy: Proxy) -> None:
+    """Also one that has a statement_timeout, which fires once: nothing may be connected anew then."""
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY, v text)")
+    pair.add_target("t", mode="async", timeout="3 s")
+    pair.source.sql("INSERT INTO t VALUES (1, 'a')")
+    conn = pair.source.connect()
+    conn.execute("CALL tbl_repl.drain()")
+    pair.source.sql("UPDATE t SET v = 'b'")
+    proxy.set("blackhole")
+    conn.execute("SET statement_timeout = '500ms'")
+    with within(3.5), pytest.raises(errors.QueryCanceled):
+        conn.execute("SELECT tbl_repl.replay()")
+    proxy.set("pass")
+    proxy.cut()
+    conn.execute("SET statement_timeout = 0")
+    conn.execute("CALL tbl_repl.drain()")
+    pair.assert_same("t")

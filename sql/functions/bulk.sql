@@ -100,8 +100,12 @@ BEGIN
             'FROM (SELECT DISTINCT ON (x.tbl_repl_key COLLATE "C") x.tbl_repl_key FROM (%s) AS x ORDER BY x.tbl_repl_key COLLATE "C") AS u '
             'LEFT JOIN LATERAL (SELECT true, %s FROM %s AS s WHERE %s) AS r (found, %s) ON true',
             listing, keys, columns, source.source_table, matches, replace(listing, 'r.', '')) END;
-        stage := format('CREATE TEMP TABLE tbl_repl_rows_%s ON COMMIT DROP AS SELECT NULL::text AS tbl_repl_gone, %s FROM %s WITH NO DATA',
-                        target_id, dst_columns, dst_table);
+        -- a domain may not take the NULLs beside a key that is gone
+        stage := format('CREATE TEMP TABLE tbl_repl_rows_%s ON COMMIT DROP AS SELECT NULL::text AS tbl_repl_gone, %s FROM %s WITH NO DATA', target_id,
+            (SELECT string_agg(concat(quote_ident(u.name), '::' || (r.c ->> 'domain_of'), ' AS ', quote_ident(u.name)), ', ' ORDER BY u.n)
+             FROM unnest(target.sent_columns) WITH ORDINALITY AS u (name, n)
+             LEFT JOIN LATERAL (SELECT c FROM jsonb_array_elements(target.remote -> 'columns') AS c WHERE c ->> 'name' = u.name::text) AS r ON true),
+            dst_table);
         SELECT count(*) = 1 AND NOT bool_or(k.by_text) AS plain, min(format('%s', k.type)) AS type, min(k.equals) AS equals, min(k.name::text) AS name
         INTO single FROM tbl_repl._dst_key_parts(target) AS k;
         IF single.plain AND amount <= tbl_repl._keys_per_array() THEN

@@ -484,10 +484,11 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._settle(text, text, name[], name[], name, jsonb, boolean) IS
     'applies values that another node has sent, by a conflict policy; returns how many';
 
--- _settle_shape(local_table, columns, key_columns, version_column, item): the pieces of SQL in which rows d of the table
--- and values meet; item: SQL expression of one value as _settle gets it.
+-- _settle_shape(local_table, columns, key_columns, version_column, item, sent_version, sent_text): the pieces of SQL in
+-- which rows d of the table and values meet; item: SQL expression of one value as _settle gets it; sent_...: of its version
+-- and its row text (NULL: those of excluded, which are other ones where the table rounds, or has BEFORE triggers).
 --   names, given, assigned: of an upsert; keys: its conflict target; always: it would write an identity column ALWAYS
---   matches: whether row d has the key of the value; row_text: row d as one text; newer: whether excluded is
+--   matches: whether row d has the key of the value; row_text: row d as one text; newer: whether the value is
 --   greater than d; version: that of row d; version_type, lowest: of versions, and what stands for none
 -- Operators are named in full: the statements run under the search_path of the applier.
 CREATE OR REPLACE FUNCTION tbl_repl._settle_shape(
@@ -496,6 +497,8 @@ CREATE OR REPLACE FUNCTION tbl_repl._settle_shape(
     key_columns    name[],
     version_column name,
     item           text,
+    sent_version   text,
+    sent_text      text,
     OUT names        text,
     OUT given        text,
     OUT assigned     text,
@@ -534,12 +537,12 @@ BEGIN
     lowest := CASE version_type WHEN 'timestamptz' THEN '-infinity' ELSE '-9223372036854775808' END;
     version := CASE WHEN version_column IS NULL THEN 'NULL::text' ELSE format('d.%I::text', version_column) END;
     newer := CASE WHEN version_column IS NOT NULL THEN
-        format('coalesce(d.%1$I, %2$L) OPERATOR(pg_catalog.<) coalesce(excluded.%1$I, %2$L) '
-               'OR coalesce(d.%1$I, %2$L) OPERATOR(pg_catalog.=) coalesce(excluded.%1$I, %2$L) AND %3$s COLLATE "C" OPERATOR(pg_catalog.<) %4$s',
-               version_column, lowest, row_text, newer) END;
+        format('coalesce(d.%1$I, %2$L::%3$s) OPERATOR(pg_catalog.<) coalesce((%4$s)::%3$s, %2$L::%3$s) '
+               'OR coalesce(d.%1$I, %2$L::%3$s) OPERATOR(pg_catalog.=) coalesce((%4$s)::%3$s, %2$L::%3$s) AND %5$s COLLATE "C" OPERATOR(pg_catalog.<) %6$s',
+               version_column, lowest, version_type, coalesce(sent_version, format('excluded.%I', version_column)), row_text, coalesce(sent_text, newer)) END;
 END
 $function$;
-COMMENT ON FUNCTION tbl_repl._settle_shape(regclass, name[], name[], name, text) IS
+COMMENT ON FUNCTION tbl_repl._settle_shape(regclass, name[], name[], name, text, text, text) IS
     'the pieces of SQL in which rows of a table and values sent by another node meet';
 
 -- Where a unique value is taken from one row and given to another, the one that gives has to come first; where they take
@@ -581,7 +584,7 @@ BEGIN
         IF NOT EXISTS (SELECT FROM pg_constraint AS f WHERE f.contype = 'f' AND f.confrelid = local_table AND (f.conrelid <> f.confrelid OR f.confdeltype <> 'a')) THEN
             SELECT format('DELETE FROM %s AS d USING pg_catalog.jsonb_array_elements($1) AS x (item) WHERE %s', local_table, s.matches)
             INTO drop_sql
-            FROM tbl_repl._settle_shape(local_table, columns, key_columns, version_column, 'x.item') AS s;
+            FROM tbl_repl._settle_shape(local_table, columns, key_columns, version_column, 'x.item', NULL, NULL) AS s;
             PERFORM set_config('tbl_repl.settling', 'on', true);
             PERFORM set_config('search_path', path, true);
             EXECUTE drop_sql USING ring;
@@ -632,7 +635,7 @@ BEGIN
     SELECT coalesce((SELECT s.key_columns FROM tbl_repl.source AS s
                      WHERE s.source_table = local_table AND s.key_columns @> _settle_items.key_columns AND s.key_columns <@ _settle_items.key_columns
                      ORDER BY s.source_id LIMIT 1), key_columns) INTO local_keys;
-    shape := tbl_repl._settle_shape(local_table, columns, key_columns, version_column, '$1');
+    shape := tbl_repl._settle_shape(local_table, columns, key_columns, version_column, '$1', '$2', '$3');
     add_sql := format('INSERT INTO %s AS d (%s)%s VALUES (%s) ON CONFLICT (%s)', local_table, shape.names,
                       CASE WHEN shape.always THEN ' OVERRIDING SYSTEM VALUE' END, shape.given, shape.keys);
     put_sql := format('%s DO UPDATE SET %s WHERE %s', add_sql, shape.assigned,
@@ -757,7 +760,7 @@ BEGIN
     IF jsonb_array_length(items) < 2 THEN
         RETURN '{}';
     END IF;
-    shape := tbl_repl._settle_shape(local_table, columns, key_columns, version_column, 'x.item');
+    shape := tbl_repl._settle_shape(local_table, columns, key_columns, version_column, 'x.item', NULL, NULL);
     version_type := shape.version_type;
     IF shape.always THEN
         RETURN '{}';
@@ -766,7 +769,7 @@ BEGIN
         'WITH i AS (SELECT x.item FROM pg_catalog.jsonb_array_elements($1) WITH ORDINALITY AS x (item, n) '
         'WHERE pg_catalog.jsonb_typeof(x.item OPERATOR(pg_catalog.->) ''r'') OPERATOR(pg_catalog.=) ''array'' AND NOT EXISTS (SELECT FROM tbl_repl.tombstone AS b '
         'WHERE b.local_table OPERATOR(pg_catalog.=) %1$s::pg_catalog.oid AND b.key OPERATOR(pg_catalog.=) (x.item OPERATOR(pg_catalog.->>) ''o'') '
-        'AND b.version::%2$s OPERATOR(pg_catalog.>=) coalesce((x.item OPERATOR(pg_catalog.->>) ''v'')::%2$s, %3$L)) ORDER BY x.n), '
+        'AND b.version::%2$s OPERATOR(pg_catalog.>=) coalesce((x.item OPERATOR(pg_catalog.->>) ''v'')::%2$s, %3$L::%2$s)) ORDER BY x.n), '
         'put AS (INSERT INTO %4$s AS d (%5$s) SELECT %6$s FROM i AS x ON CONFLICT (%7$s) DO UPDATE SET %8$s WHERE %9$s RETURNING %10$s AS key) '
         'SELECT pg_catalog.array_agg(put.key) FROM put',
         local_table::oid, version_type, shape.lowest, local_table, shape.names, shape.given, shape.keys, shape.assigned, shape.newer,
@@ -774,7 +777,7 @@ BEGIN
     del_sql := format(
         'WITH gone AS (DELETE FROM %1$s AS d USING pg_catalog.jsonb_array_elements($1) AS x (item) '
         'WHERE pg_catalog.jsonb_typeof(x.item OPERATOR(pg_catalog.->) ''r'') IS DISTINCT FROM ''array'' AND x.item OPERATOR(pg_catalog.->>) ''v'' IS NOT NULL AND %2$s '
-        'AND coalesce(d.%3$I, %4$L) OPERATOR(pg_catalog.<=) (x.item OPERATOR(pg_catalog.->>) ''v'')::%5$s RETURNING 1) SELECT pg_catalog.count(*) FROM gone',
+        'AND coalesce(d.%3$I, %4$L::%5$s) OPERATOR(pg_catalog.<=) (x.item OPERATOR(pg_catalog.->>) ''v'')::%5$s RETURNING 1) SELECT pg_catalog.count(*) FROM gone',
         local_table, shape.matches, version_column, shape.lowest, version_type);
     see_sql := format(
         'SELECT pg_catalog.array_agg(x.item OPERATOR(pg_catalog.->>) ''o'') FROM pg_catalog.jsonb_array_elements($1) AS x (item) JOIN %s AS d ON %s '
@@ -954,7 +957,7 @@ BEGIN
         RETURN CASE WHEN rival = 'I' THEN 'insert_exists!' ELSE 'update_origin_differs!' END;
     END IF;
     PERFORM set_config('search_path', path, true);
-    EXECUTE put_sql USING item;
+    EXECUTE put_sql USING item, version, row_text;
     GET DIAGNOSTICS changed = ROW_COUNT;
     PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
     IF changed = 0 THEN

@@ -329,16 +329,18 @@ DECLARE
     rests    integer := split_part(in_vain, '/', 1);
     longest  integer := split_part(in_vain, '/', 2);
     may_spin boolean := rests = 0 AND pg_try_advisory_lock(tbl_repl._lock_spin(), 0);
-    sleeps   boolean := NOT may_spin AND pg_try_advisory_lock_shared(tbl_repl._lock_spin(), 1);
     turns    integer := 0;
     canceled boolean := false;
     code     text;
 BEGIN
     -- Spinning is quickest, if the target has a processor to itself.  Only who waits alone spins, or sessions take the
-    -- processors from those they wait for: one holds the lock spin, and those who sleep share its neighbour, where he
-    -- sees them.  Who has spun in vain sleeps at once the next times, twice as many times after each further failure.
+    -- processors from those they wait for: one holds the lock spin, and those who sleep share its neighbour to their
+    -- commit, where he sees them.  Who has spun in vain sleeps at once the next times, twice as many times after each further failure.
     IF rests > 0 THEN
         PERFORM set_config('tbl_repl.spins_in_vain', format('%s/%s', rests - 1, longest), false);
+    END IF;
+    IF at_commit AND NOT may_spin THEN
+        PERFORM pg_try_advisory_xact_lock_shared(tbl_repl._lock_spin(), 1);
     END IF;
     LOOP
         LOOP
@@ -362,7 +364,6 @@ BEGIN
                             PERFORM pg_advisory_unlock(tbl_repl._lock_spin(), 1);
                         ELSE
                             PERFORM pg_advisory_unlock(tbl_repl._lock_spin(), 0);
-                            sleeps := pg_try_advisory_lock_shared(tbl_repl._lock_spin(), 1);
                         END IF;
                     END IF;
                     turns := turns + 1;
@@ -380,10 +381,6 @@ BEGIN
             IF longest > 0 THEN
                 PERFORM set_config('tbl_repl.spins_in_vain', '0/0', false);
             END IF;
-        END IF;
-        IF sleeps THEN
-            sleeps := false;
-            PERFORM pg_advisory_unlock_shared(tbl_repl._lock_spin(), 1);
         END IF;
         IF canceled AND harmless THEN
             PERFORM tbl_repl._dblink_disconnect(conn);

@@ -676,10 +676,10 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._small_batch(integer[], integer) IS
     'what is queued for some targets as one message, where that is little';
 
--- A small batch: one message that commits by itself, with its lease.  False: the target has refused it, or it came too
--- late, and nothing of it has happened; the long way finds out what is to be done.  A connection that is lost is opened
--- anew, once.  Errors: those of the connection, and a cancel; the message has taken effect then or never will, for
--- who comes after us may ship something newer.
+-- A small batch: everything in one message, then the commit: a drainer that ends while the target works, or
+-- gives up, must leave nothing behind that takes effect by itself.  False: the target has refused it, and nothing of it has
+-- happened; the long way finds out what is to be done.  A connection that turns out to be dead before the commit was
+-- sent is opened anew, once.  Errors: those of the connection, and a cancel.
 CREATE OR REPLACE FUNCTION tbl_repl._apply_at_once(
     target_id integer,
     conn      text,
@@ -692,7 +692,6 @@ SET search_path = pg_catalog, pg_temp
 AS $function$
 DECLARE
     started timestamptz := clock_timestamp();
-    lease   timestamptz;
     anew    boolean := false;
     context text;
 BEGIN
@@ -701,38 +700,40 @@ BEGIN
     END IF;
     LOOP
         BEGIN
-            PERFORM tbl_repl._connect(target_id, conn, clock_timestamp() + timeout * 2, lease);
-            lease := clock_timestamp() + timeout;
-            PERFORM tbl_repl._send(conn, format('SET CONSTRAINTS ALL DEFERRED; %s; SET CONSTRAINTS ALL IMMEDIATE%s', message, tbl_repl._lease(lease)));
-            -- who is alive and too late says so himself, by the lease
-            PERFORM tbl_repl._receive(conn, lease + timeout, false, true);
-            RETURN true;
+            PERFORM tbl_repl._connect(target_id, conn, clock_timestamp() + timeout * 2);
+            PERFORM tbl_repl._send(conn, format('BEGIN; SET CONSTRAINTS ALL DEFERRED; %s; SET CONSTRAINTS ALL IMMEDIATE', message));
+            PERFORM tbl_repl._receive(conn, clock_timestamp() + timeout * 2, false, true);
+            EXIT;
         EXCEPTION WHEN query_canceled OR OTHERS THEN
             GET STACKED DIAGNOSTICS context = PG_EXCEPTION_CONTEXT;
-            IF SQLSTATE !~ '^(08|57P)' AND (SQLSTATE <> '57014' OR tbl_repl._is_too_slow(SQLSTATE, context, conn)) THEN
+            IF SQLSTATE ~ '^(08|57P)' THEN
+                IF anew OR clock_timestamp() > started + timeout THEN
+                    RAISE;
+                END IF;
+                anew := true;
+            ELSIF SQLSTATE <> '57014' OR tbl_repl._is_too_slow(SQLSTATE, context, conn) THEN
+                PERFORM tbl_repl._call(conn, 'ROLLBACK', clock_timestamp() + timeout);
                 RETURN false;
-            END IF;
-            IF conn = ANY (tbl_repl._dblink_connections()) THEN
-                PERFORM tbl_repl._dblink_disconnect(conn);
-            END IF;
-            IF SQLSTATE = '57014' OR anew OR clock_timestamp() > started + timeout THEN
-                WHILE clock_timestamp() <= lease LOOP
-                    BEGIN
-                        -- which ends what is left of the session that got the message
-                        PERFORM tbl_repl._connect(target_id, conn, clock_timestamp() + timeout, lease);
-                        EXIT;
-                    EXCEPTION
-                        WHEN query_canceled THEN
-                            NULL;  -- one cancel may come twice: PostgreSQL signals the process, and its group
-                        WHEN OTHERS THEN
-                            PERFORM tbl_repl._outlive(lease);
-                    END;
-                END LOOP;
+            ELSE
+                -- this session goes on, and must not find a remote transaction open
+                IF conn = ANY (tbl_repl._dblink_connections()) THEN
+                    PERFORM tbl_repl._dblink_disconnect(conn);
+                END IF;
                 RAISE;
             END IF;
-            anew := true;
         END;
+        IF conn = ANY (tbl_repl._dblink_connections()) THEN
+            PERFORM tbl_repl._dblink_disconnect(conn);
+        END IF;
     END LOOP;
+    BEGIN
+        PERFORM tbl_repl._commit(conn, timeout);
+    EXCEPTION WHEN division_by_zero THEN
+        -- the lease was over: not committed
+        PERFORM tbl_repl._call(conn, 'ROLLBACK', clock_timestamp() + timeout);
+        RETURN false;
+    END;
+    RETURN true;
 END
 $function$;
 COMMENT ON FUNCTION tbl_repl._apply_at_once(integer, text, text, interval) IS

@@ -203,6 +203,7 @@ BEGIN
                     'length', CASE WHEN b.typname IN ('varchar', 'bpchar') AND a.atttypmod > 4 THEN a.atttypmod - 4 END,
                     'notnull', a.attnotnull, 'identity', a.attidentity, 'generated', a.attgenerated <> '',
                     'has_default', a.atthasdef OR a.attidentity <> '' OR t.typdefault IS NOT NULL,
+                    'domain_of', (SELECT format('%%I.%%I', y.nspname, b.typname) FROM pg_namespace AS y WHERE t.typtype = 'd' AND y.oid = b.typnamespace),
                     'fuzzy', coalesce((SELECT NOT l.collisdeterministic FROM pg_collation AS l WHERE l.oid = a.attcollation), false),
                     'equals', (SELECT format('OPERATOR(%%I.%%s)', n.nspname, o.oprname)
                                FROM pg_opclass AS k

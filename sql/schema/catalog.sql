@@ -107,7 +107,8 @@ SELECT pg_catalog.pg_extension_config_dump('tbl_repl.progress', '');
 
 -- What direct shipping counts, one row per backend, so that writers do not meet on one row.
 -- Unlogged: a crash loses figures, never data.  txid, receipts: the transaction that shipped last, and how many
--- receipts it has left; who can see them knows that it has committed.  turn: as in tbl_repl.progress.
+-- receipts it has left; who can see them knows that it has committed.  turn: as in tbl_repl.progress;
+-- SERIALIZABLE transactions do not move it, for they would meet in the index.
 CREATE UNLOGGED TABLE tbl_repl.shipped (
     target_id  integer NOT NULL,
     pid        integer NOT NULL,
@@ -115,7 +116,8 @@ CREATE UNLOGGED TABLE tbl_repl.shipped (
     shipped_at timestamptz NOT NULL,
     txid       xid8 NOT NULL,
     receipts   integer NOT NULL,
-    turn       bigint GENERATED ALWAYS AS (rows / 64) STORED,
+    commits    bigint NOT NULL DEFAULT 1,
+    turn       bigint GENERATED ALWAYS AS (commits / 64) STORED,
     PRIMARY KEY (target_id, pid, turn)
 ) WITH (fillfactor = 50);
 COMMENT ON TABLE tbl_repl.shipped IS 'rows shipped at commit, by target and backend';
