@@ -289,6 +289,9 @@ DECLARE
     setting text;
     waits   integer;
 BEGIN
+    IF NOT EXISTS (SELECT FROM tbl_repl.target AS t WHERE t.receipts) THEN
+        RETURN;
+    END IF;
     FOR lane IN
         SELECT f.oid AS server_id, min(t.target_id) AS target_id, t.timeout,
                tbl_repl._connection_name(t.server, t.owner, t.timeout) AS conn,

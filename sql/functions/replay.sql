@@ -69,7 +69,7 @@ BEGIN
     -- Async targets come along with nothing queued yet: what commits until the snapshot is taken is shipped
     -- for all of them or for none.  Their writers never wait for our locks.
     FOR lane IN
-        SELECT array_agg(w.target_id ORDER BY w.target_id) AS targets
+        SELECT array_agg(w.target_id ORDER BY w.target_id) AS targets, bool_or(w.queued OR q.tries) AS has_work
         FROM (SELECT t.target_id, t.server, t.owner, t.timeout, t.mode, st.status, st.last_error_at, tbl_repl._shipped_at(t.target_id) AS last_shipped_at,
                      CASE WHEN st.copy_after IS NULL THEN tbl_repl._has_pending(t.target_id)
                           ELSE coalesce(t.target_id = ANY (copies), true) END AS queued
@@ -84,7 +84,7 @@ BEGIN
                  max(w.last_error_at) FILTER (WHERE w.last_error_at > coalesce(w.last_shipped_at, '-infinity')) NULLS FIRST,
                  min(w.last_shipped_at) NULLS FIRST, min(w.target_id)
     LOOP
-        handled := tbl_repl._replay_lane(lane.targets, max_rows, retry, copies, leave_large);
+        handled := tbl_repl._replay_lane(lane.targets, lane.has_work, max_rows, retry, copies, leave_large);
         IF handled < 0 THEN
             RETURN handled;
         ELSIF handled > 0 THEN
@@ -368,10 +368,12 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._open_batch(integer[], integer) IS
     'what is queued for some targets, and the state of its rows in the same snapshot';
 
--- _replay_lane(targets, max_rows, retry, copies, leave_large): one batch for the targets behind one connection.
+-- _replay_lane(targets, has_work, max_rows, retry, copies, leave_large): one batch for the targets behind one connection;
+-- has_work: whether there is something to ship, or only a status to settle.
 -- Connects before it locks: who writes is not turned away for a server that is out of reach.
 CREATE OR REPLACE FUNCTION tbl_repl._replay_lane(
     targets  integer[],
+    has_work boolean,
     max_rows integer,
     retry    boolean,
     copies   integer[],
@@ -409,11 +411,7 @@ BEGIN
     paged := ARRAY(SELECT st.target_id FROM tbl_repl.target_state AS st
                    WHERE st.target_id = ANY (targets) AND st.copy_after IS NOT NULL
                      AND coalesce(st.target_id = ANY (copies), true) AND tbl_repl._take_over_copy(st.target_id));
-    IF EXISTS (SELECT FROM tbl_repl.target_state AS st
-               WHERE st.target_id = ANY (targets)
-                 AND (st.target_id = ANY (paged) OR tbl_repl._has_pending(st.target_id)
-                      OR (retry AND EXISTS (SELECT FROM tbl_repl.quarantined AS q WHERE q.target_id = st.target_id))))
-    THEN
+    IF has_work THEN
         BEGIN
             -- one that was used a moment ago need not be asked: were it dead, we would only wait longer
             IF NOT EXISTS (SELECT FROM unnest(targets) AS t WHERE tbl_repl._shipped_at(t) > clock_timestamp() - interval '1 second') THEN
@@ -466,7 +464,7 @@ BEGIN
                                            ORDER BY st.target_id), lane.timeout);
     IF cardinality(locked) > 0 THEN
         targets := ARRAY(SELECT x FROM unnest(targets) AS x WHERE x <> ALL (locked));
-        RETURN CASE WHEN cardinality(targets) = 0 THEN 0 ELSE tbl_repl._replay_lane(targets, max_rows, retry, copies, leave_large) END;
+        RETURN CASE WHEN cardinality(targets) = 0 THEN 0 ELSE tbl_repl._replay_lane(targets, true, max_rows, retry, copies, leave_large) END;
     END IF;
 
     IF cardinality(paged) = 0 THEN
@@ -550,7 +548,7 @@ BEGIN
                 MESSAGE = format('server %I: targets %s have failed, see tbl_repl.target_status', lane.server, array_to_string(failure.broken, ', ')),
                 DETAIL  = 'Their changes stay queued.';
             -- they have filled the batch; the others still have theirs
-            RETURN tbl_repl._replay_lane(ARRAY(SELECT x FROM unnest(targets) AS x WHERE x <> ALL (failure.broken)), max_rows, retry, copies, leave_large);
+            RETURN tbl_repl._replay_lane(ARRAY(SELECT x FROM unnest(targets) AS x WHERE x <> ALL (failure.broken)), true, max_rows, retry, copies, leave_large);
         END IF;
         PERFORM tbl_repl._advance(u.target_id, (failure.by_target ->> u.target_id::text)::bigint)
         FROM (SELECT DISTINCT l.target_id FROM unnest(loads) AS l) AS u
@@ -587,7 +585,7 @@ BEGIN
     RETURN handled;
 END
 $function$;
-COMMENT ON FUNCTION tbl_repl._replay_lane(integer[], integer, boolean, integer[], boolean) IS
+COMMENT ON FUNCTION tbl_repl._replay_lane(integer[], boolean, integer, boolean, integer[], boolean) IS
     'ships one batch to the targets behind one connection';
 
 -- _small_batch(targets, max_rows): what is queued for some targets, when it is little and nothing special: the statements
@@ -701,7 +699,9 @@ BEGIN
     LOOP
         BEGIN
             PERFORM tbl_repl._connect(target_id, conn, clock_timestamp() + timeout * 2);
-            PERFORM tbl_repl._send(conn, format('BEGIN; SET CONSTRAINTS ALL DEFERRED; %s; SET CONSTRAINTS ALL IMMEDIATE', message));
+            -- of a single statement the end is the end of all, and the commit checks what is deferred
+            PERFORM tbl_repl._send(conn, CASE WHEN strpos(message, ';') = 0 THEN 'BEGIN; ' || message
+                ELSE format('BEGIN; SET CONSTRAINTS ALL DEFERRED; %s; SET CONSTRAINTS ALL IMMEDIATE', message) END);
             PERFORM tbl_repl._receive(conn, clock_timestamp() + timeout * 2, false, true);
             EXIT;
         EXCEPTION WHEN query_canceled OR OTHERS THEN
@@ -728,8 +728,12 @@ BEGIN
     END LOOP;
     BEGIN
         PERFORM tbl_repl._commit(conn, timeout);
-    EXCEPTION WHEN division_by_zero THEN
-        -- the lease was over: not committed
+    EXCEPTION WHEN query_canceled OR OTHERS THEN
+        GET STACKED DIAGNOSTICS context = PG_EXCEPTION_CONTEXT;
+        IF SQLSTATE ~ '^(08|57P)' OR (SQLSTATE = '57014' AND NOT tbl_repl._is_too_slow(SQLSTATE, context, conn)) THEN
+            RAISE;
+        END IF;
+        -- the lease was over, or a deferred check has failed: not committed
         PERFORM tbl_repl._call(conn, 'ROLLBACK', clock_timestamp() + timeout);
         RETURN false;
     END;
