@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -180,13 +181,14 @@ def main() -> int:
     )
     parser.add_argument("--soak", action="store_true", help="also the parts that take long: snapshot, memory")
     parser.add_argument(
-        "--soak-seconds", type=int, default=600, metavar="S", help="how long a snapshot is held (600)"
+        "--soak-seconds", type=int, metavar="S", help="how long a snapshot is held (600; --quick: 4)"
     )
     parser.add_argument("--rounds", type=int, metavar="N", help="rounds of each point (5)")
     parser.add_argument(
         "--page", type=Path, help="where to write the figures (default: the documentation; --quick: nowhere)"
     )
     options = parser.parse_args()
+    options.soak_seconds = options.soak_seconds or (4 if options.quick else 600)
     wanted = (
         options.only.split(",")
         if options.only
@@ -196,6 +198,8 @@ def main() -> int:
     if unknown:
         parser.error(f"no such part: {', '.join(sorted(unknown))}")
     console = Console()
+    # so that the clusters go, too
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         server = chosen(options.pg)
         for part in wanted:

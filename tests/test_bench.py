@@ -50,7 +50,7 @@ def test_every_point_against_logical_replication_is_measured(server: Server, tmp
     page.write_text("".join(f"<!-- {part}: begin -->\n<!-- {part}: end -->\n" for part in parts))
     done = subprocess.run(
         [
-            *(sys.executable, str(RUN), "--quick", "--soak", "--soak-seconds", "4", "--pg", str(server)),
+            *(sys.executable, str(RUN), "--quick", "--soak", "--pg", str(server)),
             *("--only", ",".join(parts), "--page", str(page)),
         ],
         capture_output=True,
