@@ -1364,3 +1364,22 @@ def test_nothing_gets_slower_while_somebody_holds_a_snapshot(pair: Pair, table: 
     assert (
         pair.source.one(f"SELECT sum(rows) FROM tbl_repl.{table} WHERE target_id = %s", [target_id]) == 5002
     )
+
+
+def test_what_is_counted_side_by_side_is_all_counted(pair: Pair) -> None:
+    """As pieces of a copy are, also while the row moves on in its index."""
+    target_id = async_table(pair)
+    before = pair.source.one("SELECT batches FROM tbl_repl.progress")
+
+    def count() -> None:
+        conn = pair.source.connect()
+        conn.execute("SET synchronous_commit = off")
+        for _ in range(200):
+            conn.execute("SELECT tbl_repl._advance(%s, 1)", [target_id])
+
+    threads = [threading.Thread(target=count) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert pair.source.sql("SELECT batches FROM tbl_repl.progress") == [(before + 800,)]

@@ -106,7 +106,7 @@ BEGIN
              FROM unnest(target.sent_columns) WITH ORDINALITY AS u (name, n)
              LEFT JOIN LATERAL (SELECT c FROM jsonb_array_elements(target.remote -> 'columns') AS c WHERE c ->> 'name' = u.name::text) AS r ON true),
             dst_table);
-        SELECT count(*) = 1 AND NOT bool_or(k.by_text) AS plain, min(format('%s', k.type)) AS type, min(k.equals) AS equals, min(k.name::text) AS name
+        SELECT count(*) = 1 AND NOT bool_or(k.by_text) AS plain, min(k.type) AS type, min(k.equals) AS equals, min(k.name::text) AS name
         INTO single FROM tbl_repl._dst_key_parts(target) AS k;
         IF single.plain AND amount <= tbl_repl._keys_per_array() THEN
             -- the index takes a list at once, sorted, which is several times as quick as a join

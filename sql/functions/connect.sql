@@ -335,7 +335,8 @@ DECLARE
 BEGIN
     -- Spinning is quickest, if the target has a processor to itself.  Only who waits alone spins, or sessions take the
     -- processors from those they wait for: one holds the lock spin, and those who sleep share its neighbour to their
-    -- commit, where he sees them.  Who has spun in vain sleeps at once the next times, twice as many times after each further failure.
+    -- commit, where he sees them.  Who has spun in vain sleeps at once the next times, twice as many times after each
+    -- further failure.
     IF rests > 0 THEN
         PERFORM set_config('tbl_repl.spins_in_vain', format('%s/%s', rests - 1, longest), false);
     END IF;

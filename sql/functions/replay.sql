@@ -170,7 +170,8 @@ LANGUAGE sql STABLE RETURN (tbl_repl._progress(target_id)).shipped_at;
 COMMENT ON FUNCTION tbl_repl._shipped_at(integer) IS 'when a batch was last shipped to a target';
 
 -- _advance(target_id, rows, passed): rows have been shipped, and the position is now passed (NULL: where it was).  Whoever
--- moves the position holds ship exclusively; pieces of a copy are counted side by side: hence the second try.
+-- moves the position holds ship exclusively; pieces of a copy are counted side by side: who finds that another one has
+-- moved the turn on meanwhile tries again.
 CREATE OR REPLACE FUNCTION tbl_repl._advance(
     target_id integer,
     rows      bigint,
@@ -180,15 +181,13 @@ RETURNS void
 LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp
 SET enable_seqscan = off
-SET enable_sort = off
-SET plan_cache_mode = force_generic_plan
 AS $function$
 BEGIN
     LOOP
         UPDATE tbl_repl.progress AS p
         SET position = coalesce(passed, p.position), batches = p.batches + 1, rows = p.rows + _advance.rows,
             shipped_at = CASE WHEN _advance.rows > 0 THEN clock_timestamp() ELSE p.shipped_at END
-        WHERE p.ctid = (SELECT x.ctid FROM tbl_repl.progress AS x WHERE x.target_id = _advance.target_id ORDER BY x.turn DESC LIMIT 1);
+        WHERE p.target_id = _advance.target_id AND p.turn = (tbl_repl._progress(_advance.target_id)).turn;
         EXIT WHEN FOUND OR tbl_repl._position(target_id) IS NULL;
     END LOOP;
     UPDATE tbl_repl.target_state AS st SET next_try_at = NULL, failures = 0

@@ -635,7 +635,8 @@ SET search_path = pg_catalog, pg_temp
 AS $function$
 BEGIN
     UPDATE tbl_repl.shipped AS s
-    SET rows = s.rows + _count_shipped.rows, commits = s.commits + (current_setting('transaction_isolation') <> 'serializable')::integer, shipped_at = clock_timestamp(), txid = pg_current_xact_id(),
+    SET rows = s.rows + _count_shipped.rows, shipped_at = clock_timestamp(), txid = pg_current_xact_id(),
+        commits = s.commits + (current_setting('transaction_isolation') <> 'serializable')::integer,
         receipts = _count_shipped.receipts + CASE WHEN s.txid = pg_current_xact_id() THEN s.receipts ELSE 0 END
     WHERE s.ctid = (SELECT x.ctid FROM tbl_repl.shipped AS x
                     WHERE x.target_id = _count_shipped.target_id AND x.pid = pg_backend_pid() ORDER BY x.turn DESC LIMIT 1);
