@@ -308,6 +308,30 @@ def test_the_first_replay_after_a_restart_of_the_target_ships(pair: Pair) -> Non
     assert pair.source.one("SELECT count(*) FROM tbl_repl.error_log WHERE target_id = %s", [target_id]) == 0
 
 
+def test_single_rows_go_by_statements_that_the_connection_has_prepared(pair: Pair) -> None:
+    async_table(pair)
+    query = (
+        "SELECT name, generic_plans + custom_plans FROM pg_prepared_statements WHERE name ~ '_[ud][0-9]+_'"
+    )
+    prepared = "FROM unnest(dblink_get_connections()) AS c, dblink(c, %s) AS p (name text, used bigint)"
+    with pair.source.connect() as conn:
+
+        def ship(statement: str) -> list[tuple[str, int]]:
+            conn.execute(statement)
+            assert conn.execute("SELECT tbl_repl.replay()").fetchone() == (1,)
+            return conn.execute(
+                f"SELECT substr(name, 10, 1), used {prepared} ORDER BY 1 DESC", [query]
+            ).fetchall()
+
+        assert ship("INSERT INTO t VALUES (1, 'a')") == [("u", 1), ("d", 0)]
+        assert ship("UPDATE t SET v = 'b'") == [("u", 2), ("d", 0)]
+        assert ship("DELETE FROM t") == [("u", 2), ("d", 1)]
+        conn.execute(f"SELECT dblink_exec(c, 'DEALLOCATE ' || name) {prepared}", [query])
+        assert ship("INSERT INTO t VALUES (2, 'a')") == [("u", 1), ("d", 0)]
+    pair.assert_same("t")
+    assert pair.source.sql("SELECT * FROM tbl_repl.error_log") == []
+
+
 def test_a_dead_server_does_not_turn_away_the_writers_of_others(trio: Pair) -> None:
     """While a drainer waits for the server that hangs, nobody else's lock is held."""
     trio.both("CREATE TABLE t (id integer PRIMARY KEY, v text)")

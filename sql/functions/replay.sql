@@ -476,7 +476,7 @@ BEGIN
         END;
         IF small.message IS NOT NULL THEN
             BEGIN
-                sent := tbl_repl._apply_at_once(lane.target_id, lane.conn, small.message, lane.timeout);
+                sent := tbl_repl._apply_at_once(small.shipped, lane.conn, small.message, lane.timeout);
             EXCEPTION WHEN OTHERS THEN
                 GET STACKED DIAGNOSTICS error_text = MESSAGE_TEXT, error_detail = PG_EXCEPTION_DETAIL, error_hint = PG_EXCEPTION_HINT;
                 PERFORM tbl_repl._lane_is_down(lane.server, small.shipped, SQLSTATE, error_text, error_detail, error_hint);
@@ -657,7 +657,7 @@ BEGIN
         FROM tbl_repl.change AS c, unnest(c.keys) AS k
         WHERE (c.txid >= floor OR c.txid = ANY (beside)) AND c.source_id = item.source_id
           AND (c.target_id = item.target_id OR (c.target_id IS NULL AND item.mode = 'async')) AND c.origin IS NULL;
-        EXECUTE format('SELECT r.deletes, r.upserts FROM tbl_repl.render_%s($1, false, true, ''plain'') AS r', item.target_id)
+        EXECUTE format('SELECT r.deletes, r.upserts FROM tbl_repl.render_%s($1, false, true, ''prepared'') AS r', item.target_id)
         INTO rendered USING keys;
         -- deletions from those that refer to others, rows to those that are referred to
         deletes := array_prepend(rendered.deletes, deletes);
@@ -676,28 +676,33 @@ COMMENT ON FUNCTION tbl_repl._small_batch(integer[], integer) IS
 -- A small batch: everything in one message, then the commit: a drainer that ends while the target works, or
 -- gives up, must leave nothing behind that takes effect by itself.  False: the target has refused it, and nothing of it has
 -- happened; the long way finds out what is to be done.  A connection that turns out to be dead before the commit was
--- sent is opened anew, once.  Errors: those of the connection, and a cancel.
+-- sent is opened anew, once; what it has not prepared is prepared when it says so.
+-- Errors: those of the connection, and a cancel.
 CREATE OR REPLACE FUNCTION tbl_repl._apply_at_once(
-    target_id integer,
-    conn      text,
-    message   text,
-    timeout   interval
+    targets integer[],
+    conn    text,
+    message text,
+    timeout interval
 )
 RETURNS boolean
 LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp
 AS $function$
 DECLARE
-    started timestamptz := clock_timestamp();
-    anew    boolean := false;
-    context text;
+    started  timestamptz := clock_timestamp();
+    anew     boolean := false;
+    prepares boolean := false;
+    context  text;
 BEGIN
     IF message = '' THEN
         RETURN true;
     END IF;
     LOOP
         BEGIN
-            PERFORM tbl_repl._connect(target_id, conn, clock_timestamp() + timeout * 2);
+            PERFORM tbl_repl._connect(targets[1], conn, clock_timestamp() + timeout * 2);
+            IF prepares THEN
+                PERFORM tbl_repl._prepare_again(conn, targets, clock_timestamp() + timeout);
+            END IF;
             -- of a single statement the end is the end of all, and the commit checks what is deferred
             PERFORM tbl_repl._send(conn, CASE WHEN strpos(message, ';') = 0 THEN 'BEGIN; ' || message
                 ELSE format('BEGIN; SET CONSTRAINTS ALL DEFERRED; %s; SET CONSTRAINTS ALL IMMEDIATE', message) END);
@@ -710,6 +715,10 @@ BEGIN
                     RAISE;
                 END IF;
                 anew := true;
+            ELSIF SQLSTATE = '26000' AND NOT prepares THEN
+                PERFORM tbl_repl._call(conn, 'ROLLBACK', clock_timestamp() + timeout);
+                prepares := true;
+                CONTINUE;
             ELSIF SQLSTATE <> '57014' OR tbl_repl._is_too_slow(SQLSTATE, context, conn) THEN
                 PERFORM tbl_repl._call(conn, 'ROLLBACK', clock_timestamp() + timeout);
                 RETURN false;
@@ -739,7 +748,7 @@ BEGIN
     RETURN true;
 END
 $function$;
-COMMENT ON FUNCTION tbl_repl._apply_at_once(integer, text, text, interval) IS
+COMMENT ON FUNCTION tbl_repl._apply_at_once(integer[], text, text, interval) IS
     'ships a small batch; whether the target has taken it';
 
 -- Locks the targets' source tables for reading, to the end of the transaction; returns the targets that are

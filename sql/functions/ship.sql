@@ -952,7 +952,7 @@ BEGIN
                 PERFORM tbl_repl._connect(lane.target_id, lane.conn, lane.deadline, lane.deadline);
             ELSIF code = '26000' AND NOT 'prepare' = ANY (tried) THEN
                 tried := array_append(tried, 'prepare');
-                PERFORM tbl_repl._prepare_again(lane);
+                PERFORM tbl_repl._prepare_again(lane.conn, ARRAY(SELECT p.target_id FROM unnest(lane.parcels) AS p), lane.deadline, true);
             ELSIF code = '23503' AND NOT 'upserts first' = ANY (tried) THEN
                 tried := array_append(tried, 'upserts first');
                 lane.message := 'SET CONSTRAINTS ALL DEFERRED; ' || tbl_repl._message(lane.parcels, true);
@@ -1000,7 +1000,12 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._lane_finish(tbl_repl.lane, xid8, boolean, boolean) IS
     'waits for the answer of a connection, tries other ways where there are any';
 
-CREATE OR REPLACE FUNCTION tbl_repl._prepare_again(lane tbl_repl.lane)
+CREATE OR REPLACE FUNCTION tbl_repl._prepare_again(
+    conn      text,
+    targets   integer[],
+    deadline  timestamptz,
+    at_commit boolean DEFAULT false
+)
 RETURNS void
 LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp
@@ -1010,16 +1015,18 @@ DECLARE
 BEGIN
     FOR item IN
         SELECT tbl_repl._prepare_sql(t) AS statement, t.target_id, t.generation
-        FROM unnest(lane.parcels) AS p JOIN tbl_repl.target AS t ON t.target_id = p.target_id
+        FROM tbl_repl.target AS t WHERE t.target_id = ANY (targets)
     LOOP
-        IF tbl_repl._call(lane.conn, format('SELECT pg_catalog.count(*) FROM pg_catalog.pg_prepared_statements WHERE name = %L',
-                                            format('tbl_repl_d%s_%s', item.target_id, item.generation)), lane.deadline, true) = '0' THEN
-            PERFORM tbl_repl._call(lane.conn, item.statement, lane.deadline, true);
+        IF tbl_repl._call(conn, format('SELECT pg_catalog.count(*) FROM pg_catalog.pg_prepared_statements WHERE name = %L',
+                                       format('tbl_repl_d%s_%s', item.target_id, item.generation)), deadline, at_commit) = '0' THEN
+            PERFORM tbl_repl._send(conn, item.statement);
+            PERFORM tbl_repl._receive(conn, deadline, at_commit, NOT at_commit);
         END IF;
     END LOOP;
 END
 $function$;
-COMMENT ON FUNCTION tbl_repl._prepare_again(tbl_repl.lane) IS 'prepares what a connection does not know yet';
+COMMENT ON FUNCTION tbl_repl._prepare_again(text, integer[], timestamptz, boolean) IS
+    'prepares what a connection does not know yet';
 
 -- A target must not fail because it shares a connection with a bad one: the sync ones are tried together, then
 -- each tolerant one.  Where commits wait for other connections the tolerant ones are left to the queue.

@@ -184,6 +184,8 @@ CREATE TABLE tbl_repl.change (
 COMMENT ON TABLE tbl_repl.change IS 'the queue: keys whose current state is still to be shipped';
 CREATE TABLE tbl_repl.change_0 PARTITION OF tbl_repl.change FOR VALUES IN (0);
 CREATE TABLE tbl_repl.change_1 PARTITION OF tbl_repl.change FOR VALUES IN (1);
+-- a list of a hundred thousand keys is written once, read once and gone: compressing it takes longer than writing it
+ALTER TABLE tbl_repl.change ALTER COLUMN keys SET STORAGE EXTERNAL;
 CREATE INDEX change_0_txid ON tbl_repl.change_0 (txid);
 CREATE INDEX change_1_txid ON tbl_repl.change_1 (txid);
 SELECT pg_catalog.pg_extension_config_dump('tbl_repl.change_0', '');
@@ -211,6 +213,7 @@ CREATE UNLOGGED TABLE tbl_repl.stash (
     first     boolean NOT NULL DEFAULT false,
     olds      text[]
 ) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 5000);
+ALTER TABLE tbl_repl.stash ALTER COLUMN keys SET STORAGE EXTERNAL;
 CREATE INDEX stash_txid ON tbl_repl.stash (txid);
 COMMENT ON TABLE tbl_repl.stash IS 'keys changed by transactions in flight, shipped at their commit';
 

@@ -460,8 +460,11 @@ class Watcher(threading.Thread):
             pause = SHORTEST_LOOK_SECONDS
             try:
                 wait = self._wake(connection)
-                if wait > 0 and not self._sleep(connection, wait):
-                    self._wake(connection)
+                if wait > 0:
+                    if self._sleep(connection, wait):
+                        self._all_settled(SHORTEST_LOOK_SECONDS)  # it comes first
+                    else:
+                        self._wake(connection)
                 just_looked = True
             finally:
                 if not connection.closed:
