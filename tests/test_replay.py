@@ -893,6 +893,51 @@ def test_several_rejected_rows_are_all_found_and_counted(pair: Pair) -> None:
     assert quarantined(pair)[0][2] == first + 1
 
 
+@pytest.mark.parametrize("mode", ["tolerant", "async"])
+def test_a_row_that_the_target_cannot_even_read_hurts_no_other(pair: Pair, mode: str) -> None:
+    """The whole message is refused before any of it is executed."""
+    name = f"{pair.target.dbname}_latin"
+    pair.target.admin(f"CREATE DATABASE {name} ENCODING 'LATIN1' TEMPLATE template0 LOCALE 'C' OWNER owner")
+    try:
+        server = pair.join(pair.source, pair.target, "latin_server")
+        pair.source.sql(f"ALTER SERVER {server} OPTIONS (SET dbname '{name}')")
+        with pair.target.cluster.connect(name, "owner") as latin:
+            for table in ("t", "u"):
+                latin.execute(f"CREATE TABLE {table} (id integer PRIMARY KEY, v text)")
+                pair.source.sql(f"CREATE TABLE {table} (id integer PRIMARY KEY, v text)")
+                pair.call("add_target", source_table=table, server=server, mode=mode)
+            pair.source.sql("INSERT INTO t VALUES (1, 'a'), (2, '\u20ac'), (3, 'b'); INSERT INTO u VALUES (1, 'c')")
+            pair.drain()
+            assert latin.execute("SELECT id FROM t ORDER BY id").fetchall() == [(1,), (3,)]
+            assert latin.execute("SELECT id FROM u").fetchall() == [(1,)]
+            assert [row[:2] for row in quarantined(pair)] == [({"id": 2}, "22P05")]
+            pair.source.sql("UPDATE t SET v = 'c' WHERE id = 2")
+            pair.drain()
+            assert quarantined(pair) == []
+    finally:
+        pair.source.forget()
+        pair.target.admin(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+def test_rows_that_a_policy_hides_are_not_taken_for_deleted(pair: Pair) -> None:
+    """FORCE ROW LEVEL SECURITY comes later, so add_target has not refused it."""
+    async_table(pair)
+    pair.source.sql("INSERT INTO t VALUES (1, 'x'), (2, 'x')")
+    pair.drain()
+    pair.source.sql("ALTER TABLE t ENABLE ROW LEVEL SECURITY")
+    pair.source.sql("UPDATE t SET v = 'y'")
+    pair.drain()  # the owner sees everything
+    pair.assert_same("t")
+    pair.source.sql("CREATE POLICY p ON t USING (id = 1)")
+    pair.source.admin("UPDATE t SET v = 'z'; ALTER TABLE t FORCE ROW LEVEL SECURITY")
+    pair.drain()
+    assert pair.target.rows("t") == ["(1,y)", "(2,y)"]
+    assert "row-level security" in pair.source.one("SELECT last_error FROM tbl_repl.target_status")
+    pair.source.sql("ALTER TABLE t NO FORCE ROW LEVEL SECURITY")
+    pair.drain()
+    pair.assert_same("t")
+
+
 def test_a_rejected_row_heals_when_it_is_mended_at_the_source(pair: Pair) -> None:
     async_table(pair)
     pair.target.sql("ALTER TABLE t ADD CHECK (v <> 'poison')")

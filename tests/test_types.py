@@ -221,6 +221,8 @@ KEYS = {
     "inet": ["'192.168.1.5/24'", "'::1'"],
     "bit(5)": ["B'10101'", "B'00000'"],
     "money": ["1234.56", "-0.01"],
+    "regclass": ["'pg_class'", "'pg_type'", "'pg_proc'"],
+    "regtype": ["'integer'", "'timestamp with time zone'", "'integer[]'"],
     "jsonb": ["'{\"a\": \"''\"}'", "'null'", "'1.10'"],
     "int4range": ["'[1,5)'", "'empty'"],
     "tstzrange": ["'[2024-01-01 00:00+00,infinity)'"],

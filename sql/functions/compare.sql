@@ -323,6 +323,7 @@ AS $function$
 LANGUAGE plpgsql STABLE
 SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp%s%s
+SET row_security = off
 AS %L$sql$,
         format('digest_%s', t.target_id), E'\n' || nullif(tbl_repl._text_settings(y.types), ''),
         tbl_repl._literal_setting(b.body), b.body)

@@ -58,7 +58,7 @@ LANGUAGE sql STABLE
 SET search_path = pg_catalog, pg_temp
 AS $function$
     SELECT k.n::integer, k.name, c ->> 'type', coalesce(c ->> 'equals', 'OPERATOR(pg_catalog.=)'),
-           coalesce(c ->> 'category' IN ('A', 'C'), false)
+           coalesce(c ->> 'category' IN ('A', 'C') OR c ->> 'type' ~ '^reg', false)
     FROM unnest(target.dst_keys) WITH ORDINALITY AS k (name, n)
     LEFT JOIN LATERAL (SELECT c FROM jsonb_array_elements(target.remote -> 'columns') AS c
                        WHERE c ->> 'name' = k.name::text) AS c ON true
@@ -69,7 +69,8 @@ COMMENT ON FUNCTION tbl_repl._dst_key_parts(tbl_repl.target) IS
 
 -- An SQL expression (run here, over the array variable called by keys_name) that gives the condition
 -- for rows d of the target with one of these keys, and the clause it needs in FROM or USING.
--- Keys that are arrays or composites travel as text: unnest would take them apart.
+-- Keys that are arrays or composites travel as text: unnest would take them apart; so do names of objects (regclass),
+-- which have the operators of oid, and would be taken for one.
 CREATE OR REPLACE FUNCTION tbl_repl._by_keys(
     target    tbl_repl.target,
     keys_name text,
@@ -132,6 +133,7 @@ COMMENT ON FUNCTION tbl_repl._aside_assignments(tbl_repl.target) IS
     'SET list that takes secondary unique values out of the way; NULL where there are none';
 
 -- _render_sql(target_id): CREATE FUNCTION render_N(keys, mine, absent, form) -> (deletes, upserts, rows).
+-- row_security is off wherever rows of the source are read: a row hidden by a policy would be taken for one that is gone.
 --   mine:   REPEATABLE READ writers: only what this transaction has written is its state; an older
 --           version that its snapshot still shows was deleted by somebody else.
 --   absent: whether a key without a row means a deletion (not for targets without the operation delete).
@@ -266,6 +268,7 @@ $body$,
 LANGUAGE plpgsql STABLE
 SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp%s%s
+SET row_security = off
 SET enable_seqscan = off
 SET plan_cache_mode = force_generic_plan
 AS %L$sql$,
@@ -346,6 +349,7 @@ RETURNS text[]
 LANGUAGE plpgsql STABLE
 SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp%s%s
+SET row_security = off
 AS %L$sql$,
         format('page_%s', t.target_id),
         E'\n' || nullif((SELECT tbl_repl._text_settings(array_agg(p.type_id)) FROM tbl_repl._key_parts(s.source_table, s.key_columns) AS p), ''),
@@ -432,6 +436,7 @@ RETURNS text
 LANGUAGE plpgsql STABLE
 SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp%2$s%3$s
+SET row_security = off
 SET enable_seqscan = off
 SET plan_cache_mode = force_generic_plan
 AS %4$L$sql$,

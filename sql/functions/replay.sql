@@ -1128,8 +1128,10 @@ BEGIN
             IF rendered.deletes IS NULL AND rendered.upserts IS NULL THEN
                 RETURN '{}';
             END IF;
+            -- by itself: a message that the target cannot even read (22P05) makes no savepoint
+            PERFORM tbl_repl._call(conn, 'SAVEPOINT tbl_repl', clock_timestamp() + timeout);
             sent := true;
-            PERFORM tbl_repl._send(conn, concat_ws('; ', 'SAVEPOINT tbl_repl; SET CONSTRAINTS ALL DEFERRED', rendered.deletes, rendered.upserts,
+            PERFORM tbl_repl._send(conn, concat_ws('; ', 'SET CONSTRAINTS ALL DEFERRED', rendered.deletes, rendered.upserts,
                                                    'SET CONSTRAINTS ALL IMMEDIATE; RELEASE tbl_repl'));
             -- each of the three that may take long is bounded there
             PERFORM tbl_repl._receive(conn, clock_timestamp() + timeout * 3, false, true);

@@ -461,6 +461,12 @@ BEGIN
             MESSAGE = format('table %s takes part in inheritance', source_table),
             DETAIL  = 'Triggers of a parent do not see what is written to its children.',
             HINT    = 'Use declarative partitioning, or replicate a table without children.';
+    ELSIF row_security_active(source_table) THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'object_not_in_prerequisite_state',
+            MESSAGE = format('row-level security hides rows of table %s from role %I', source_table, current_user),
+            DETAIL  = 'A target gets all rows that its definer sees; one that is hidden could not be told from one that was deleted.',
+            HINT    = format('ALTER TABLE %s NO FORCE ROW LEVEL SECURITY; or define the target as a role with BYPASSRLS, and choose rows by row_filter.', source_table);
     ELSIF initial_copy = 'now' AND current_setting('transaction_isolation') <> 'read committed' THEN
         RAISE EXCEPTION USING
             ERRCODE = 'active_sql_transaction',
