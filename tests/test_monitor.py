@@ -276,6 +276,28 @@ def test_views_go_on_when_the_table_is_gone(tables: Pair) -> None:
     assert tables.source.sql("SELECT target_id FROM tbl_repl.target_status") == [(kept,)]
 
 
+def test_views_go_on_when_one_definition_does_not_fit_any_more(tables: Pair) -> None:
+    """Keys older than the type of their column, and a target that cannot be rendered."""
+    tables.both(
+        "CREATE TABLE other (id text PRIMARY KEY, v integer); CREATE TABLE third (id integer PRIMARY KEY)"
+    )
+    tables.target.sql("ALTER TABLE other ADD CHECK (v < 10)")
+    for table in ("other", "third"):
+        tables.add_target(table)
+    tables.source.sql("INSERT INTO other VALUES ('k2', 99)")
+    tables.drain()
+    tables.source.sql("SELECT tbl_repl.pause_target(target_id) FROM tbl_repl.target_status")
+    tables.source.sql("DELETE FROM other")
+    tables.both("ALTER TABLE other ALTER id TYPE integer USING id::integer")
+    tables.source.sql("INSERT INTO third VALUES (1)")
+    assert tables.source.sql("SELECT key FROM tbl_repl.quarantine") == [({"id": "k2"},)]
+    for view in COLUMNS:
+        tables.source.sql(f"TABLE tbl_repl.{view}")
+    queries = [row[0] for row in tables.source.sql("SELECT dst_query FROM tbl_repl.sync_err_rec")]
+    assert [query for query in queries if query.startswith("-- target ")]
+    assert [query for query in queries if query.startswith("INSERT INTO public.third")]
+
+
 def test_readers_see_no_row_contents(tables: Pair) -> None:
     target = tables.add_target(TABLE)
     tables.call("pause_target", target_id=target)

@@ -906,7 +906,9 @@ def test_a_row_that_the_target_cannot_even_read_hurts_no_other(pair: Pair, mode:
                 latin.execute(f"CREATE TABLE {table} (id integer PRIMARY KEY, v text)")
                 pair.source.sql(f"CREATE TABLE {table} (id integer PRIMARY KEY, v text)")
                 pair.call("add_target", source_table=table, server=server, mode=mode)
-            pair.source.sql("INSERT INTO t VALUES (1, 'a'), (2, '\u20ac'), (3, 'b'); INSERT INTO u VALUES (1, 'c')")
+            pair.source.sql(
+                "INSERT INTO t VALUES (1, 'a'), (2, '\u20ac'), (3, 'b'); INSERT INTO u VALUES (1, 'c')"
+            )
             pair.drain()
             assert latin.execute("SELECT id FROM t ORDER BY id").fetchall() == [(1,), (3,)]
             assert latin.execute("SELECT id FROM u").fetchall() == [(1,)]
@@ -917,6 +919,23 @@ def test_a_row_that_the_target_cannot_even_read_hurts_no_other(pair: Pair, mode:
     finally:
         pair.source.forget()
         pair.target.admin(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+def test_a_row_that_a_policy_of_the_target_forbids_hurts_no_other(pair: Pair) -> None:
+    """42501 is the code of a missing right as well, which no row can help."""
+    target_id = async_table(pair, "id integer PRIMARY KEY, v integer")
+    pair.target.sql("ALTER TABLE t ENABLE ROW LEVEL SECURITY; ALTER TABLE t FORCE ROW LEVEL SECURITY")
+    pair.target.sql("CREATE POLICY p ON t USING (true) WITH CHECK (v < 100)")
+    pair.source.sql("INSERT INTO t VALUES (1, 1), (2, 100)")
+    for _ in range(3):
+        pair.drain()  # and tries it again, alone
+        assert pair.status(target_id) == "ok"
+    assert pair.target.rows("t") == ["(1,1)"]
+    assert [row[:2] for row in quarantined(pair)] == [({"id": 2}, "42501")]
+    pair.source.sql("UPDATE t SET v = 2 WHERE id = 2")
+    pair.drain()
+    pair.assert_same("t")
+    assert quarantined(pair) == []
 
 
 def test_rows_that_a_policy_hides_are_not_taken_for_deleted(pair: Pair) -> None:

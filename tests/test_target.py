@@ -208,6 +208,36 @@ def test_target_with_triggers_defaults_and_other_indexes(source: Pair) -> None:
     assert source.target.one("SELECT seen IS NOT NULL FROM t WHERE id = 1")
 
 
+@pytest.mark.parametrize("mode", ["sync", "tolerant", "async"])
+def test_a_renamed_key_column_is_found_by_alter_target(pair: Pair, mode: str) -> None:
+    pair.both("CREATE TABLE t (gone integer, part integer, id text, v integer, PRIMARY KEY (part, id))")
+    pair.both("ALTER TABLE t DROP gone")
+    target = pair.add_target("t", mode=mode)
+    pair.source.sql("INSERT INTO t VALUES (1, 'a', 1), (2, 'b', 1)")
+    pair.drain()
+    pair.call("pause_target", target_id=target)
+    pair.source.sql("UPDATE t SET v = 2 WHERE part = 1")
+    pair.target.sql("ALTER TABLE t RENAME id TO ident")
+    pair.source.sql(f"ALTER TABLE t RENAME id TO ident; SELECT tbl_repl.alter_target({target})")
+    pair.source.sql("UPDATE t SET ident = 'c' WHERE part = 2")
+    assert pair.source.sql("SELECT key FROM tbl_repl.pending ORDER BY key::text") == [
+        ({"part": 1, "ident": "a"},),
+        ({"part": 2, "ident": "b"},),
+        ({"part": 2, "ident": "c"},),
+    ]
+    pair.call("resume_target", target_id=target)
+    pair.drain()
+    pair.assert_same("t")
+    # and only here
+    pair.source.sql(
+        "ALTER TABLE t RENAME part TO piece; "
+        f"SELECT tbl_repl.alter_target({target}, column_map => '{{\"part\": \"piece\"}}', columns => '{{ident,v}}')"
+    )
+    pair.source.sql("UPDATE t SET piece = 3 WHERE piece = 1; DELETE FROM t WHERE piece = 2")
+    pair.drain()
+    assert pair.target.rows("t") == pair.source.rows("t") == ["(3,a,2)"]
+
+
 def test_alter_target_changes_what_is_given(source: Pair) -> None:
     source.target.sql(SOURCE + ";" + SOURCE.replace("TABLE t", "TABLE u"))
     target = source.add_target("t", timeout="7 s")

@@ -53,6 +53,17 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._find_key(regclass, name[]) IS
     'the primary key, or the unique index on exactly these columns; 42P16 where there is none';
 
+CREATE OR REPLACE FUNCTION tbl_repl._column_numbers(relation regclass, columns name[])
+RETURNS smallint[]
+LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT array_agg(a.attnum ORDER BY c.n)
+    FROM unnest(columns) WITH ORDINALITY AS c (name, n)
+    LEFT JOIN pg_attribute AS a ON a.attrelid = relation AND a.attname = c.name AND a.attnum > 0 AND NOT a.attisdropped
+$function$;
+COMMENT ON FUNCTION tbl_repl._column_numbers(regclass, name[]) IS 'numbers of columns, NULL for one that does not exist';
+
 -- Type and operators of each key column, the operators as the index has them: a type like
 -- citext is not compared by what a pinned search_path would find.
 CREATE OR REPLACE FUNCTION tbl_repl._key_parts(source_table regclass, key_columns name[])
@@ -154,8 +165,9 @@ LANGUAGE sql STABLE
 SET search_path = pg_catalog, pg_temp
 AS $function$
     SELECT jsonb_object_agg(p.name,
-               -- the inner CASE keeps a planner that knows the value from casting it before it knows the type
-               CASE WHEN p.type_id IN ('int2'::regtype, 'int4'::regtype, 'int8'::regtype)
+               -- a key may be older than the present type of its column.
+               -- The inner CASE keeps a planner that knows the value from casting it before it knows the type
+               CASE WHEN p.type_id IN ('int2'::regtype, 'int4'::regtype, 'int8'::regtype) AND v.value ~ '^-?[0-9]+$'
                     THEN to_jsonb((CASE WHEN p.type_id IS NOT NULL THEN v.value END)::numeric) ELSE to_jsonb(v.value) END)
     FROM tbl_repl._key_parts(source_table, key_columns) AS p
     CROSS JOIN LATERAL (

@@ -1148,7 +1148,10 @@ BEGIN
         END IF;
         EXIT WHEN bad.code <> '23505';
     END LOOP;
-    IF outermost AND tbl_repl._is_definition_error(bad.code) THEN
+    -- what has been told apart from other rows before is the row's own fault (42501: a policy of the target)
+    IF outermost AND tbl_repl._is_definition_error(bad.code)
+       AND NOT EXISTS (SELECT FROM tbl_repl.quarantined AS q
+                       WHERE q.target_id = _apply_keys.target_id AND q.key = ALL (keys) AND q.sqlstate = bad.code) THEN
         IF cardinality(keys) = 1 THEN
             ends := ARRAY[bad, bad];
         ELSE

@@ -481,9 +481,10 @@ BEGIN
     SELECT * INTO source FROM tbl_repl.source AS s
     WHERE s.source_table = _add_target.source_table AND s.key_columns = tbl_repl._find_key(_add_target.source_table, _add_target.key_columns);
     IF NOT FOUND THEN
-        INSERT INTO tbl_repl.source (source_table, key_columns, capture)
-        VALUES (source_table, tbl_repl._find_key(source_table, key_columns),
-                CASE WHEN rel.relkind = 'p' OR rel.relispartition THEN 'row' ELSE 'statement' END)
+        INSERT INTO tbl_repl.source (source_table, key_columns, key_numbers, capture)
+        SELECT source_table, k.names, tbl_repl._column_numbers(source_table, k.names),
+               CASE WHEN rel.relkind = 'p' OR rel.relispartition THEN 'row' ELSE 'statement' END
+        FROM tbl_repl._find_key(source_table, key_columns) AS k (names)
         RETURNING * INTO source;
     ELSE
         SELECT r.rolname INTO owner FROM pg_proc AS f JOIN pg_roles AS r ON r.oid = f.proowner
@@ -790,6 +791,7 @@ BEGIN
         target.dst_name := parts[cardinality(parts)];
     END IF;
     EXECUTE format('LOCK TABLE %s IN SHARE ROW EXCLUSIVE MODE', source.source_table);
+    source := tbl_repl._follow_keys(source);
     PERFORM tbl_repl._check_only_once(target, source.source_table);
     target := tbl_repl._define(target, source, path);
     target.generation := tbl_repl._new_generation();
@@ -818,6 +820,32 @@ END
 $function$;
 COMMENT ON FUNCTION tbl_repl._alter_target(integer, text, text, name[], jsonb, text, text[], text, name, text, interval, text) IS
     'alter_target with the caller''s search_path';
+
+-- _follow_keys(source): the source with the present names of its key columns.  Names come first: numbers mean nothing
+-- after a restore.
+CREATE OR REPLACE FUNCTION tbl_repl._follow_keys(source tbl_repl.source)
+RETURNS tbl_repl.source
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    named   smallint[] := tbl_repl._column_numbers(source.source_table, source.key_columns);
+    names   name[];
+    numbers smallint[];
+BEGIN
+    SELECT array_agg(a.attname ORDER BY k.n), array_agg(a.attnum ORDER BY k.n) INTO names, numbers
+    FROM unnest(named, source.key_numbers) WITH ORDINALITY AS k (named, was, n)
+    JOIN pg_attribute AS a ON a.attrelid = source.source_table AND a.attnum = coalesce(k.named, k.was) AND NOT a.attisdropped;
+    IF numbers = source.key_numbers AND names = source.key_columns OR cardinality(names) IS DISTINCT FROM cardinality(named) THEN
+        RETURN source;  -- one that was dropped is told of where the key is needed
+    END IF;
+    PERFORM tbl_repl._find_key(source.source_table, names);
+    UPDATE tbl_repl.source AS s SET key_columns = names, key_numbers = numbers
+    WHERE s.source_id = _follow_keys.source.source_id RETURNING s.* INTO source;
+    RETURN source;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._follow_keys(tbl_repl.source) IS 'finds key columns that have been renamed';
 
 -- What capture has kept of old rows meant something under the policy it was kept for: under another one the queued
 -- changes are shipped without it, whatever is there.  Nobody writes the table now.
