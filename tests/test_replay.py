@@ -360,6 +360,20 @@ def test_a_dead_server_does_not_turn_away_the_writers_of_others(trio: Pair) -> N
     assert trio.pending(hung) == 0
 
 
+def test_rows_are_counted_where_they_were_shipped_to(pair: Pair) -> None:
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY); CREATE TABLE u (id integer PRIMARY KEY REFERENCES t)")
+    for table in "tu":
+        pair.add_target(table, mode="async")
+    pair.source.sql(
+        "INSERT INTO t SELECT generate_series(1, 3000); INSERT INTO u SELECT generate_series(1, 20)"
+    )
+    pair.drain()
+    assert pair.source.sql("SELECT rows_shipped FROM tbl_repl.target_status ORDER BY target_id") == [
+        (3000,),
+        (20,),
+    ]
+
+
 def test_two_async_targets_go_on_at_their_own_pace(trio: Pair) -> None:
     trio.both("CREATE TABLE t (id integer PRIMARY KEY, v text)")
     assert trio.third

@@ -879,10 +879,10 @@ BEGIN
         PERFORM tbl_repl._connect_alive(_apply.target_id, conn, clock_timestamp() + timeout * 2);
         BEGIN
             -- twice the timeout: it bounds each statement there, and a message may hold two
-            shipped := tbl_repl._stream_any_way(conn, loads, false, timeout * 2, variants);
+            by_target := tbl_repl._stream_any_way(conn, loads, false, timeout * 2, variants);
             committing := true;
             PERFORM tbl_repl._commit(conn, timeout);
-            SELECT jsonb_object_agg(l.target_id, shipped / cardinality(loads)) INTO by_target FROM unnest(loads) AS l;
+            shipped := (SELECT sum(n::bigint) FROM jsonb_each_text(by_target) AS c (target_id, n));
             PERFORM tbl_repl._release(loads, '{}');
             RETURN;
         EXCEPTION WHEN query_canceled OR OTHERS THEN
@@ -1043,8 +1043,7 @@ BEGIN
         END LOOP;
         CLOSE portal;
         shipped := shipped + counted;
-        by_target := jsonb_set(by_target, ARRAY[item.target_id::text],
-                               to_jsonb(counted + coalesce((by_target ->> item.target_id::text)::bigint, 0)));
+        by_target := tbl_repl._add_count(by_target, item.target_id, counted);
     END LOOP;
     -- What failed because of another row (a parent not there yet, a value not yet given up) may do now.
     LOOP
@@ -1060,8 +1059,7 @@ BEGIN
             counted := cardinality(item.keys) - cardinality(rejected);
             progress := progress OR counted > 0;
             shipped := shipped + counted;
-            by_target := jsonb_set(by_target, ARRAY[item.target_id::text],
-                                   to_jsonb(counted + coalesce((by_target ->> item.target_id::text)::bigint, 0)));
+            by_target := tbl_repl._add_count(by_target, item.target_id, counted);
             left_bad := left_bad || rejected;
         END LOOP;
         poison := left_bad;

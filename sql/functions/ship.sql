@@ -1163,7 +1163,7 @@ DECLARE
     done         text[] := '{}';
     failed       integer[] := '{}';
     loads        tbl_repl.load[];
-    shipped      bigint;
+    shipped      jsonb;
     receipts     jsonb;
     error_text   text;
     error_detail text;
@@ -1229,7 +1229,7 @@ BEGIN
                     PERFORM tbl_repl._commit(lane.conn, patience);
                 END IF;
                 FOREACH parcel IN ARRAY lane.parcels LOOP
-                    PERFORM tbl_repl._count_shipped(parcel.target_id, CASE WHEN parcel.target_id = lane.target_id THEN shipped ELSE 0 END,
+                    PERFORM tbl_repl._count_shipped(parcel.target_id, coalesce((shipped ->> parcel.target_id::text)::bigint, 0),
                                                     coalesce((receipts ->> parcel.target_id::text)::integer, 0));
                 END LOOP;
             EXCEPTION WHEN query_canceled OR OTHERS THEN

@@ -138,10 +138,10 @@ LANGUAGE sql STABLE
 SET search_path = pg_catalog, pg_temp
 AS $function$
     SELECT CASE WHEN cardinality(loads) = 1 AND variant = 'deletes first'
-        THEN format('SELECT concat_ws(''; '', %L, r.deletes, r.upserts) AS statement, r.rows::bigint AS rows FROM (%s) AS c CROSS JOIN LATERAL tbl_repl.render_%s(c.keys, %L, %L, ''plain'') AS r',
-                    tbl_repl._set_origin(loads[1].origin), loads[1].chunks, loads[1].target_id, mine, loads[1].absent)
+        THEN format('SELECT concat_ws(''; '', %L, r.deletes, r.upserts) AS statement, r.rows::bigint AS rows, %s AS target_id FROM (%s) AS c CROSS JOIN LATERAL tbl_repl.render_%s(c.keys, %L, %L, ''plain'') AS r',
+                    tbl_repl._set_origin(loads[1].origin), loads[1].target_id, loads[1].chunks, loads[1].target_id, mine, loads[1].absent)
         ELSE (
-            SELECT string_agg(format('(SELECT CASE WHEN r.%1$I <> '''' THEN concat_ws(''; '', %2$L, r.%1$I) END AS statement, %3$s AS rows FROM (%4$s) AS c CROSS JOIN LATERAL tbl_repl.render_%5$s(c.keys, %6$L, %7$L, %8$L) AS r)',
+            SELECT string_agg(format('(SELECT CASE WHEN r.%1$I <> '''' THEN concat_ws(''; '', %2$L, r.%1$I) END AS statement, %3$s AS rows, %5$s AS target_id FROM (%4$s) AS c CROSS JOIN LATERAL tbl_repl.render_%5$s(c.keys, %6$L, %7$L, %8$L) AS r)',
                                      step.part,
                                      -- who comes after another origin says its own
                                      tbl_repl._set_origin(CASE WHEN EXISTS (SELECT FROM unnest(loads) AS o WHERE o.origin IS NOT NULL)
@@ -178,7 +178,7 @@ COMMENT ON FUNCTION tbl_repl._open_stream(tbl_repl.load[], boolean, text) IS
     'a cursor over the statements of a remote transaction';
 
 -- _stream(conn, loads, mine, timeout, variant, variants): begins a remote transaction and sends everything; does not
--- commit.  Returns the number of keys.  Errors: the target's; the caller ends the connection.
+-- commit.  Returns the number of keys, {"target_id": keys}.  Errors: the target's; the caller ends the connection.
 --   variants: a cursor that has for each variant, in turn, a cursor over its statements, all in one snapshot;
 --             NULL: read now.
 -- A cancel takes effect at once: nothing of this is committed.
@@ -190,7 +190,7 @@ CREATE OR REPLACE FUNCTION tbl_repl._stream(
     variant text,
     variants refcursor
 )
-RETURNS bigint
+RETURNS jsonb
 LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp
 AS $function$
@@ -199,7 +199,8 @@ DECLARE
     opened    text;
     statement text;
     rows      bigint;
-    total     bigint := 0;
+    target_id integer;
+    counts    jsonb := '{}';
     in_flight boolean := true;
 BEGIN
     PERFORM tbl_repl._send(conn, 'BEGIN; SET CONSTRAINTS ALL DEFERRED');
@@ -215,9 +216,9 @@ BEGIN
         FETCH variants INTO opened, portal;
     END LOOP;
     LOOP
-        FETCH portal INTO statement, rows;
+        FETCH portal INTO statement, rows, target_id;
         EXIT WHEN NOT FOUND;
-        total := total + rows;
+        counts := tbl_repl._add_count(counts, target_id, rows);
         CONTINUE WHEN coalesce(statement, '') = '';
         IF in_flight THEN
             PERFORM tbl_repl._receive(conn, clock_timestamp() + timeout, false, true);
@@ -229,11 +230,17 @@ BEGIN
     IF in_flight THEN
         PERFORM tbl_repl._receive(conn, clock_timestamp() + timeout, false, true);
     END IF;
-    RETURN total;
+    RETURN counts;
 END
 $function$;
 COMMENT ON FUNCTION tbl_repl._stream(text, tbl_repl.load[], boolean, interval, text, refcursor) IS
     'sends the state of many keys in one remote transaction, without committing it';
+
+CREATE OR REPLACE FUNCTION tbl_repl._add_count(counts jsonb, target_id integer, rows bigint)
+RETURNS jsonb
+LANGUAGE sql IMMUTABLE
+RETURN jsonb_set(counts, ARRAY[target_id::text], to_jsonb(coalesce((counts ->> target_id::text)::bigint, 0) + rows));
+COMMENT ON FUNCTION tbl_repl._add_count(jsonb, integer, bigint) IS 'adds to {"target_id": rows}';
 
 -- All tables in one command, so that foreign keys between them do not matter; rows are deleted where a
 -- foreign key from elsewhere does.
@@ -274,13 +281,13 @@ CREATE OR REPLACE FUNCTION tbl_repl._stream_any_way(
     timeout interval,
     variants refcursor DEFAULT NULL
 )
-RETURNS bigint
+RETURNS jsonb
 LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp
 AS $function$
 DECLARE
     variant      text := 'deletes first';
-    rows         bigint;
+    counts       jsonb;
     code         text;
     first_code   text;
     first_text   text;
@@ -289,11 +296,11 @@ DECLARE
 BEGIN
     LOOP
         BEGIN
-            rows := tbl_repl._stream(conn, loads, mine, timeout, variant, variants);
+            counts := tbl_repl._stream(conn, loads, mine, timeout, variant, variants);
             -- what is deferred on the target has to be found out while it can still be done another way
             PERFORM tbl_repl._send(conn, 'SET CONSTRAINTS ALL IMMEDIATE');
             PERFORM tbl_repl._receive(conn, clock_timestamp() + timeout, false, true);
-            RETURN rows;
+            RETURN counts;
         EXCEPTION WHEN foreign_key_violation OR unique_violation THEN
             code := SQLSTATE;
             IF first_code IS NULL THEN
