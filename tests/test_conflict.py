@@ -218,6 +218,30 @@ def test_a_row_in_quarantine_is_no_conflict_once_it_fits(two: Pair, policy: str)
         two.assert_same("t")
 
 
+@pytest.mark.parametrize("mode", ["tolerant", "async"])
+def test_error_does_not_bring_back_what_was_deleted_on_the_target(two: Pair, mode: str) -> None:
+    target = two.add_target("t", mode=mode, on_conflict="error")
+    two.source.sql("INSERT INTO t SELECT g, 'a', '2020-01-01' FROM generate_series(1, 3) g")
+    two.drain()
+    two.target.sql("DELETE FROM t")
+    two.source.sql("UPDATE t SET v = 'b'")
+    for _ in range(3):
+        two.drain()
+        assert two.target.rows("t") == []
+        messages = [row[0] for row in two.source.sql("SELECT message FROM tbl_repl.quarantine")]
+        assert len(messages) == 3 and all("update_missing" in message for message in messages)
+    two.source.sql("DELETE FROM t WHERE id = 1; UPDATE t SET v = 'c' WHERE id = 2")
+    two.drain()
+    assert two.source.sql("SELECT key FROM tbl_repl.quarantine ORDER BY key::text") == [
+        ({"id": 2},),
+        ({"id": 3},),
+    ]
+    two.call("repair_target", target_id=target)
+    two.drain()
+    two.assert_same("t")
+    assert two.source.sql("SELECT * FROM tbl_repl.quarantine") == []
+
+
 @pytest.mark.parametrize("new", ["keep", "error", "newest"])
 @pytest.mark.parametrize("old", ["overwrite", "keep", "newest"])
 def test_the_policy_changes_while_changes_are_queued(two: Pair, old: str, new: str) -> None:

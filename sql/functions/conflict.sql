@@ -385,7 +385,7 @@ COMMENT ON FUNCTION tbl_repl._send_back(regclass, text[]) IS
 -- _expected(target_id, keys): for keep and error: digests of what the source has known on the target, '' for no row,
 -- as kept by the changes that are being shipped, or in quarantine; NULL: whatever is there, for rows that a person has
 -- queued.  Keys that are not queued (a copy) are expected to be absent.  Who deletes a row there that was in conflict
--- settles it.
+-- settles it; not so where the conflict was that it had been deleted, which the message says.
 -- SECURITY DEFINER: render_N runs as the target's owner.
 CREATE OR REPLACE FUNCTION tbl_repl._expected(target_id integer, keys text[])
 RETURNS TABLE (key text, digests text[])
@@ -410,7 +410,7 @@ BEGIN
                 UNION ALL
                 SELECT true, q.key, d.digest
                 FROM tbl_repl.quarantined AS q
-                LEFT JOIN LATERAL unnest(CASE WHEN q.sqlstate = '23000' AND q.expected IS NOT NULL THEN array_append(q.expected, '') ELSE q.expected END) AS d (digest) ON true
+                LEFT JOIN LATERAL unnest(CASE WHEN q.sqlstate = '23000' AND q.message NOT LIKE 'conflict update_missing %%' AND q.expected IS NOT NULL THEN array_append(q.expected, '') ELSE q.expected END) AS d (digest) ON true
                 WHERE q.target_id = %s AND q.key = ANY ($1)) AS x ON x.key = u.key
             GROUP BY u.key$query$, tbl_repl._pending_from(t, tbl_repl._position(t.target_id)), t.source_id, t.target_id)
         FROM tbl_repl.target AS t WHERE t.target_id = _expected.target_id)
@@ -707,7 +707,8 @@ BEGIN
                     ERRCODE = 'integrity_constraint_violation',
                     MESSAGE = format('conflict %s on table %s, key %s: sent %s, found %s', rtrim(kind, '!'), local_table, item.key_values,
                                      coalesce(format('(%s)', item.row_text), 'a deletion'), coalesce(format('(%s)', here.row_text), 'no row')),
-                    HINT    = 'Make the row the same on both sides, or delete it on the target, then replay.';
+                    HINT    = CASE kind WHEN 'update_missing!' THEN 'Delete the row on the source, too; or send it all the same: SELECT tbl_repl.repair_target(...); then replay.'
+                                   ELSE 'Make the row the same on both sides, or delete it on the target, then replay.' END;
             END IF;
         END IF;
         IF kind IS NOT NULL THEN
