@@ -344,6 +344,28 @@ def test_text_keys_that_sort_differently_on_the_two_sides(pair: Pair) -> None:
     ]
 
 
+@pytest.mark.parametrize("keys", [["''"], ["''", "'a'"], ["'b'", "''"]])
+@pytest.mark.parametrize("key_type", ["text", "label"])
+def test_an_empty_key_is_a_key_like_any_other(pair: Pair, key_type: str, keys: list[str]) -> None:
+    pair.both(f"CREATE TYPE label AS ENUM ('b', 'a', ''); CREATE TABLE t (id {key_type} PRIMARY KEY, v text)")
+    pair.source.sql("INSERT INTO t VALUES " + ", ".join(f"({key}, 'v')" for key in keys))
+    pair.source.sql("SET statement_timeout = '5 s'")
+    target = pair.add_target("t")
+    assert differences(pair, target) == in_pieces(pair, target, piece_rows=1) == []
+    pair.target.sql("UPDATE t SET v = 'x' WHERE id = ''")
+    assert differences(pair, target) == in_pieces(pair, target, piece_rows=1) == [("different", "")]
+    assert repaired(pair, target) == 1
+    pair.target.sql("DELETE FROM t")
+    assert len(differences(pair, target)) == len(in_pieces(pair, target, piece_rows=1)) == len(keys)
+    assert repaired(pair, target) == len(keys)
+    pair.source.sql("DELETE FROM t")
+    pair.drain()
+    pair.target.sql("INSERT INTO t VALUES ('')")
+    assert differences(pair, target) == in_pieces(pair, target) == [("extra_on_target", "")]
+    assert repaired(pair, target, delete_extra=True) == 1
+    assert pair.target.rows("t") == []
+
+
 def test_composite_keys_with_odd_values(pair: Pair) -> None:
     pair.both('CREATE TABLE t ("A key" text, d date, v text, PRIMARY KEY (d, "A key"))')
     pair.source.sql("SET datestyle = 'German'")
@@ -589,8 +611,9 @@ def test_an_extra_row_beside_one_that_goes_meanwhile_is_found(even: Pair) -> Non
 
 def test_ranges_that_follow_on_one_another_are_put_together() -> None:
     assert compare.joined({}) == []
-    ranges = {"c": "d", "": "a", "b": "c", "x": "y"}
-    assert sorted(compare.joined(ranges), key=str) == [("", "a"), ("b", "d"), ("x", "y")]
+    ranges: dict[str | None, str] = {"c": "d", None: "", "b": "c", "x": "y"}
+    assert sorted(compare.joined(ranges), key=str) == [("b", "d"), ("x", "y"), (None, "")]
+    assert compare.joined({"": "a", None: ""}) == [(None, "a")]
 
 
 def test_what_writers_do_meanwhile_is_no_difference(even: Pair) -> None:

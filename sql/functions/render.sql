@@ -335,7 +335,7 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._is_mine(xid) IS
     'whether a row version was written by this transaction or one of its subtransactions';
 
--- page_N(after, count): the next keys in key order that pass the target's filter, '' for the first page.
+-- page_N(after, count): the next keys in key order that pass the target's filter; NULL: from the start.
 CREATE OR REPLACE FUNCTION tbl_repl._page_sql(target_id integer)
 RETURNS text
 LANGUAGE sql STABLE
@@ -355,7 +355,7 @@ AS %L$sql$,
 #variable_conflict use_column
 BEGIN
     BEGIN
-        IF tbl_repl_after = '' THEN
+        IF tbl_repl_after IS NULL THEN
             RETURN (SELECT array_agg(x.tbl_repl_key) FROM (
                 SELECT %1$s AS tbl_repl_key FROM %2$s AS s WHERE %3$s ORDER BY %4$s LIMIT $2) AS x);
         END IF;
@@ -365,7 +365,7 @@ BEGIN
         RAISE;
     WHEN OTHERS THEN
         -- The filter fails on a row; on which is found out where the keys are shipped.
-        IF tbl_repl_after = '' THEN
+        IF tbl_repl_after IS NULL THEN
             RETURN (SELECT array_agg(x.tbl_repl_key) FROM (
                 SELECT %1$s AS tbl_repl_key FROM %2$s AS s ORDER BY %4$s LIMIT $2) AS x);
         END IF;

@@ -513,7 +513,7 @@ BEGIN
     INSERT INTO tbl_repl.progress (target_id, position) VALUES (target.target_id, pg_current_snapshot());
     INSERT INTO tbl_repl.target_state (target_id, status, system_identifier, copy_after)
     SELECT target.target_id, CASE initial_copy WHEN 'background' THEN 'copying' ELSE 'ok' END,
-           c.system_identifier, CASE initial_copy WHEN 'background' THEN '' END
+           c.system_identifier, CASE initial_copy WHEN 'background' THEN '{}'::text[] END
     FROM pg_control_system() AS c;
     PERFORM tbl_repl._rebuild_target(target.target_id);
     PERFORM tbl_repl._rebuild_capture(source.source_id);
@@ -974,7 +974,7 @@ DECLARE
     rendered record;
 BEGIN
     IF key IS NULL THEN
-        EXECUTE format('SELECT tbl_repl.page_%s('''', 1)', target_id) INTO keys;
+        EXECUTE format('SELECT tbl_repl.page_%s(NULL, 1)', target_id) INTO keys;
     ELSE
         SELECT ARRAY[tbl_repl._key_from_json(s.source_table, s.key_columns, key)] INTO keys
         FROM tbl_repl.source AS s WHERE s.source_id = target.source_id;
@@ -998,7 +998,7 @@ SET search_path = pg_catalog, pg_temp
 AS $function$
 DECLARE
     target tbl_repl.target%ROWTYPE := tbl_repl._own_target(target_id);
-    after  text := '';
+    after  text;
     page   text[];
     total  bigint := 0;
 BEGIN
