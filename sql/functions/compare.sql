@@ -383,9 +383,10 @@ BEGIN
         SELECT format('SELECT pg_catalog.json_build_object(''in_order'', %s, ''rows'', pg_catalog.count(x.h), ''digest'', pg_catalog.sum(x.h)::text) '
                       'FROM (SELECT pg_catalog.hashtextextended(ROW(%s)::text COLLATE "C", 0) AS h FROM %s AS d WHERE %s LIMIT %s) AS x',
                       CASE WHEN first_key IS NULL THEN 'true'
-                           ELSE format('(%s) < (%s)',
-                                       string_agg(format('%L::%s%s', first_key ->> (p.n - 1), p.type, ' COLLATE ' || (c.c ->> 'collation')), ', ' ORDER BY p.n),
-                                       string_agg(format('%L::%s%s', last_key ->> (p.n - 1), p.type, ' COLLATE ' || (c.c ->> 'collation')), ', ' ORDER BY p.n)) END,
+                           ELSE tbl_repl._comes_after(
+                               array_agg(format('%L::%s%s', last_key ->> (p.n - 1), p.type, ' COLLATE ' || (c.c ->> 'collation')) ORDER BY p.n),
+                               array_agg(p.equals ORDER BY p.n), array_agg(p.greater ORDER BY p.n),
+                               array_agg(format('%L::%s%s', first_key ->> (p.n - 1), p.type, ' COLLATE ' || (c.c ->> 'collation')) ORDER BY p.n)) END,
                       (SELECT string_agg(format('d.%I::text', n.name), ', ' ORDER BY n.n) FROM unnest(target.sent_columns) WITH ORDINALITY AS n (name, n)),
                       tbl_repl._dst_table(target), tbl_repl._target_range(target, first_key, last_key), rows + 1)
         FROM tbl_repl._dst_key_parts(target) AS p
@@ -599,13 +600,14 @@ LANGUAGE sql STABLE
 SET search_path = pg_catalog, pg_temp
 AS $function$
     SELECT concat_ws(' AND ',
-        CASE WHEN after IS NULL THEN string_agg(format('d.%I IS NOT NULL', p.name), ' AND ' ORDER BY p.n)
-             ELSE format('(%s) > (%s)', string_agg(format('d.%I', p.name), ', ' ORDER BY p.n),
-                         string_agg(format('%L::%s', after ->> (p.n - 1), p.type), ', ' ORDER BY p.n)) END,
-        CASE WHEN upto IS NOT NULL
-             THEN format('(%s) <= (%s)', string_agg(format('d.%I', p.name), ', ' ORDER BY p.n),
-                         string_agg(format('%L::%s', upto ->> (p.n - 1), p.type), ', ' ORDER BY p.n)) END)
-    FROM tbl_repl._dst_key_parts(target) AS p
+        CASE WHEN after IS NULL THEN (SELECT string_agg(format('%s IS NOT NULL', c), ' AND ' ORDER BY n) FROM unnest(k.columns) WITH ORDINALITY AS u (c, n))
+             ELSE format('(%s)', tbl_repl._comes_after(k.columns, k.equals, k.greater, k.afters)) END,
+        CASE WHEN upto IS NOT NULL THEN format('(%s)', tbl_repl._comes_until(k.columns, k.equals, k.greater, k.uptos)) END)
+    FROM (SELECT array_agg(format('d.%I', p.name) ORDER BY p.n) AS columns,
+                 array_agg(p.equals ORDER BY p.n) AS equals, array_agg(p.greater ORDER BY p.n) AS greater,
+                 array_agg(format('%L::%s', after ->> (p.n - 1), p.type) ORDER BY p.n) AS afters,
+                 array_agg(format('%L::%s', upto ->> (p.n - 1), p.type) ORDER BY p.n) AS uptos
+          FROM tbl_repl._dst_key_parts(target) AS p) AS k
 $function$;
 COMMENT ON FUNCTION tbl_repl._target_range(tbl_repl.target, jsonb, jsonb) IS 'SQL condition: a row of the target is between two keys';
 

@@ -53,11 +53,11 @@ COMMENT ON FUNCTION tbl_repl._upsert_parts(tbl_repl.target) IS
 
 -- What the remote side needs to find rows by key: type and operator of each of its key columns.
 CREATE OR REPLACE FUNCTION tbl_repl._dst_key_parts(target tbl_repl.target)
-RETURNS TABLE (n integer, name name, type text, equals text, by_text boolean)
+RETURNS TABLE (n integer, name name, type text, equals text, greater text, by_text boolean)
 LANGUAGE sql STABLE
 SET search_path = pg_catalog, pg_temp
 AS $function$
-    SELECT k.n::integer, k.name, c ->> 'type', coalesce(c ->> 'equals', 'OPERATOR(pg_catalog.=)'),
+    SELECT k.n::integer, k.name, c ->> 'type', coalesce(c ->> 'equals', 'OPERATOR(pg_catalog.=)'), coalesce(c ->> 'greater', 'OPERATOR(pg_catalog.>)'),
            coalesce(c ->> 'category' IN ('A', 'C'), false)
     FROM unnest(target.dst_keys) WITH ORDINALITY AS k (name, n)
     LEFT JOIN LATERAL (SELECT c FROM jsonb_array_elements(target.remote -> 'columns') AS c
@@ -65,7 +65,7 @@ AS $function$
     ORDER BY k.n
 $function$;
 COMMENT ON FUNCTION tbl_repl._dst_key_parts(tbl_repl.target) IS
-    'type and equality operator of the key columns on the target, in order';
+    'type and operators of the key columns on the target, in order';
 
 -- An SQL expression (run here, over the array variable called by keys_name) that gives the condition
 -- for rows d of the target with one of these keys, and the clause it needs in FROM or USING.

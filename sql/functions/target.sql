@@ -205,20 +205,21 @@ BEGIN
                     'has_default', a.atthasdef OR a.attidentity <> '' OR t.typdefault IS NOT NULL,
                     'domain_of', (SELECT format('%%I.%%I', y.nspname, b.typname) FROM pg_namespace AS y WHERE t.typtype = 'd' AND y.oid = b.typnamespace),
                     'fuzzy', coalesce((SELECT NOT l.collisdeterministic FROM pg_collation AS l WHERE l.oid = a.attcollation), false),
-                    'equals', (SELECT format('OPERATOR(%%I.%%s)', n.nspname, o.oprname)
-                               FROM pg_opclass AS k
-                               JOIN pg_am AS m ON m.oid = k.opcmethod AND m.amname = 'btree'
-                               JOIN pg_amop AS p ON p.amopfamily = k.opcfamily AND p.amopstrategy = 3
-                                                AND p.amoplefttype = k.opcintype AND p.amoprighttype = k.opcintype
-                               JOIN pg_operator AS o ON o.oid = p.amopopr JOIN pg_namespace AS n ON n.oid = o.oprnamespace
-                               WHERE k.opcdefault AND k.opcintype = b.oid LIMIT 1)
-                    ) ORDER BY a.attnum)
+                    'equals', op.equals, 'greater', op.greater) ORDER BY a.attnum)
                 FROM pg_attribute AS a
                 JOIN pg_type AS t ON t.oid = a.atttypid
                 JOIN pg_type AS b ON b.oid = CASE WHEN t.typtype = 'd' THEN (
                     WITH RECURSIVE d AS (SELECT t.oid, t.typbasetype, t.typtype UNION ALL
                                          SELECT u.oid, u.typbasetype, u.typtype FROM d JOIN pg_type AS u ON u.oid = d.typbasetype WHERE d.typtype = 'd')
                     SELECT d.oid FROM d WHERE d.typtype <> 'd') ELSE t.oid END
+                CROSS JOIN LATERAL (
+                    SELECT max(format('OPERATOR(%%I.%%s)', n.nspname, o.oprname)) FILTER (WHERE p.amopstrategy = 3) AS equals,
+                           max(format('OPERATOR(%%I.%%s)', n.nspname, o.oprname)) FILTER (WHERE p.amopstrategy = 5) AS greater
+                    FROM pg_opclass AS k
+                    JOIN pg_am AS m ON m.oid = k.opcmethod AND m.amname = 'btree'
+                    JOIN pg_amop AS p ON p.amopfamily = k.opcfamily AND p.amoplefttype = k.opcintype AND p.amoprighttype = k.opcintype
+                    JOIN pg_operator AS o ON o.oid = p.amopopr JOIN pg_namespace AS n ON n.oid = o.oprnamespace
+                    WHERE k.opcdefault AND k.opcintype = b.oid) AS op
                 WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped),
             'keys', (SELECT coalesce(jsonb_agg(k.columns), '[]') FROM pg_index AS i CROSS JOIN LATERAL (
                         SELECT jsonb_agg(a.attname ORDER BY n) AS columns FROM generate_series(0, i.indnkeyatts - 1) AS n
