@@ -344,6 +344,63 @@ def test_text_keys_that_sort_differently_on_the_two_sides(pair: Pair) -> None:
     ]
 
 
+@pytest.mark.parametrize("keys", [["''"], ["''", "'a'"], ["'b'", "''"]])
+@pytest.mark.parametrize("key_type", ["text", "label"])
+def test_an_empty_key_is_a_key_like_any_other(pair: Pair, key_type: str, keys: list[str]) -> None:
+    pair.both(f"CREATE TYPE label AS ENUM ('b', 'a', ''); CREATE TABLE t (id {key_type} PRIMARY KEY, v text)")
+    pair.source.sql("INSERT INTO t VALUES " + ", ".join(f"({key}, 'v')" for key in keys))
+    pair.source.sql("SET statement_timeout = '5 s'")
+    target = pair.add_target("t")
+    assert differences(pair, target) == in_pieces(pair, target, piece_rows=1) == []
+    pair.target.sql("UPDATE t SET v = 'x' WHERE id = ''")
+    assert differences(pair, target) == in_pieces(pair, target, piece_rows=1) == [("different", "")]
+    assert repaired(pair, target) == 1
+    pair.target.sql("DELETE FROM t")
+    assert len(differences(pair, target)) == len(in_pieces(pair, target, piece_rows=1)) == len(keys)
+    assert repaired(pair, target) == len(keys)
+    pair.source.sql("DELETE FROM t")
+    pair.drain()
+    pair.target.sql("INSERT INTO t VALUES ('')")
+    assert differences(pair, target) == in_pieces(pair, target) == [("extra_on_target", "")]
+    assert repaired(pair, target, delete_extra=True) == 1
+    assert pair.target.rows("t") == []
+
+
+# Types whose operators the search_path does not lead to, and not by the names that row comparisons use: the extension,
+# two values in their order, one that only the target has.
+FAR_TYPES = {
+    "ltree": ("a.b", "a.c", "a.d"),
+    "hstore": ('"a"=>"1"', '"a"=>"2"', '"a"=>"3"'),
+    "citext": ("a", "B", "c"),
+}
+
+
+@pytest.mark.parametrize("key", ["id", "id, n", "n, id"])
+@pytest.mark.parametrize("name", FAR_TYPES)
+def test_keys_of_types_that_the_search_path_does_not_reach(pair: Pair, name: str, key: str) -> None:
+    """On the target in another schema than on the source."""
+    one, two, extra = FAR_TYPES[name]
+    for node, schema in ((pair.source, "far"), (pair.target, "farther")):
+        if not node.one("SELECT count(*) FROM pg_available_extensions WHERE name = %s", [name]):
+            pytest.skip(f"this server has no {name}")
+        node.admin(
+            f"CREATE SCHEMA {schema}; CREATE EXTENSION {name} SCHEMA {schema}; GRANT USAGE ON SCHEMA {schema} TO PUBLIC"
+        )
+        node.sql(f"CREATE TABLE t (id {schema}.{name}, n integer DEFAULT 1, v text, PRIMARY KEY ({key}))")
+    pair.source.sql("INSERT INTO t VALUES (%s, 1, 'v'), (%s, 1, 'v')", [one, two])
+    target = pair.add_target("t")
+    assert differences(pair, target) == in_pieces(pair, target, piece_rows=1) == []
+    facts = pair.source.sql("SELECT is_equal, in_order FROM tbl_repl._compare_rows(%s, NULL, NULL)", [target])
+    assert facts == [(True, True)]
+    pair.target.sql("INSERT INTO t VALUES (%s, 1, 'v')", [extra])
+    pair.target.sql(f"UPDATE t SET v = 'x' WHERE id::text = '{one}'; DELETE FROM t WHERE id::text = '{two}'")
+    words = ["different", "extra_on_target", "missing_on_target"]
+    assert [word for word, _ in differences(pair, target)] == words
+    assert [word for word, _ in in_pieces(pair, target, piece_rows=1)] == words
+    assert repaired(pair, target, delete_extra=True) == 3
+    assert pair.target.rows("t") == pair.source.rows("t")
+
+
 def test_composite_keys_with_odd_values(pair: Pair) -> None:
     pair.both('CREATE TABLE t ("A key" text, d date, v text, PRIMARY KEY (d, "A key"))')
     pair.source.sql("SET datestyle = 'German'")
@@ -589,8 +646,9 @@ def test_an_extra_row_beside_one_that_goes_meanwhile_is_found(even: Pair) -> Non
 
 def test_ranges_that_follow_on_one_another_are_put_together() -> None:
     assert compare.joined({}) == []
-    ranges = {"c": "d", "": "a", "b": "c", "x": "y"}
-    assert sorted(compare.joined(ranges), key=str) == [("", "a"), ("b", "d"), ("x", "y")]
+    ranges: dict[str | None, str] = {"c": "d", None: "", "b": "c", "x": "y"}
+    assert sorted(compare.joined(ranges), key=str) == [("b", "d"), ("x", "y"), (None, "")]
+    assert compare.joined({"": "a", None: ""}) == [(None, "a")]
 
 
 def test_what_writers_do_meanwhile_is_no_difference(even: Pair) -> None:

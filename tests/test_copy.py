@@ -144,6 +144,34 @@ def test_a_killed_copy_can_be_repeated(filled: Pair) -> None:
     filled.assert_same("item")
 
 
+@pytest.mark.parametrize("background", [False, True])
+def test_a_piece_may_end_at_an_empty_key(pair: Pair, background: bool) -> None:
+    pair.both("CREATE TABLE t (id text PRIMARY KEY, v text)")
+    pair.source.sql("INSERT INTO t VALUES ('', 'v'), ('a', 'v')")
+    target = pair.add_target("t", initial_copy="background" if background else "none")
+    if background:
+        assert pair.source.one("SELECT tbl_repl.replay(%s, 1)", [pair.server]) == 1
+    said = run(pair, "copy", str(target), "--piece-rows", "1", "--jobs", "2", "--json")
+    assert said.returncode == 0, said.stderr
+    assert json.loads(said.stdout)["rows"] == (1 if background else 2)
+    pair.drain()
+    pair.assert_same("t")
+
+
+def test_replay_goes_on_with_a_copy_whose_pieces_it_takes_over(pair: Pair) -> None:
+    """The first piece begins before the first key, the second one at the key '': neither is done."""
+    pair.both("CREATE TABLE t (id text PRIMARY KEY, v text)")
+    pair.source.sql("INSERT INTO t VALUES ('', 'v'), ('a', 'v')")
+    for done in (0, 1):
+        target = pair.add_target("t", initial_copy="background")
+        assert pair.source.one("SELECT tbl_repl._copy_begin(%s, 1, true)", [target]) == 2
+        pair.source.sql("UPDATE tbl_repl.piece SET state = 'done' WHERE n <= %s", [done])
+        pair.drain()
+        assert pair.target.sql("SELECT id FROM t ORDER BY id") == [("",), ("a",)][done:]
+        pair.call("drop_target", target_id=target)
+        pair.target.sql("TRUNCATE t")
+
+
 def test_an_unknown_target_is_a_problem(filled: Pair) -> None:
     said = run(filled, "copy", "99")
     assert said.returncode == 1

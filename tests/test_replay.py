@@ -712,6 +712,41 @@ def test_a_background_copy_ends_in_every_mode(pair: Pair, mode: str, rows: int) 
     pair.assert_same("t")
 
 
+# What ends a page there: keys whose text is empty, the only one, the first one or the last one.
+EMPTY_KEYS = {
+    "text": ("text", ["''"]),
+    "text, more": ("text", ["''", "'a'", "'b'"]),
+    "varchar": ("varchar(5)", ["''"]),
+    "varbit": ("varbit", ["''", "'1'"]),
+    "enum": ("label", ["'b'", "''"]),
+}
+
+
+@pytest.mark.parametrize("name", EMPTY_KEYS)
+@pytest.mark.parametrize("rows", [1, 2, 100])
+def test_a_background_copy_ends_where_a_page_ends_at_an_empty_key(pair: Pair, name: str, rows: int) -> None:
+    key_type, keys = EMPTY_KEYS[name]
+    pair.both(f"CREATE TYPE label AS ENUM ('b', 'a', ''); CREATE TABLE t (id {key_type} PRIMARY KEY, v text)")
+    pair.source.sql("INSERT INTO t VALUES " + ", ".join(f"({key}, 'v')" for key in keys))
+    target_id = pair.add_target("t", initial_copy="background")
+    assert sum(replay(pair, max_rows=rows) for _ in range(8)) <= len(keys) + 1
+    assert replay(pair, max_rows=rows) == 0
+    assert pair.status(target_id) == "ok"
+    pair.assert_same("t")
+
+
+@pytest.mark.parametrize("name", EMPTY_KEYS)
+def test_resync_ends_where_a_page_ends_at_an_empty_key(pair: Pair, name: str) -> None:
+    key_type, keys = EMPTY_KEYS[name]
+    pair.both(f"CREATE TYPE label AS ENUM ('b', 'a', ''); CREATE TABLE t (id {key_type} PRIMARY KEY, v text)")
+    pair.source.sql("INSERT INTO t VALUES " + ", ".join(f"({key}, 'v')" for key in keys))
+    target_id = pair.add_target("t", initial_copy="none")
+    pair.source.sql("SET statement_timeout = '5 s'")
+    assert pair.call("resync_target", target_id=target_id) == len(keys)
+    pair.drain()
+    pair.assert_same("t")
+
+
 def test_a_background_copy_survives_a_cut_line(pair: Pair, proxy: Proxy) -> None:
     pair.both("CREATE TABLE t (id integer PRIMARY KEY, v text)")
     pair.source.sql("INSERT INTO t SELECT g, 'x' FROM generate_series(1, 1000) g")

@@ -264,7 +264,7 @@ def test_a_writer_needs_and_has_no_right_on_anything_of_ours(victim: Pair) -> No
         "TABLE tbl_repl.target_status",
         "SELECT tbl_repl.replay()",
         "SELECT tbl_repl.render_1('{1}', false, true, 'plain')",
-        "SELECT tbl_repl.page_1('', 10)",
+        "SELECT tbl_repl.page_1(NULL, 10)",
         "SELECT tbl_repl.connect_1('x', now(), now())",
         "INSERT INTO tbl_repl.change DEFAULT VALUES",
         "CREATE TEMP TABLE x (id integer); CREATE TRIGGER x AFTER INSERT ON x EXECUTE FUNCTION tbl_repl.capture_1()",

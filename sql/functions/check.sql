@@ -224,7 +224,7 @@ BEGIN
         THEN
             -- as the owner, on no row: whether every expression still means something
             BEGIN
-                EXECUTE format('SELECT tbl_repl.page_%s('''', 0)', target.target_id);
+                EXECUTE format('SELECT tbl_repl.page_%s(NULL, 0)', target.target_id);
                 EXECUTE format('SELECT tbl_repl.render_%s(''{}'', false, true, ''plain'')', target.target_id);
             EXCEPTION WHEN OTHERS THEN
                 failing := SQLERRM;

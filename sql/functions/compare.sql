@@ -102,13 +102,13 @@ SET search_path = pg_catalog, pg_temp
 AS $function$
 DECLARE
     chunk   record;
-    last    text := '';
+    last    text;
     ordered boolean := true;
     afters  text[] := '{}';
     uptos   text[] := '{}';
 BEGIN
     PERFORM tbl_repl._compare_begin(target_id);
-    FOR chunk IN SELECT r.* FROM tbl_repl._compare_rows(target_id, '', NULL) AS r LOOP
+    FOR chunk IN SELECT r.* FROM tbl_repl._compare_rows(target_id, NULL, NULL) AS r LOOP
         RETURN QUERY SELECT d ->> 'difference', d ->> 'key_text', d -> 'key' FROM jsonb_array_elements(chunk.differences) AS d;
         ordered := ordered AND chunk.in_order;
         IF NOT chunk.is_equal AND ordered THEN
@@ -124,7 +124,7 @@ BEGIN
     IF NOT ordered THEN
         afters := '{}';
         uptos := '{}';
-        last := '';
+        last := NULL;
     END IF;
     RETURN QUERY
         SELECT 'extra_on_target', e.key_text, e.key
@@ -180,7 +180,7 @@ END
 $function$;
 COMMENT ON FUNCTION tbl_repl._compare_piece(integer, text, integer) IS 'the last key of the next piece to compare';
 
--- _compare_rows(target_id, start, finish): the first pass over the source's keys after one ('': from the start) and up to
+-- _compare_rows(target_id, start, finish): the first pass over the source's keys after one (NULL: from the start) and up to
 -- another (NULL: to the end).  A row for each chunk: its bounds; is_equal: there is no difference at all between them,
 -- also no row that only the target has; in_order: its bounds ascend on the target too.
 CREATE OR REPLACE FUNCTION tbl_repl._compare_rows(target_id integer, start text, finish text)
@@ -215,7 +215,7 @@ BEGIN
         after := last;
         IF here.keys IS NULL THEN
             -- the last row has gone meanwhile: what the target has after it would be left out
-            IF last <> finish THEN
+            IF finish IS NOT NULL AND last IS DISTINCT FROM finish THEN
                 upto := finish;
                 rows := 0;
                 differences := '[]';
@@ -273,7 +273,7 @@ DECLARE
     shape    jsonb;
     chunk    integer;
     listed   jsonb;
-    last_key jsonb := CASE WHEN after <> '' THEN tbl_repl._key_list(cardinality(target.dst_keys), ARRAY[after]) -> 0 END;
+    last_key jsonb := CASE WHEN after IS NOT NULL THEN tbl_repl._key_list(cardinality(target.dst_keys), ARRAY[after]) -> 0 END;
     end_key  jsonb := tbl_repl._key_list(cardinality(target.dst_keys), ARRAY[upto]) -> 0;
 BEGIN
     IF NOT 'delete' = ANY (target.operations) THEN
@@ -337,7 +337,7 @@ AS %L$sql$,
         UNION ALL SELECT p.type_id FROM tbl_repl._key_parts(s.source_table, s.key_columns) AS p) AS x) AS y
     CROSS JOIN LATERAL (SELECT format($body$
 DECLARE
-    bounds text := concat(CASE WHEN tbl_repl_after <> '' THEN %1$L END, CASE WHEN tbl_repl_upto IS NOT NULL THEN %2$L END, %3$L);
+    bounds text := concat(CASE WHEN tbl_repl_after IS NOT NULL THEN %1$L END, CASE WHEN tbl_repl_upto IS NOT NULL THEN %2$L END, %3$L);
 BEGIN
     EXECUTE concat(%4$L, bounds, ') AS x') INTO keys, digest USING tbl_repl_after, tbl_repl_upto, tbl_repl_count;
 EXCEPTION WHEN OTHERS THEN
@@ -374,7 +374,7 @@ LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp
 AS $function$
 DECLARE
-    first_key jsonb := CASE WHEN after <> '' THEN tbl_repl._key_list(cardinality(target.dst_keys), ARRAY[after]) -> 0 END;
+    first_key jsonb := CASE WHEN after IS NOT NULL THEN tbl_repl._key_list(cardinality(target.dst_keys), ARRAY[after]) -> 0 END;
     last_key  jsonb := tbl_repl._key_list(cardinality(target.dst_keys), ARRAY[upto]) -> 0;
 BEGIN
     IF NOT coalesce((shape -> 0 ->> 'indexed')::boolean, false) THEN
@@ -384,9 +384,10 @@ BEGIN
         SELECT format('SELECT pg_catalog.json_build_object(''in_order'', %s, ''rows'', pg_catalog.count(x.h), ''digest'', pg_catalog.sum(x.h)::text) '
                       'FROM (SELECT pg_catalog.hashtextextended(ROW(%s)::text COLLATE "C", 0) AS h FROM %s AS d WHERE %s LIMIT %s) AS x',
                       CASE WHEN first_key IS NULL THEN 'true'
-                           ELSE format('(%s) < (%s)',
-                                       string_agg(format('%L::%s%s', first_key ->> (p.n - 1), p.type, ' COLLATE ' || (c.c ->> 'collation')), ', ' ORDER BY p.n),
-                                       string_agg(format('%L::%s%s', last_key ->> (p.n - 1), p.type, ' COLLATE ' || (c.c ->> 'collation')), ', ' ORDER BY p.n)) END,
+                           ELSE tbl_repl._comes_after(
+                               array_agg(format('%L::%s%s', last_key ->> (p.n - 1), p.type, ' COLLATE ' || (c.c ->> 'collation')) ORDER BY p.n),
+                               array_agg(p.equals ORDER BY p.n), array_agg(p.greater ORDER BY p.n),
+                               array_agg(format('%L::%s%s', first_key ->> (p.n - 1), p.type, ' COLLATE ' || (c.c ->> 'collation')) ORDER BY p.n)) END,
                       (SELECT string_agg(format('d.%I::text', n.name), ', ' ORDER BY n.n) FROM unnest(target.sent_columns) WITH ORDINALITY AS n (name, n)),
                       tbl_repl._dst_table(target), tbl_repl._target_range(target, first_key, last_key), rows + 1)
         FROM tbl_repl._dst_key_parts(target) AS p
@@ -600,13 +601,14 @@ LANGUAGE sql STABLE
 SET search_path = pg_catalog, pg_temp
 AS $function$
     SELECT concat_ws(' AND ',
-        CASE WHEN after IS NULL THEN string_agg(format('d.%I IS NOT NULL', p.name), ' AND ' ORDER BY p.n)
-             ELSE format('(%s) > (%s)', string_agg(format('d.%I', p.name), ', ' ORDER BY p.n),
-                         string_agg(format('%L::%s', after ->> (p.n - 1), p.type), ', ' ORDER BY p.n)) END,
-        CASE WHEN upto IS NOT NULL
-             THEN format('(%s) <= (%s)', string_agg(format('d.%I', p.name), ', ' ORDER BY p.n),
-                         string_agg(format('%L::%s', upto ->> (p.n - 1), p.type), ', ' ORDER BY p.n)) END)
-    FROM tbl_repl._dst_key_parts(target) AS p
+        CASE WHEN after IS NULL THEN (SELECT string_agg(format('%s IS NOT NULL', c), ' AND ' ORDER BY n) FROM unnest(k.columns) WITH ORDINALITY AS u (c, n))
+             ELSE format('(%s)', tbl_repl._comes_after(k.columns, k.equals, k.greater, k.afters)) END,
+        CASE WHEN upto IS NOT NULL THEN format('(%s)', tbl_repl._comes_until(k.columns, k.equals, k.greater, k.uptos)) END)
+    FROM (SELECT array_agg(format('d.%I', p.name) ORDER BY p.n) AS columns,
+                 array_agg(p.equals ORDER BY p.n) AS equals, array_agg(p.greater ORDER BY p.n) AS greater,
+                 array_agg(format('%L::%s', after ->> (p.n - 1), p.type) ORDER BY p.n) AS afters,
+                 array_agg(format('%L::%s', upto ->> (p.n - 1), p.type) ORDER BY p.n) AS uptos
+          FROM tbl_repl._dst_key_parts(target) AS p) AS k
 $function$;
 COMMENT ON FUNCTION tbl_repl._target_range(tbl_repl.target, jsonb, jsonb) IS 'SQL condition: a row of the target is between two keys';
 

@@ -47,7 +47,7 @@ BEGIN
     END IF;
     UPDATE tbl_repl.target_state AS st SET status = 'copying', copy_after = CASE WHEN background THEN st.copy_after END
     WHERE st.target_id = _copy_begin.target_id;
-    last := coalesce(state.copy_after, '');
+    last := state.copy_after[1];
     LOOP
         EXECUTE format('SELECT tbl_repl.page_%s($1, $2)', target_id) INTO page USING last, piece_rows;
         EXIT WHEN page IS NULL;
@@ -94,7 +94,7 @@ BEGIN
     rows_query := format('SELECT %s FROM %s AS s WHERE %s%s%s',
         tbl_repl._sent_list(target, is_binary), source.source_table,
         coalesce('(' || target.filter_expr || ')', 'true'),
-        CASE WHEN piece.after <> '' THEN format(' AND (%s)', tbl_repl._key_after(source.source_table, source.key_columns, quote_literal(piece.after))) END,
+        CASE WHEN piece.after IS NOT NULL THEN format(' AND (%s)', tbl_repl._key_after(source.source_table, source.key_columns, quote_literal(piece.after))) END,
         format(' AND (%s)', tbl_repl._key_until(source.source_table, source.key_columns, quote_literal(piece.upto))));
     stage := format('CREATE TEMP TABLE tbl_repl_rows ON COMMIT DROP AS SELECT %s FROM %s WITH NO DATA', dst_columns, dst_table);
     merge := format('%s SELECT %s FROM pg_temp.tbl_repl_rows%s', left(parts.head, length(parts.head) - length(' VALUES ')), dst_columns, parts.tail);
@@ -177,8 +177,8 @@ LANGUAGE sql VOLATILE
 SET search_path = pg_catalog, pg_temp
 AS $function$
     UPDATE tbl_repl.target_state AS st
-    SET copy_after = coalesce((SELECT p.after FROM tbl_repl.piece AS p WHERE p.target_id = st.target_id AND p.state <> 'done' ORDER BY p.n LIMIT 1),
-                              (SELECT p.upto FROM tbl_repl.piece AS p WHERE p.target_id = st.target_id ORDER BY p.n DESC LIMIT 1),
+    SET copy_after = coalesce((SELECT array_remove(ARRAY[p.after], NULL) FROM tbl_repl.piece AS p WHERE p.target_id = st.target_id AND p.state <> 'done' ORDER BY p.n LIMIT 1),
+                              (SELECT ARRAY[p.upto] FROM tbl_repl.piece AS p WHERE p.target_id = st.target_id ORDER BY p.n DESC LIMIT 1),
                               st.copy_after)
     WHERE st.target_id = _leave_to_replay.target_id AND st.copy_after IS NOT NULL;
     DELETE FROM tbl_repl.piece AS p WHERE p.target_id = _leave_to_replay.target_id

@@ -121,39 +121,65 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._key_match(regclass, name[]) IS
     'SQL condition: row s has the key u.tbl_repl_key';
 
--- A row comparison where an index can answer it; operators of other schemas cannot stand in one.
+-- Columns and bounds, both SQL expressions, in key order.  A row comparison where there can be one, for an index can
+-- answer it: it takes one operator for all columns.
+CREATE OR REPLACE FUNCTION tbl_repl._comes_after(
+    columns text[],
+    equals  text[],
+    greater text[],
+    bounds  text[]
+)
+RETURNS text
+LANGUAGE sql IMMUTABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT CASE WHEN greater[1] = ALL (greater)
+                THEN format('(%s) %s (%s)', array_to_string(columns, ', '), greater[1], array_to_string(bounds, ', '))
+                ELSE (SELECT string_agg(concat_ws(' AND ', (SELECT string_agg(format('%s %s %s', columns[e], equals[e], bounds[e]), ' AND ' ORDER BY e)
+                                                            FROM generate_series(1, n - 1) AS e),
+                                                  format('%s %s %s', columns[n], greater[n], bounds[n])), ' OR ' ORDER BY n)
+                      FROM generate_subscripts(columns, 1) AS n) END
+$function$;
+COMMENT ON FUNCTION tbl_repl._comes_after(text[], text[], text[], text[]) IS
+    'SQL condition: columns come after bounds, by the operators given';
+
+-- Its reverse, also as something that an index can answer.
+CREATE OR REPLACE FUNCTION tbl_repl._comes_until(
+    columns text[],
+    equals  text[],
+    greater text[],
+    bounds  text[]
+)
+RETURNS text
+LANGUAGE sql IMMUTABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT CASE WHEN 'OPERATOR(pg_catalog.>)' = ALL (greater)
+                THEN format('(%s) OPERATOR(pg_catalog.<=) (%s)', array_to_string(columns, ', '), array_to_string(bounds, ', '))
+                ELSE format('NOT (%s)', tbl_repl._comes_after(columns, equals, greater, bounds)) END
+$function$;
+COMMENT ON FUNCTION tbl_repl._comes_until(text[], text[], text[], text[]) IS
+    'SQL condition: columns do not come after bounds, by the operators given';
+
 CREATE OR REPLACE FUNCTION tbl_repl._key_after(source_table regclass, key_columns name[], key text DEFAULT '$1')
 RETURNS text
 LANGUAGE sql STABLE
 SET search_path = pg_catalog, pg_temp
 AS $function$
-    WITH part AS (
-        SELECT p.n, format('s.%I', p.name) AS name, p.equals, p.greater,
-               format('(%s)::%s', CASE WHEN cardinality(key_columns) = 1 THEN key
-                                       ELSE format('%s::json ->> %s', key, p.n - 1) END, p.type) AS value
-        FROM tbl_repl._key_parts(source_table, key_columns) AS p
-    )
-    SELECT CASE WHEN bool_and(p.greater = 'OPERATOR(pg_catalog.>)')
-                THEN format('(%s) > (%s)', string_agg(p.name, ', ' ORDER BY p.n), string_agg(p.value, ', ' ORDER BY p.n))
-                ELSE string_agg(concat_ws(' AND ', (SELECT string_agg(format('%s %s %s', e.name, e.equals, e.value), ' AND ' ORDER BY e.n)
-                                                    FROM part AS e WHERE e.n < p.n),
-                                          format('%s %s %s', p.name, p.greater, p.value)), ' OR ' ORDER BY p.n) END
-    FROM part AS p
+    SELECT tbl_repl._comes_after(array_agg(format('s.%I', p.name) ORDER BY p.n), array_agg(p.equals ORDER BY p.n), array_agg(p.greater ORDER BY p.n),
+                                 array_agg(format('(%s)::%s', CASE WHEN cardinality(key_columns) = 1 THEN key ELSE format('%s::json ->> %s', key, p.n - 1) END, p.type) ORDER BY p.n))
+    FROM tbl_repl._key_parts(source_table, key_columns) AS p
 $function$;
 COMMENT ON FUNCTION tbl_repl._key_after(regclass, name[], text) IS
     'SQL condition: row s comes after a key, given as an expression, in key order';
 
--- Its reverse, also as something that an index can answer.
 CREATE OR REPLACE FUNCTION tbl_repl._key_until(source_table regclass, key_columns name[], key text DEFAULT '$2')
 RETURNS text
 LANGUAGE sql STABLE
 SET search_path = pg_catalog, pg_temp
 AS $function$
-    SELECT CASE WHEN bool_and(p.greater = 'OPERATOR(pg_catalog.>)')
-                THEN format('(%s) <= (%s)', string_agg(format('s.%I', p.name), ', ' ORDER BY p.n),
-                            string_agg(format('(%s)::%s', CASE WHEN cardinality(key_columns) = 1 THEN key
-                                                               ELSE format('%s::json ->> %s', key, p.n - 1) END, p.type), ', ' ORDER BY p.n))
-                ELSE format('NOT (%s)', tbl_repl._key_after(source_table, key_columns, key)) END
+    SELECT tbl_repl._comes_until(array_agg(format('s.%I', p.name) ORDER BY p.n), array_agg(p.equals ORDER BY p.n), array_agg(p.greater ORDER BY p.n),
+                                 array_agg(format('(%s)::%s', CASE WHEN cardinality(key_columns) = 1 THEN key ELSE format('%s::json ->> %s', key, p.n - 1) END, p.type) ORDER BY p.n))
     FROM tbl_repl._key_parts(source_table, key_columns) AS p
 $function$;
 COMMENT ON FUNCTION tbl_repl._key_until(regclass, name[], text) IS

@@ -53,11 +53,11 @@ COMMENT ON FUNCTION tbl_repl._upsert_parts(tbl_repl.target) IS
 
 -- What the remote side needs to find rows by key: type and operator of each of its key columns.
 CREATE OR REPLACE FUNCTION tbl_repl._dst_key_parts(target tbl_repl.target)
-RETURNS TABLE (n integer, name name, type text, equals text, by_text boolean)
+RETURNS TABLE (n integer, name name, type text, equals text, greater text, by_text boolean)
 LANGUAGE sql STABLE
 SET search_path = pg_catalog, pg_temp
 AS $function$
-    SELECT k.n::integer, k.name, c ->> 'type', coalesce(c ->> 'equals', 'OPERATOR(pg_catalog.=)'),
+    SELECT k.n::integer, k.name, c ->> 'type', coalesce(c ->> 'equals', 'OPERATOR(pg_catalog.=)'), coalesce(c ->> 'greater', 'OPERATOR(pg_catalog.>)'),
            coalesce(c ->> 'category' IN ('A', 'C') OR c ->> 'type' ~ '^reg', false)
     FROM unnest(target.dst_keys) WITH ORDINALITY AS k (name, n)
     LEFT JOIN LATERAL (SELECT c FROM jsonb_array_elements(target.remote -> 'columns') AS c
@@ -65,7 +65,7 @@ AS $function$
     ORDER BY k.n
 $function$;
 COMMENT ON FUNCTION tbl_repl._dst_key_parts(tbl_repl.target) IS
-    'type and equality operator of the key columns on the target, in order';
+    'type and operators of the key columns on the target, in order';
 
 -- An SQL expression (run here, over the array variable called by keys_name) that gives the condition
 -- for rows d of the target with one of these keys, and the clause it needs in FROM or USING.
@@ -338,7 +338,7 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._is_mine(xid) IS
     'whether a row version was written by this transaction or one of its subtransactions';
 
--- page_N(after, count): the next keys in key order that pass the target's filter, '' for the first page.
+-- page_N(after, count): the next keys in key order that pass the target's filter; NULL: from the start.
 CREATE OR REPLACE FUNCTION tbl_repl._page_sql(target_id integer)
 RETURNS text
 LANGUAGE sql STABLE
@@ -359,7 +359,7 @@ AS %L$sql$,
 #variable_conflict use_column
 BEGIN
     BEGIN
-        IF tbl_repl_after = '' THEN
+        IF tbl_repl_after IS NULL THEN
             RETURN (SELECT array_agg(x.tbl_repl_key) FROM (
                 SELECT %1$s AS tbl_repl_key FROM %2$s AS s WHERE %3$s ORDER BY %4$s LIMIT $2) AS x);
         END IF;
@@ -369,7 +369,7 @@ BEGIN
         RAISE;
     WHEN OTHERS THEN
         -- The filter fails on a row; on which is found out where the keys are shipped.
-        IF tbl_repl_after = '' THEN
+        IF tbl_repl_after IS NULL THEN
             RETURN (SELECT array_agg(x.tbl_repl_key) FROM (
                 SELECT %1$s AS tbl_repl_key FROM %2$s AS s ORDER BY %4$s LIMIT $2) AS x);
         END IF;

@@ -505,7 +505,7 @@ BEGIN
                            JOIN tbl_repl.source AS so USING (source_id)
                            WHERE o.target_id = ANY (targets) AND os.copy_after IS NOT NULL)
     LOOP
-        EXECUTE format('SELECT tbl_repl.page_%s($1, $2)', item.target_id) INTO page USING item.copy_after, max_rows;
+        EXECUTE format('SELECT tbl_repl.page_%s($1, $2)', item.target_id) INTO page USING item.copy_after[1], max_rows;
         pages := jsonb_set(pages, ARRAY[item.target_id::text], to_jsonb(coalesce(page, '{}')));
         handled := handled + coalesce(cardinality(page), 0);
         IF page IS NOT NULL THEN
@@ -568,7 +568,7 @@ BEGIN
     FOR item IN SELECT p.key::integer AS target_id, jsonb_array_length(p.value) AS n, p.value ->> -1 AS last FROM jsonb_each(pages) AS p LOOP
         CONTINUE WHEN item.target_id = ANY (coalesce(failure.broken, '{}'));
         UPDATE tbl_repl.target_state AS st
-        SET copy_after = CASE WHEN item.n < max_rows THEN NULL ELSE item.last END,
+        SET copy_after = CASE WHEN item.n < max_rows THEN NULL ELSE ARRAY[item.last] END,
             rows_copied = st.rows_copied + item.n,
             status = CASE WHEN item.n < max_rows AND st.status = 'copying' THEN 'queueing' ELSE st.status END
         WHERE st.target_id = item.target_id;
@@ -769,7 +769,7 @@ BEGIN
     FOREACH target_id IN ARRAY targets LOOP
         BEGIN
             -- who owns the target may read the table, we may not
-            EXECUTE format('SELECT tbl_repl.page_%s('''', 0)', target_id);
+            EXECUTE format('SELECT tbl_repl.page_%s(NULL, 0)', target_id);
         EXCEPTION
             WHEN lock_not_available OR deadlock_detected THEN
                 locked := array_append(locked, target_id);

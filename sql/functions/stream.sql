@@ -49,7 +49,7 @@ BEGIN
                  AND NOT tbl_repl._truncates_by_key(target.target_id);
     IF truncated OR copies THEN
         RETURN QUERY SELECT target.target_id, source.fk_rank,
-            format('WITH RECURSIVE p (keys) AS (SELECT tbl_repl.page_%1$s('''', %2$s) UNION ALL '
+            format('WITH RECURSIVE p (keys) AS (SELECT tbl_repl.page_%1$s(NULL, %2$s) UNION ALL '
                    'SELECT tbl_repl.page_%1$s(p.keys[cardinality(p.keys)], %2$s) FROM p WHERE cardinality(p.keys) = %2$s) '
                    'SELECT p.keys FROM p WHERE p.keys IS NOT NULL',
                    target.target_id, tbl_repl._chunk_rows(source.source_table)),

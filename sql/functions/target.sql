@@ -205,20 +205,21 @@ BEGIN
                     'has_default', a.atthasdef OR a.attidentity <> '' OR t.typdefault IS NOT NULL,
                     'domain_of', (SELECT format('%%I.%%I', y.nspname, b.typname) FROM pg_namespace AS y WHERE t.typtype = 'd' AND y.oid = b.typnamespace),
                     'fuzzy', coalesce((SELECT NOT l.collisdeterministic FROM pg_collation AS l WHERE l.oid = a.attcollation), false),
-                    'equals', (SELECT format('OPERATOR(%%I.%%s)', n.nspname, o.oprname)
-                               FROM pg_opclass AS k
-                               JOIN pg_am AS m ON m.oid = k.opcmethod AND m.amname = 'btree'
-                               JOIN pg_amop AS p ON p.amopfamily = k.opcfamily AND p.amopstrategy = 3
-                                                AND p.amoplefttype = k.opcintype AND p.amoprighttype = k.opcintype
-                               JOIN pg_operator AS o ON o.oid = p.amopopr JOIN pg_namespace AS n ON n.oid = o.oprnamespace
-                               WHERE k.opcdefault AND k.opcintype = b.oid LIMIT 1)
-                    ) ORDER BY a.attnum)
+                    'equals', op.equals, 'greater', op.greater) ORDER BY a.attnum)
                 FROM pg_attribute AS a
                 JOIN pg_type AS t ON t.oid = a.atttypid
                 JOIN pg_type AS b ON b.oid = CASE WHEN t.typtype = 'd' THEN (
                     WITH RECURSIVE d AS (SELECT t.oid, t.typbasetype, t.typtype UNION ALL
                                          SELECT u.oid, u.typbasetype, u.typtype FROM d JOIN pg_type AS u ON u.oid = d.typbasetype WHERE d.typtype = 'd')
                     SELECT d.oid FROM d WHERE d.typtype <> 'd') ELSE t.oid END
+                CROSS JOIN LATERAL (
+                    SELECT max(format('OPERATOR(%%I.%%s)', n.nspname, o.oprname)) FILTER (WHERE p.amopstrategy = 3) AS equals,
+                           max(format('OPERATOR(%%I.%%s)', n.nspname, o.oprname)) FILTER (WHERE p.amopstrategy = 5) AS greater
+                    FROM pg_opclass AS k
+                    JOIN pg_am AS m ON m.oid = k.opcmethod AND m.amname = 'btree'
+                    JOIN pg_amop AS p ON p.amopfamily = k.opcfamily AND p.amoplefttype = k.opcintype AND p.amoprighttype = k.opcintype
+                    JOIN pg_operator AS o ON o.oid = p.amopopr JOIN pg_namespace AS n ON n.oid = o.oprnamespace
+                    WHERE k.opcdefault AND k.opcintype = b.oid) AS op
                 WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped),
             'keys', (SELECT coalesce(jsonb_agg(k.columns), '[]') FROM pg_index AS i CROSS JOIN LATERAL (
                         SELECT jsonb_agg(a.attname ORDER BY n) AS columns FROM generate_series(0, i.indnkeyatts - 1) AS n
@@ -520,7 +521,7 @@ BEGIN
     INSERT INTO tbl_repl.progress (target_id, position) VALUES (target.target_id, pg_current_snapshot());
     INSERT INTO tbl_repl.target_state (target_id, status, system_identifier, copy_after)
     SELECT target.target_id, CASE initial_copy WHEN 'background' THEN 'copying' ELSE 'ok' END,
-           c.system_identifier, CASE initial_copy WHEN 'background' THEN '' END
+           c.system_identifier, CASE initial_copy WHEN 'background' THEN '{}'::text[] END
     FROM pg_control_system() AS c;
     PERFORM tbl_repl._rebuild_target(target.target_id);
     PERFORM tbl_repl._rebuild_capture(source.source_id);
@@ -1008,7 +1009,7 @@ DECLARE
     rendered record;
 BEGIN
     IF key IS NULL THEN
-        EXECUTE format('SELECT tbl_repl.page_%s('''', 1)', target_id) INTO keys;
+        EXECUTE format('SELECT tbl_repl.page_%s(NULL, 1)', target_id) INTO keys;
     ELSE
         SELECT ARRAY[tbl_repl._key_from_json(s.source_table, s.key_columns, key)] INTO keys
         FROM tbl_repl.source AS s WHERE s.source_id = target.source_id;
@@ -1032,7 +1033,7 @@ SET search_path = pg_catalog, pg_temp
 AS $function$
 DECLARE
     target tbl_repl.target%ROWTYPE := tbl_repl._own_target(target_id);
-    after  text := '';
+    after  text;
     page   text[];
     total  bigint := 0;
 BEGIN

@@ -74,13 +74,14 @@ CREATE POLICY target_write ON tbl_repl.target USING (pg_catalog.pg_has_role(owne
 
 -- status: 'ok' | 'copying' | 'queueing' | 'paused' | 'failed'.  A hint that saves work: the truth is
 -- in the pending rows of the queue.
--- copy_after: key of the last row copied in the background ('' before the first one).
+-- copy_after: {key} of the last row copied in the background; {} before the first one, for every text may be a key;
+-- NULL: there is nothing to copy.
 -- next_try_at: the worker leaves the target alone until then; failures: how many in a row have led to it.
 CREATE TABLE tbl_repl.target_state (
     target_id         integer PRIMARY KEY REFERENCES tbl_repl.target ON DELETE CASCADE,
     status            text NOT NULL DEFAULT 'ok',
     system_identifier bigint NOT NULL,
-    copy_after        text,
+    copy_after        text[],
     rows_copied       bigint NOT NULL DEFAULT 0,
     last_error        text,
     last_error_at     timestamptz,
@@ -261,12 +262,12 @@ CREATE INDEX error_target_at ON tbl_repl.error (target_id, at);
 COMMENT ON TABLE tbl_repl.error IS 'what went wrong while shipping, newest thousand a target';
 SELECT pg_catalog.pg_extension_config_dump('tbl_repl.error', '');
 
--- A copy in pieces: rows with a key after "after" ('' for the first piece) and up to "upto".
+-- A copy in pieces: rows with a key after "after" (NULL: from the start) and up to "upto".
 -- state: 'todo' | 'running' | 'done'
 CREATE TABLE tbl_repl.piece (
     target_id    integer NOT NULL REFERENCES tbl_repl.target ON DELETE CASCADE,
     n            integer NOT NULL,
-    after        text NOT NULL,
+    after        text,
     upto         text NOT NULL,
     state        text NOT NULL DEFAULT 'todo',
     rows_planned bigint NOT NULL,

@@ -17,8 +17,8 @@ from tbl_repl.errors import TblReplError
 
 PIECE_ROWS = 20_000
 
-Range = tuple[str, str | None]
-"""Keys after the first ('': from the start) and up to the second (None: to the end)."""
+Range = tuple[str | None, str | None]
+"""Keys after the first (None: from the start) and up to the second (None: to the end)."""
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,14 @@ class _Work:
     """What the jobs share; guarded by the lock."""
 
     rows_planned: int
-    next_after: str | None = ""  # None: every piece has been handed out
+    next_after: str | None = None
+    handed_out: bool = False  # every piece has been
     rows: int = 0
     differences: int = 0
     ordered: bool = True
-    ranges: dict[str, str] = field(default_factory=dict)  # not equal: after -> upto
+    ranges: dict[str | None, str] = field(default_factory=dict)  # not equal: after -> upto
     extra: list[Range] = field(default_factory=list)
-    last: str = ""
+    last: str | None = None
     failures: list[Exception] = field(default_factory=list)
     stop: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -95,7 +96,7 @@ def compare(
                 for chunk in chunks:
                     work.ordered = work.ordered and bool(chunk["in_order"])
                     if not chunk["is_equal"]:
-                        work.ranges[str(chunk["after"])] = str(chunk["upto"])
+                        work.ranges[chunk["after"]] = str(chunk["upto"])
 
     def second_pass(source: Connection) -> None:
         while not work.stop.is_set():
@@ -117,12 +118,12 @@ def compare(
 
     _in_parallel(dsn, target_id, jobs, first_pass, work, report)
     # Bounds that do not ascend on the target say nothing about what lies between them.
-    work.extra = [*joined(work.ranges), (work.last, None)] if work.ordered else [("", None)]
+    work.extra = [*joined(work.ranges), (work.last, None)] if work.ordered else [(None, None)]
     _in_parallel(dsn, target_id, min(jobs, len(work.extra)), second_pass, work, report)
     return queued
 
 
-def joined(ranges: dict[str, str]) -> list[Range]:
+def joined(ranges: dict[str | None, str]) -> list[Range]:
     """Ranges (after -> upto) with those that follow on one another put together."""
     inner = set(ranges.values())
     out: list[Range] = []
@@ -139,7 +140,7 @@ def joined(ranges: dict[str, str]) -> list[Range]:
 def _next_piece(source: Connection, target_id: int, rows: int, work: _Work) -> Range | None:
     """The next piece that nobody has taken; None when there is none, or everybody is to stop."""
     with work.lock:
-        if work.next_after is None or work.stop.is_set():
+        if work.handed_out or work.stop.is_set():
             return None
         after = work.next_after
         row = source.execute(
@@ -148,7 +149,7 @@ def _next_piece(source: Connection, target_id: int, rows: int, work: _Work) -> R
         assert row is not None
         upto: str | None = row["upto"]
         if upto is None:
-            work.next_after = None
+            work.handed_out = True
             return None
         work.next_after = work.last = upto
         return after, upto
