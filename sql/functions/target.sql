@@ -352,6 +352,7 @@ BEGIN
             HINT    = format('There: CREATE UNIQUE INDEX ON %s (%s);', tbl_repl._dst_table(target),
                              (SELECT string_agg(quote_ident(k), ', ') FROM unnest(target.dst_keys) AS k));
     END IF;
+    PERFORM tbl_repl._check_key_types(target, source, facts -> 'columns');
     FOR n IN 1 .. cardinality(target.sent_columns) LOOP
         SELECT c INTO fact FROM jsonb_array_elements(facts -> 'columns') AS c WHERE c ->> 'name' = target.sent_columns[n]::text;
         IF NOT FOUND THEN
@@ -365,8 +366,7 @@ BEGIN
                 MESSAGE = format('column %I of table %s is generated on the target', target.sent_columns[n], tbl_repl._dst_table(target)),
                 HINT    = 'Leave it out by columns.';
         END IF;
-        SELECT y.typcategory INTO category FROM pg_type AS y
-        WHERE y.oid = (SELECT CASE WHEN z.typtype = 'd' THEN z.typbasetype ELSE z.oid END FROM pg_type AS z WHERE z.oid = types[n]);
+        SELECT y.typcategory INTO category FROM pg_type AS y WHERE y.oid = tbl_repl._base_type(types[n]);
         -- Values travel as text, so much goes; what goes for no value at all is refused here.
         IF fact ->> 'category' IN ('N', 'B', 'D', 'T') AND category <> fact ->> 'category' AND category <> 'X' THEN
             RAISE EXCEPTION USING
