@@ -11,18 +11,8 @@ SET search_path = pg_catalog, pg_temp
 AS $function$
 DECLARE
     found_key name[];
-    unknown   name;
 BEGIN
-    SELECT c INTO unknown
-    FROM unnest(key_columns) AS c
-    WHERE NOT EXISTS (SELECT FROM pg_attribute AS a
-                      WHERE a.attrelid = source_table AND a.attname = c AND a.attnum > 0 AND NOT a.attisdropped);
-    IF FOUND THEN
-        RAISE EXCEPTION USING
-            ERRCODE = 'undefined_column',
-            MESSAGE = format('column %I of table %s does not exist', unknown, source_table),
-            HINT    = 'key_columns names columns of the source table.';
-    END IF;
+    PERFORM tbl_repl._check_columns(source_table, 'key_columns', key_columns);
     SELECT k.columns INTO found_key
     FROM pg_index AS i
     CROSS JOIN LATERAL (
@@ -52,6 +42,34 @@ END
 $function$;
 COMMENT ON FUNCTION tbl_repl._find_key(regclass, name[]) IS
     'the primary key, or the unique index on exactly these columns; 42P16 where there is none';
+
+CREATE OR REPLACE FUNCTION tbl_repl._check_columns(
+    source_table regclass,
+    argument     text,
+    columns      name[]
+)
+RETURNS void
+LANGUAGE plpgsql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    unknown name;
+BEGIN
+    SELECT c INTO unknown
+    FROM unnest(columns) AS c
+    WHERE NOT EXISTS (SELECT FROM pg_attribute AS a
+                      WHERE a.attrelid = source_table AND a.attname = c AND a.attnum > 0 AND NOT a.attisdropped);
+    IF FOUND THEN
+        RAISE EXCEPTION USING
+            ERRCODE = CASE WHEN unknown IS NULL THEN 'invalid_parameter_value' ELSE 'undefined_column' END,
+            MESSAGE = CASE WHEN unknown IS NULL THEN format('%s contains NULL', argument)
+                           ELSE format('column %I of table %s does not exist', unknown, source_table) END,
+            HINT    = format('%s names columns of the source table.', argument);
+    END IF;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._check_columns(regclass, text, name[]) IS
+    'refuses names that are no columns of the source (42703) and NULL (22023)';
 
 -- Type and operators of each key column, the operators as the index has them: a type like
 -- citext is not compared by what a pinned search_path would find.
