@@ -74,12 +74,15 @@ ADD = {
     "mode null": ("22023", {"mode": None}, "sync, tolerant, async"),
     "unknown operation": ("22023", {"operations": ["insert", "upsert"]}, "insert, update, delete, truncate"),
     "no operation": ("22023", {"operations": []}, "insert, update, delete, truncate"),
+    "operation null": ("22023", {"operations": ["insert", None]}, "insert, update, delete, truncate"),
     "unknown policy": ("22023", {"on_conflict": "last"}, "overwrite, keep, newest, error"),
     "unknown copy": ("22023", {"initial_copy": "later"}, "now, background, none"),
     "unknown forward": ("22023", {"forward": "all"}, "local, any"),
     "timeout zero": ("22023", {"timeout": "0"}, "100 ms"),
     "timeout negative": ("22023", {"timeout": "-1 s"}, "100 ms"),
     "unknown column": ("42703", {"columns": ["id", "nope"]}, "columns"),
+    "column null": ("22023", {"columns": ["id", None]}, "columns"),
+    "key column null": ("22023", {"key_columns": ["id", None]}, "key_columns"),
     "unknown key column": ("42703", {"key_columns": ["nope"]}, "key_columns"),
     "no usable key": ("42P16", {"key_columns": ["v"]}, "key_columns"),
     "key not sent": ("42P16", {"columns": ["v"]}, "columns"),
@@ -90,6 +93,7 @@ ADD = {
     "filter aggregate": ("42803", {"row_filter": "count(*) > 1"}, "expression"),
     "filter unknown function": ("42883", {"row_filter": "nofunc(n)"}, "expression"),
     "map syntax": ("42601", {"column_map": {"v": "upper(v"}}, "expression"),
+    "map empty": ("42601", {"column_map": {"v": ""}}, "expression"),
     "map column": ("42703", {"column_map": {"v": "upper(nope)"}}, "expression"),
     "map set": ("0A000", {"column_map": {"v": "generate_series(1, 2)"}}, "expression"),
     "map window": ("42P20", {"column_map": {"v": "row_number() OVER ()"}}, "expression"),
@@ -303,7 +307,64 @@ def test_target_refuses_to_be_written(tables: Pair) -> None:
     tables.target.sql("CREATE TABLE typed (id integer PRIMARY KEY, v text, n date)")
     refused(tables, "42804", lambda: tables.add_target("t", dst_table="typed"), hint="Cast it")
     tables.target.sql("CREATE VIEW seen AS TABLE t")
-    refused(tables, "42P16", lambda: tables.add_target("t", dst_table="seen"), hint=None)
+    error = refused(tables, "42809", lambda: tables.add_target("t", dst_table="seen"), hint="dst_table")
+    assert "public.seen on the target is a view" in str(error)
+    tables.target.sql("CREATE MATERIALIZED VIEW kept AS TABLE t; CREATE UNIQUE INDEX ON kept (id)")
+    error = refused(tables, "42809", lambda: tables.add_target("t", dst_table="kept"), hint="dst_table")
+    assert "materialized view" in str(error)
+    tables.target.admin(
+        "CREATE SERVER far FOREIGN DATA WRAPPER dblink_fdw; CREATE FOREIGN TABLE away (id integer) SERVER far"
+    )
+    error = refused(tables, "42809", lambda: tables.add_target("t", dst_table="away"), hint="dst_table")
+    assert "foreign table" in str(error)
+
+
+def test_what_is_empty_or_null_is_called_so(tables: Pair) -> None:
+    for options, message in (
+        ({"operations": []}, "operations is empty"),
+        ({"operations": ["insert", None]}, "operations contains NULL"),
+        ({"columns": ["id", None]}, "columns contains NULL"),
+        ({"key_columns": [None]}, "key_columns contains NULL"),
+    ):
+        with pytest.raises(psycopg.errors.InvalidParameterValue, match=message):
+            tables.add_target("t", **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "expression",
+    ["n >", "upper(", "", " ", "n > 1 /* open", "'open", "CASE WHEN n > 1 THEN true", "n > 1 END"],
+)
+def test_syntax_errors_speak_of_what_was_written(tables: Pair, expression: str) -> None:
+    """Not of what tbl_repl has put around the expression to look at it."""
+    for options in ({"row_filter": expression}, {"column_map": {"v": expression}}):
+        if options.get("row_filter", "x").strip() == "":
+            continue  # no filter
+        with pytest.raises(psycopg.errors.SyntaxError) as caught:
+            tables.add_target("t", **options)  # type: ignore[arg-type]
+        message = caught.value.diag.message_primary or ""
+        assert ("END" in message) == ("END" in expression), message
+        assert 'near ")"' not in message
+        assert "end of expression" in message or "open" in message or "END" in message
+        assert not (caught.value.diag.message_detail or "").endswith(" ")
+
+
+@pytest.mark.parametrize("mode", ["sync", "tolerant", "async"])
+def test_a_table_is_not_replicated_into_itself(tables: Pair, mode: str) -> None:
+    server = tables.join(tables.source, tables.source, "home")
+    error = refused(
+        tables, "55000", lambda: tables.add_target("t", server=server, mode=mode), hint="dst_table"
+    )
+    assert "same table" in str(error)
+    tables.source.sql("CREATE TABLE u (LIKE t INCLUDING ALL)")
+    target = tables.add_target("t", server=server, mode=mode, dst_table="u")
+    refused(
+        tables,
+        "55000",
+        lambda: tables.call("alter_target", target_id=target, dst_table="t"),
+        hint="dst_table",
+    )
+    tables.drain()
+    assert tables.source.rows("u") == tables.source.rows("t") == ["(1,a,1)"]
 
 
 def test_copy_that_fails_leaves_nothing(tables: Pair) -> None:

@@ -241,3 +241,98 @@ def test_deferrable_key_of_the_source(pair: Pair) -> None:
     pair.add_target("t")
     write_and_compare(pair, "t", "UPDATE t SET id = 6 - id", "UPDATE t SET id = id + 1",
                       "INSERT INTO t VALUES (2, 'twice'); DELETE FROM t WHERE v = 'v5'")  # fmt: skip
+
+
+CITEXT = "citext"
+FUZZY = "text COLLATE fuzzy"
+
+
+@pytest.mark.parametrize(
+    ("here", "there"),
+    [
+        (CITEXT, "text"),
+        ("text", CITEXT),
+        ("numeric", "text"),
+        ("text", "numeric"),
+        (FUZZY, "text"),
+        ("text", FUZZY),
+        ("text", "char(5)"),
+        ("char(5)", "text"),
+        ("text", "uuid"),
+        ("text", "name"),
+        ("timestamp", "date"),
+        ("real", "numeric"),
+        ("interval", "text"),
+        ("nested", "text"),
+    ],
+)
+def test_a_key_that_is_compared_otherwise_there_is_refused(pair: Pair, here: str, there: str) -> None:
+    prepare_types(pair, here, there)
+    pair.source.sql(f"CREATE TABLE t (part integer, id {here}, v text, PRIMARY KEY (part, id))")
+    pair.target.sql(f"CREATE TABLE t (part integer, code {there}, v text, PRIMARY KEY (part, code))")
+    with pytest.raises(psycopg.errors.InvalidTableDefinition) as error:
+        pair.add_target("t", column_map={"code": "id"}, columns=["part", "v"])
+    assert "key column id" in str(error.value)
+    assert error.value.diag.message_detail
+    assert "key_columns" in (error.value.diag.message_hint or "")
+
+
+def prepare_types(pair: Pair, *used: str) -> None:
+    for node in pair.nodes:
+        node.admin("CREATE EXTENSION citext")
+    if FUZZY in used:
+        if not pair.source.one("SELECT count(*) FROM pg_collation WHERE collname = 'en-x-icu'"):
+            pytest.skip("this server has no ICU")
+        pair.both(
+            "CREATE COLLATION fuzzy (provider = icu, locale = 'und-u-ks-level2', deterministic = false)"
+        )
+    pair.both(
+        "CREATE DOMAIN small AS numeric(5, 2); CREATE DOMAIN nested AS small; CREATE TYPE mood AS ENUM ('sad', 'ok')"
+    )
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "first", "second"),
+    [
+        (CITEXT, CITEXT, "a", "A"),
+        (FUZZY, FUZZY, "a", "A"),
+        ("nested", "numeric", "1.0", "1.00"),
+        ("numeric", "nested", "1", "2"),
+        ("char(3)", "char(5)", "a", "b"),
+        ("smallint", "bigint", "1", "2"),
+        ("bigint", "numeric", "1", "2"),
+        ("numeric", "integer", "1", "2"),
+        ("integer", "text", "1", "2"),
+        ("varchar(5)", "text", "a", "A"),
+        ("name", "text", "a", "A"),
+        ("uuid", "text", "a0eebc99-9c0b-4ef8-bb6d-6bb9bd380a11", "b0eebc99-9c0b-4ef8-bb6d-6bb9bd380a11"),
+        ("mood", "text", "sad", "ok"),
+        ("text", "mood", "sad", "ok"),
+        ("bytea", "text", "a", "b"),
+        ("boolean", "text", "true", "false"),
+        ("date", "timestamptz", "2024-12-11", "2024-12-12"),
+        ("real", "real", "0", "-0"),
+    ],
+)
+def test_a_key_of_another_type_that_is_compared_alike(
+    pair: Pair, here: str, there: str, first: str, second: str
+) -> None:
+    prepare_types(pair, here, there)
+    pair.source.sql(f"CREATE TABLE t (id {here} PRIMARY KEY, v text)")
+    pair.target.sql(f"CREATE TABLE t (id {there} PRIMARY KEY, v text)")
+    pair.source.sql("INSERT INTO t VALUES (%s, 'a')", [first])
+    target = pair.add_target("t")
+    pair.source.sql("UPDATE t SET id = %s", [second])
+    assert (pair.status(target), pair.target.one("SELECT count(*) FROM t")) == ("ok", 1)
+    assert pair.source.sql("SELECT * FROM tbl_repl.compare_target(%s)", [target]) == []
+    pair.source.sql("DELETE FROM t")
+    assert pair.target.rows("t") == []
+
+
+def test_alter_target_refuses_a_key_that_is_compared_otherwise(pair: Pair) -> None:
+    prepare_types(pair)
+    pair.both("CREATE TABLE t (id text PRIMARY KEY, v text)")
+    pair.target.sql("CREATE TABLE u (id citext PRIMARY KEY, v text)")
+    target = pair.add_target("t")
+    with pytest.raises(psycopg.errors.InvalidTableDefinition):
+        pair.call("alter_target", target_id=target, dst_table="u")

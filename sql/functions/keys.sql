@@ -11,18 +11,8 @@ SET search_path = pg_catalog, pg_temp
 AS $function$
 DECLARE
     found_key name[];
-    unknown   name;
 BEGIN
-    SELECT c INTO unknown
-    FROM unnest(key_columns) AS c
-    WHERE NOT EXISTS (SELECT FROM pg_attribute AS a
-                      WHERE a.attrelid = source_table AND a.attname = c AND a.attnum > 0 AND NOT a.attisdropped);
-    IF FOUND THEN
-        RAISE EXCEPTION USING
-            ERRCODE = 'undefined_column',
-            MESSAGE = format('column %I of table %s does not exist', unknown, source_table),
-            HINT    = 'key_columns names columns of the source table.';
-    END IF;
+    PERFORM tbl_repl._check_columns(source_table, 'key_columns', key_columns);
     SELECT k.columns INTO found_key
     FROM pg_index AS i
     CROSS JOIN LATERAL (
@@ -63,6 +53,34 @@ AS $function$
     LEFT JOIN pg_attribute AS a ON a.attrelid = relation AND a.attname = c.name AND a.attnum > 0 AND NOT a.attisdropped
 $function$;
 COMMENT ON FUNCTION tbl_repl._column_numbers(regclass, name[]) IS 'numbers of columns, NULL for one that does not exist';
+
+CREATE OR REPLACE FUNCTION tbl_repl._check_columns(
+    source_table regclass,
+    argument     text,
+    columns      name[]
+)
+RETURNS void
+LANGUAGE plpgsql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    unknown name;
+BEGIN
+    SELECT c INTO unknown
+    FROM unnest(columns) AS c
+    WHERE NOT EXISTS (SELECT FROM pg_attribute AS a
+                      WHERE a.attrelid = source_table AND a.attname = c AND a.attnum > 0 AND NOT a.attisdropped);
+    IF FOUND THEN
+        RAISE EXCEPTION USING
+            ERRCODE = CASE WHEN unknown IS NULL THEN 'invalid_parameter_value' ELSE 'undefined_column' END,
+            MESSAGE = CASE WHEN unknown IS NULL THEN format('%s contains NULL', argument)
+                           ELSE format('column %I of table %s does not exist', unknown, source_table) END,
+            HINT    = format('%s names columns of the source table.', argument);
+    END IF;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._check_columns(regclass, text, name[]) IS
+    'refuses names that are no columns of the source (42703) and NULL (22023)';
 
 -- Type and operators of each key column, the operators as the index has them: a type like
 -- citext is not compared by what a pinned search_path would find.
@@ -219,6 +237,73 @@ AS $function$
 $function$;
 COMMENT ON FUNCTION tbl_repl._has_exact_key(regclass, name[]) IS
     'whether equal keys always have the same text';
+
+CREATE OR REPLACE FUNCTION tbl_repl._base_type(type_id oid)
+RETURNS oid
+LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    WITH RECURSIVE step AS (
+        SELECT y.oid, y.typtype, y.typbasetype FROM pg_type AS y WHERE y.oid = type_id
+        UNION ALL
+        SELECT y.oid, y.typtype, y.typbasetype FROM step AS s JOIN pg_type AS y ON y.oid = s.typbasetype WHERE s.typtype = 'd'
+    )
+    SELECT s.oid FROM step AS s WHERE s.typtype <> 'd'
+$function$;
+COMMENT ON FUNCTION tbl_repl._base_type(oid) IS 'what a domain is made of; other types are that themselves';
+
+-- _check_key_types(target, source, remote_columns): refuses (42P16) keys that are equal on one side and not on the other:
+-- two rows here would be one there, or the former form of a key would not be found there.  remote_columns as in _remote_facts.
+-- Between different types a value goes by its text: so it has to have one text only, and that text has to be the
+-- only one for what it becomes.
+CREATE OR REPLACE FUNCTION tbl_repl._check_key_types(
+    target         tbl_repl.target,
+    source         tbl_repl.source,
+    remote_columns jsonb
+)
+RETURNS void
+LANGUAGE plpgsql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    part record;
+BEGIN
+    SELECT k.name, k.type, c.name AS dst_name, c.type AS dst_type, l.fuzzy, c.fuzzy AS dst_fuzzy INTO part
+    FROM tbl_repl._key_parts(source.source_table, source.key_columns) AS k
+    JOIN pg_type AS y ON y.oid = tbl_repl._base_type(k.type_id)
+    JOIN jsonb_to_recordset(remote_columns) AS c (name text, type text, base text, category text, fuzzy boolean)
+        ON c.name = target.dst_keys[k.n]::text
+    CROSS JOIN LATERAL (
+        SELECT EXISTS (SELECT FROM pg_attribute AS a JOIN pg_collation AS o ON o.oid = a.attcollation
+                       WHERE a.attrelid = source.source_table AND a.attname = k.name AND NOT o.collisdeterministic) AS fuzzy) AS l
+    CROSS JOIN LATERAL (
+        SELECT CASE
+            WHEN y.typname = c.base THEN true
+            WHEN c.base IN ('text', 'varchar') OR c.category = 'E'
+            THEN NOT l.fuzzy AND (y.typcategory = 'E' OR y.typname = ANY ('{int2,int4,int8,oid,text,varchar,name,bool,uuid,date,timestamp,timestamptz,bytea}'))
+            -- a number that does not fit is refused there
+            WHEN c.base IN ('int2', 'int4', 'int8', 'oid', 'numeric') THEN y.typname IN ('int2', 'int4', 'int8', 'oid', 'numeric')
+            WHEN c.base IN ('timestamp', 'timestamptz') THEN y.typname IN ('date', 'timestamp', 'timestamptz')
+            ELSE false END AS fits) AS t
+    WHERE l.fuzzy <> c.fuzzy OR NOT t.fits
+    ORDER BY k.n
+    LIMIT 1;
+    IF FOUND THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'invalid_table_definition',
+            MESSAGE = CASE WHEN part.fuzzy = part.dst_fuzzy
+                           THEN format('key column %I is of type %s, but %I on the target of type %s', part.name, part.type, part.dst_name, part.dst_type)
+                           ELSE format('the collation of key column %I is %s, that of %I on the target is not', part.name,
+                                       CASE WHEN part.fuzzy THEN 'nondeterministic' ELSE 'deterministic' END, part.dst_name) END,
+            DETAIL  = 'Keys that are equal on one side could be different on the other: rows would be lost, or left behind by a key that changes.',
+            HINT    = CASE WHEN part.fuzzy = part.dst_fuzzy
+                           THEN format('Give the target''s column the type of the source''s, %s, or choose other key_columns.', part.type)
+                           ELSE 'Give the target''s column the type and the collation of the source''s, or choose other key_columns.' END;
+    END IF;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._check_key_types(tbl_repl.target, tbl_repl.source, jsonb) IS
+    'refuses a key that is compared in another way on the target';
 
 -- The reverse of _key_json, for what a user types; text forms go through the column's type, so that
 -- {"id": "007"} finds the row 7.

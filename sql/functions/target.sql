@@ -92,7 +92,14 @@ DECLARE
     operation text;
 BEGIN
     PERFORM tbl_repl._check_word('mode', mode, '{sync,tolerant,async}');
-    FOREACH operation IN ARRAY coalesce(nullif(operations, '{}'), ARRAY[NULL]) LOOP
+    IF coalesce(cardinality(operations), 0) = 0 OR EXISTS (SELECT FROM unnest(operations) AS o WHERE o IS NULL) THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'invalid_parameter_value',
+            MESSAGE = CASE WHEN cardinality(operations) > 0 THEN 'operations contains NULL' ELSE 'operations is empty' END,
+            DETAIL  = 'A target needs at least one operation.',
+            HINT    = 'Use one or more of: insert, update, delete, truncate.';
+    END IF;
+    FOREACH operation IN ARRAY operations LOOP
         PERFORM tbl_repl._check_word('operation', operation, '{insert,update,delete,truncate}');
     END LOOP;
     PERFORM tbl_repl._check_word('conflict policy', on_conflict, '{overwrite,keep,newest,error}');
@@ -130,6 +137,7 @@ DECLARE
     definition   text;
     parts        text[];
     error_text   text;
+    error_code   text;
 BEGIN
     BEGIN
         PERFORM set_config('search_path', path, true);
@@ -143,11 +151,14 @@ BEGIN
         EXECUTE pg_catalog.format(E'CREATE VIEW %s AS SELECT (%s\n) AS tbl_repl_x FROM %s AS s', view_name, expression, source_name);
         PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
     EXCEPTION WHEN OTHERS THEN
-        GET STACKED DIAGNOSTICS error_text = MESSAGE_TEXT;
+        GET STACKED DIAGNOSTICS error_text = MESSAGE_TEXT, error_code = RETURNED_SQLSTATE;
+        IF error_code = '42601' THEN
+            error_text := coalesce(tbl_repl._syntax_error(source_table, expression), error_text);
+        END IF;
         RAISE EXCEPTION USING
-            ERRCODE = CASE WHEN SQLSTATE = '42P11' THEN '42601' ELSE SQLSTATE END,
+            ERRCODE = CASE WHEN error_code = '42P11' THEN '42601' ELSE error_code END,
             MESSAGE = format('%s does not fit table %s: %s', what, source_table, error_text),
-            DETAIL  = format('Expression: %s', expression),
+            DETAIL  = CASE WHEN btrim(expression) = '' THEN 'The expression is empty.' ELSE format('Expression: %s', expression) END,
             HINT    = 'Write one SQL expression over the columns of the source table.';
     END;
     definition := pg_get_viewdef(view_name::regclass);
@@ -168,9 +179,33 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._resolve(regclass, text, text, text) IS
     'checks an expression over the source row and resolves its names';
 
+-- What follows an expression in a query is not the user's, and what is wrong with the expression may be told of that:
+-- here nothing follows.
+CREATE OR REPLACE FUNCTION tbl_repl._syntax_error(source_table regclass, expression text)
+RETURNS text
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+SET standard_conforming_strings = on
+AS $function$
+DECLARE
+    probe refcursor;
+BEGIN
+    OPEN probe FOR EXECUTE format('SELECT FROM %s AS s WHERE false AND %s', source_table, expression);
+    CLOSE probe;
+    RETURN NULL;
+EXCEPTION
+    WHEN syntax_error THEN
+        RETURN replace(SQLERRM, 'end of input', 'end of expression');
+    WHEN OTHERS THEN
+        RETURN NULL;  -- its syntax is right, as far as it goes
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._syntax_error(regclass, text) IS
+    'the syntax error in an expression, in words that fit what was written';
+
 -- _remote_facts(conn, schema, name, deadline): what the target's catalogs say of the table, as jsonb:
 -- columns [{name, type, base, category, length, notnull, identity, generated, fuzzy, equals, has_default}], keys (unique
--- indexes an upsert may use), unique (column lists of all others), referenced, writable, kind, version, extension, receipts.
+-- indexes an upsert may use), unique (column lists of all others), referenced, writable, oid, kind, version, extension, receipts.
 CREATE OR REPLACE FUNCTION tbl_repl._remote_facts(
     conn       text,
     dst_schema name,
@@ -187,6 +222,7 @@ BEGIN
     answer := tbl_repl._call(conn, format($remote$
         SELECT pg_catalog.set_config('search_path', 'pg_catalog', true);
         SELECT jsonb_build_object(
+            'oid', c.oid,
             'kind', c.relkind,
             'version', current_setting('server_version_num')::int,
             'user', current_user,
@@ -244,6 +280,28 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._remote_facts(text, name, name, timestamptz) IS
     'columns, keys and privileges of the target''s table';
 
+-- A physical copy of this cluster has the same identifiers, and a role may be allowed to see few of them; but only in this
+-- very database can the lock be seen that we hold on the source.
+CREATE OR REPLACE FUNCTION tbl_repl._is_same_table(
+    source_table regclass,
+    remote_oid   oid,
+    conn         text,
+    deadline     timestamptz
+)
+RETURNS boolean
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+BEGIN
+    RETURN source_table = remote_oid AND tbl_repl._call(conn, format(
+        'SELECT EXISTS (SELECT FROM pg_catalog.pg_locks AS l JOIN pg_catalog.pg_database AS d ON d.oid = l.database '
+        'WHERE d.datname = pg_catalog.current_database() AND l.locktype = ''relation'' AND l.relation = %s '
+        'AND l.pid = %s AND l.mode = ''ShareRowExclusiveLock'' AND l.granted)', remote_oid, pg_backend_pid()), deadline)::boolean;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._is_same_table(regclass, oid, text, timestamptz) IS
+    'whether the target''s table is the source, which the caller has locked';
+
 -- _define(target, source, path): fills in what follows from what the user said: sent columns,
 -- expressions, filter, key on the target; checks it against both sides.  Opens a connection.
 CREATE OR REPLACE FUNCTION tbl_repl._define(
@@ -266,14 +324,7 @@ DECLARE
     category  text;
     deadline  timestamptz := clock_timestamp() + target.timeout * 2;
 BEGIN
-    SELECT c INTO plain FROM unnest(target.columns) AS c
-    WHERE NOT EXISTS (SELECT FROM pg_attribute AS a WHERE a.attrelid = source.source_table AND a.attname = c AND a.attnum > 0 AND NOT a.attisdropped);
-    IF FOUND THEN
-        RAISE EXCEPTION USING
-            ERRCODE = 'undefined_column',
-            MESSAGE = format('column %I of table %s does not exist', plain, source.source_table),
-            HINT    = 'columns names columns of the source table.';
-    END IF;
+    PERFORM tbl_repl._check_columns(source.source_table, 'columns', target.columns);
     IF jsonb_typeof(target.column_map) <> 'object'
        OR EXISTS (SELECT FROM jsonb_each(CASE jsonb_typeof(target.column_map) WHEN 'object' THEN target.column_map END) AS m WHERE jsonb_typeof(m.value) <> 'string') THEN
         RAISE EXCEPTION USING
@@ -337,6 +388,21 @@ BEGIN
         PERFORM tbl_repl._open(conn, target.server, target.timeout, deadline);
     END IF;
     facts := tbl_repl._remote_facts(conn, target.dst_schema, target.dst_name, deadline);
+    IF facts ->> 'kind' NOT IN ('r', 'p') THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'wrong_object_type',
+            MESSAGE = format('%s on the target is %s', tbl_repl._dst_table(target),
+                             CASE facts ->> 'kind' WHEN 'v' THEN 'a view' WHEN 'm' THEN 'a materialized view'
+                                                   WHEN 'f' THEN 'a foreign table' ELSE 'no table' END),
+            DETAIL  = 'Rows are written into ordinary and partitioned tables only.',
+            HINT    = 'Name a table in dst_table.';
+    ELSIF tbl_repl._is_same_table(source.source_table, (facts ->> 'oid')::oid, conn, deadline) THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'object_not_in_prerequisite_state',
+            MESSAGE = format('source and target are the same table: %s', source.source_table),
+            DETAIL  = format('Server %I leads to this database.', target.server),
+            HINT    = 'Name another table in dst_table, or a server that leads to another database.';
+    END IF;
     IF NOT coalesce((facts ->> 'writable')::boolean, false) THEN
         RAISE EXCEPTION USING
             ERRCODE = 'insufficient_privilege',
@@ -353,6 +419,7 @@ BEGIN
             HINT    = format('There: CREATE UNIQUE INDEX ON %s (%s);', tbl_repl._dst_table(target),
                              (SELECT string_agg(quote_ident(k), ', ') FROM unnest(target.dst_keys) AS k));
     END IF;
+    PERFORM tbl_repl._check_key_types(target, source, facts -> 'columns');
     FOR n IN 1 .. cardinality(target.sent_columns) LOOP
         SELECT c INTO fact FROM jsonb_array_elements(facts -> 'columns') AS c WHERE c ->> 'name' = target.sent_columns[n]::text;
         IF NOT FOUND THEN
@@ -366,8 +433,7 @@ BEGIN
                 MESSAGE = format('column %I of table %s is generated on the target', target.sent_columns[n], tbl_repl._dst_table(target)),
                 HINT    = 'Leave it out by columns.';
         END IF;
-        SELECT y.typcategory INTO category FROM pg_type AS y
-        WHERE y.oid = (SELECT CASE WHEN z.typtype = 'd' THEN z.typbasetype ELSE z.oid END FROM pg_type AS z WHERE z.oid = types[n]);
+        SELECT y.typcategory INTO category FROM pg_type AS y WHERE y.oid = tbl_repl._base_type(types[n]);
         -- Values travel as text, so much goes; what goes for no value at all is refused here.
         IF fact ->> 'category' IN ('N', 'B', 'D', 'T') AND category <> fact ->> 'category' AND category <> 'X' THEN
             RAISE EXCEPTION USING
@@ -903,6 +969,8 @@ BEGIN
     IF rel IS NOT NULL THEN
         EXECUTE format('LOCK TABLE %s IN SHARE ROW EXCLUSIVE MODE', rel);
     END IF;
+    -- a drainer at work reads the table, and may yet log what the target says: nothing it needs is locked before it has ended
+    PERFORM pg_advisory_xact_lock(tbl_repl._lock_ship(), target_id);
     DELETE FROM tbl_repl.target AS t WHERE t.target_id = drop_target.target_id;
     FOREACH signature IN ARRAY tbl_repl._target_functions(target_id) LOOP
         EXECUTE format('DROP FUNCTION IF EXISTS %s', signature);
