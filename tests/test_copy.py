@@ -94,9 +94,11 @@ def test_replay_ships_nothing_to_a_target_that_is_being_copied(filled: Pair) -> 
     target = filled.add_target("item", mode="async", initial_copy="none")
     assert filled.source.one("SELECT tbl_repl._copy_begin(%s, 1000)", (target,)) == 5
     filled.source.sql("UPDATE item SET name = 'later' WHERE id = 1")
-    filled.drain()
+    with filled.source.connect() as copier:
+        copier.execute("SELECT pg_advisory_lock(tbl_repl._lock_copy(), %s)", (target,))
+        filled.drain()
     assert filled.target.one("SELECT count(*) FROM item") == 0
-    assert filled.pending(target) == 1
+    assert filled.pending(target) >= 1
     assert run(filled, "copy", str(target)).returncode == 0
     filled.drain()
     filled.assert_same("item")
@@ -142,6 +144,38 @@ def test_a_killed_copy_can_be_repeated(filled: Pair) -> None:
     assert said.returncode == 0, said.stderr
     filled.drain()
     filled.assert_same("item")
+
+
+def test_a_copy_that_nobody_repeats_is_ended_by_whoever_drains(filled: Pair) -> None:
+    target = filled.add_target("item", mode="tolerant", initial_copy="none")
+    assert filled.source.one("SELECT tbl_repl._copy_begin(%s, 1000)", (target,)) == 5
+    filled.source.sql("SELECT n FROM tbl_repl._copy_next(%s)", (target,))  # by one that has died
+    filled.source.sql("UPDATE item SET name = 'later' WHERE id = 1")
+    filled.drain()
+    assert filled.status(target) == "ok"
+    filled.assert_same("item")
+    assert filled.source.sql("SELECT * FROM tbl_repl.copy_progress") == []
+
+
+def test_a_row_that_is_rejected_does_not_keep_a_copy_from_ending(filled: Pair) -> None:
+    filled.target.sql("ALTER TABLE item ADD CHECK (id <> 1234)")
+    target = filled.add_target("item", mode="tolerant", initial_copy="none")
+    said = run(filled, "copy", str(target), "--piece-rows", "1000")
+    assert said.returncode == 1
+    assert "violates check constraint" in said.stderr
+    filled.source.sql("INSERT INTO item VALUES (6000, 'later', 1)")
+    filled.drain()
+    assert filled.target.one("SELECT count(*) FROM item") == 5000
+    assert filled.source.sql("SELECT key FROM tbl_repl.quarantine") == [({"id": 1234},)]
+    assert filled.status(target) == "ok"
+
+
+def test_nothing_is_begun_for_a_target_that_is_out_of_reach(filled: Pair) -> None:
+    target = filled.add_target("item", mode="tolerant", initial_copy="none")
+    filled.target.stop()
+    assert run(filled, "copy", str(target)).returncode == 3
+    assert filled.source.sql("SELECT * FROM tbl_repl.copy_progress") == []
+    assert filled.status(target) == "ok"
 
 
 @pytest.mark.parametrize("background", [False, True])

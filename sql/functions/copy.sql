@@ -5,7 +5,9 @@
 -- target: replay leaves a target alone that is being copied in pieces.
 
 -- _copy_begin(target_id, piece_rows, background): sets the target to copying and divides the table; goes on with what an
--- interrupted copy has left.  Returns the number of pieces to do.  Locks ship, to wait for shippers in flight.
+-- interrupted copy has left.  Returns the number of pieces to do.  Whoever holds the lock copy works at them; when nobody does
+-- any more, worker, replay and drain go on with it, as with every copy in the background (which it is: background says
+-- only that none must be begun).  Locks ship, to wait for shippers in flight.
 -- Errors: 55000 while the target is paused or failed; 0A000 where it has a conflict policy.
 CREATE OR REPLACE FUNCTION tbl_repl._copy_begin(
     target_id  integer,
@@ -45,7 +47,8 @@ BEGIN
     IF background AND state.copy_after IS NULL THEN
         RETURN 0;  -- replay has ended it meanwhile
     END IF;
-    UPDATE tbl_repl.target_state AS st SET status = 'copying', copy_after = CASE WHEN background THEN st.copy_after END
+    UPDATE tbl_repl.target_state AS st
+    SET status = 'copying', copy_after = coalesce(st.copy_after, '{}'), rows_copied = CASE WHEN st.copy_after IS NULL THEN 0 ELSE st.rows_copied END
     WHERE st.target_id = _copy_begin.target_id;
     last := state.copy_after[1];
     LOOP
@@ -141,6 +144,16 @@ END
 $function$;
 COMMENT ON FUNCTION tbl_repl._copy_finish(integer) IS
     'ends a copy in pieces once all are done; SECURITY DEFINER, for the worker''s role';
+
+-- Asked for a moment only: by the worker, which leaves the pieces alone while somebody is at them.
+CREATE OR REPLACE FUNCTION tbl_repl._is_being_copied(target_id integer)
+RETURNS boolean
+LANGUAGE sql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT NOT pg_try_advisory_xact_lock_shared(tbl_repl._lock_copy(), target_id)
+$function$;
+COMMENT ON FUNCTION tbl_repl._is_being_copied(integer) IS 'whether somebody copies a target in pieces now';
 
 -- Whether replay may copy the next page of a target in the background: nobody copies it in pieces.  What such a copy
 -- has left counts: up to the first piece that is not done every row is there.  Locks copy, to the end of the

@@ -98,13 +98,13 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._replay(name, integer, boolean, integer[], boolean) IS
     'replay, with or without another try of what is in quarantine; SECURITY DEFINER as replay';
 
--- Not while it is paused, and not while it is being copied in pieces: a piece read earlier could be applied later.
+-- Not while it is paused.  While it is being copied only the copy goes on: a piece read earlier could be applied later.
 CREATE OR REPLACE FUNCTION tbl_repl._may_replay(state tbl_repl.target_state)
 RETURNS boolean
 LANGUAGE sql IMMUTABLE
 SET search_path = pg_catalog, pg_temp
 AS $function$
-    SELECT state.status <> 'paused' AND NOT (state.status = 'copying' AND state.copy_after IS NULL)
+    SELECT state.status <> 'paused'
 $function$;
 COMMENT ON FUNCTION tbl_repl._may_replay(tbl_repl.target_state) IS 'whether replay may ship to a target now';
 

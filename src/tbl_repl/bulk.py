@@ -216,8 +216,8 @@ def as_owner(source: Connection, lane: Row) -> None:
     """For this transaction: the target's owner, and settings under which a value has one text form."""
     source.execute(sql.SQL("SET LOCAL ROLE {}").format(sql.Identifier(lane["owner"])))
     source.execute(
-        "SET LOCAL search_path = pg_catalog, pg_temp; SET LOCAL row_security = off; SET LOCAL datestyle = 'ISO, MDY'; "
-        "SET LOCAL timezone = 'UTC'; SET LOCAL intervalstyle = 'postgres'; "
+        "SET LOCAL search_path = pg_catalog, pg_temp; SET LOCAL row_security = off; "
+        "SET LOCAL datestyle = 'ISO, MDY'; SET LOCAL timezone = 'UTC'; SET LOCAL intervalstyle = 'postgres'; "
         "SET LOCAL extra_float_digits = 1; SET LOCAL bytea_output = 'hex'; SET LOCAL lc_monetary = 'C'"
     )
 

@@ -7,7 +7,8 @@ why a piece may be copied at any time, and twice.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import psycopg
@@ -52,9 +53,10 @@ def copy(
 ) -> bool:
     """Copy every row of a target; whether it has ended (False: stopped, goes on when called again).
 
-    background: only what initial_copy => 'background' has left to do.  Raises TblReplError when somebody else
-    copies this target, psycopg.Error when a piece fails: the pieces that are done stay done.  What was
-    written meanwhile is queued, and shipped by replay afterwards.
+    background: only what initial_copy => 'background' has left to do.  Raises TblReplError when somebody
+    else copies this target, psycopg.Error when the target is out of reach, or a piece fails: the pieces that
+    are done stay done, the rest is left to whoever drains.  What was written meanwhile is queued, and shipped
+    by replay afterwards.
     """
     failed = threading.Event()
 
@@ -63,15 +65,18 @@ def copy(
 
     with settle(connect(dsn, f"copy {target_id}")) as source:
         _take_lock(source, target_id, 10_000 if background else 1_000)
-        source.execute(
-            "SELECT tbl_repl._copy_begin(%s, %s, %s)",
-            (target_id, piece_rows or PIECE_ROWS, background),
-        )
         lane = source.execute(
             "SELECT ARRAY[target_id] AS targets, owner, server, timeout "
             "FROM tbl_repl.target WHERE target_id = %s",
             (target_id,),
         ).fetchone()
+        if lane is not None:
+            with _target_of(source, lane):
+                pass  # nothing is begun for one that is out of reach
+        source.execute(
+            "SELECT tbl_repl._copy_begin(%s, %s, %s)",
+            (target_id, piece_rows or PIECE_ROWS, background),
+        )
         assert lane is not None
         failures: list[Exception] = []
 
@@ -100,6 +105,8 @@ def copy(
         if seen is not None:
             on_progress(seen)
         if failures:
+            if not background:
+                _leave(source, target_id, failures[0])
             raise failures[0]
         done = source.execute("SELECT tbl_repl._copy_finish(%s) AS done", (target_id,)).fetchone()
         return bool(done and done["done"])
@@ -115,27 +122,42 @@ def _take_lock(source: Connection, target_id: int, milliseconds: int) -> None:
     source.execute("SET lock_timeout = 0")
 
 
+@contextmanager
+def _target_of(source: Connection, lane: Row) -> Iterator[tuple[bulk.Target, float]]:
+    conninfo, settings = bulk.way_to(source, str(lane["server"]), lane)
+    if conninfo is None:
+        raise TblReplError(
+            f"the user mapping of role {lane['owner']} cannot be read",
+            f"Connect as {lane['owner']}, or as a member of that role.",
+        )
+    with bulk.open_target(conninfo, settings) as opened:
+        yield opened
+
+
+def _leave(source: Connection, target_id: int, error: Exception) -> None:
+    """To the worker, or to replay, which finds the rows that are to blame."""
+    if isinstance(error, psycopg.Error):
+        source.execute(
+            "SELECT tbl_repl._copy_failed(%s, %s, %s)",
+            (target_id, error.sqlstate or "08006", error.diag.message_primary or str(error)),
+        )
+
+
 def _job(dsn: str, lane: Row, stopped: Callable[[], bool]) -> None:
     target_id = int(lane["targets"][0])
-    with settle(connect(dsn, f"copy {target_id}")) as source:
-        conninfo, settings = bulk.way_to(source, str(lane["server"]), lane)
-        if conninfo is None:
-            raise TblReplError(
-                f"the user mapping of role {lane['owner']} cannot be read",
-                f"Connect as {lane['owner']}, or as a member of that role.",
-            )
-        with bulk.open_target(conninfo, settings) as (target, offset):
-            while not stopped():
-                failpoint.reached("piece next")
-                piece = source.execute("SELECT * FROM tbl_repl._copy_next(%s)", (target_id,)).fetchone()
-                if piece is None:
-                    return
-                rows, size = _copy_piece(source, target, offset, lane, piece)
-                failpoint.reached("piece committed")
-                source.execute(
-                    "SELECT tbl_repl._copy_done(%s, %s, %s, %s)", (target_id, piece["n"], rows, size)
-                )
-                failpoint.reached("piece done")
+    with (
+        settle(connect(dsn, f"copy {target_id}")) as source,
+        _target_of(source, lane) as (target, offset),
+    ):
+        while not stopped():
+            failpoint.reached("piece next")
+            piece = source.execute("SELECT * FROM tbl_repl._copy_next(%s)", (target_id,)).fetchone()
+            if piece is None:
+                return
+            rows, size = _copy_piece(source, target, offset, lane, piece)
+            failpoint.reached("piece committed")
+            source.execute("SELECT tbl_repl._copy_done(%s, %s, %s, %s)", (target_id, piece["n"], rows, size))
+            failpoint.reached("piece done")
 
 
 def _copy_piece(
