@@ -225,6 +225,29 @@ def test_protecting_again_takes_in_new_partitions(pair: Pair) -> None:
     refused(pair.target, "TRUNCATE t_20")
 
 
+@pytest.mark.parametrize("way", ["protect", "protect_target"])
+def test_unprotect_finds_what_is_left_on_detached_partitions(pair: Pair, way: str) -> None:
+    pair.both(PARTITIONED)
+    pair.target.sql("CREATE TABLE u (id integer PRIMARY KEY) PARTITION BY RANGE (id);"
+                    "CREATE TABLE u_1 PARTITION OF u FOR VALUES FROM (0) TO (10); SELECT tbl_repl.protect('u')")  # fmt: skip
+    catalog = "SELECT count(*) FROM pg_trigger UNION ALL SELECT count(*) FROM pg_proc"
+    before = pair.target.sql(catalog)
+    target = pair.add_target("t")
+
+    def guard(verb: str) -> None:
+        if way == "protect":
+            pair.target.sql(f"SELECT tbl_repl.{verb}('t')")
+        else:
+            pair.call(f"{verb}_target", target_id=target)
+
+    guard("protect")
+    pair.target.sql("ALTER TABLE t DETACH PARTITION t_low; ALTER TABLE t DETACH PARTITION t_high")
+    guard("unprotect")
+    assert pair.target.sql(catalog) == before
+    pair.target.sql("TRUNCATE t_low, t_high, t")
+    refused(pair.target, "TRUNCATE u_1")
+
+
 def test_a_guarded_partition_refuses_writes_that_name_its_parent(pair: Pair) -> None:
     pair.target.sql(PARTITIONED)
     pair.target.sql("SELECT tbl_repl.protect('t_low')")

@@ -135,6 +135,8 @@ COMMENT ON FUNCTION tbl_repl._refuse_write() IS
 -- _guard_facts_sql(schema, name): query, for either side, that says what a guard has to know of a table:
 -- kind, owned, user, may_create, by_row, leaves, through (the partitioned table whose guard it shares),
 -- function_schema, function_name, replicator and triggers of the guard it has.
+-- DETACH leaves its trigger for TRUNCATE on the former partition; such a one, with nothing guarded above it, belongs to
+-- no guard any more, and goes with the first that has its function.
 CREATE OR REPLACE FUNCTION tbl_repl._guard_facts_sql(schema name, name name)
 RETURNS text
 LANGUAGE sql IMMUTABLE
@@ -155,6 +157,16 @@ AS $function$
             JOIN pg_catalog.pg_trigger AS g ON g.tgrelid = tree.relid AND g.tgname IN ('_tbl_repl_guard', '_tbl_repl_guard_row')
             JOIN pg_catalog.pg_class AS c ON c.oid = g.tgrelid
             JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace
+        ), left_over AS (
+            SELECT g.oid, g.tgname, pg_catalog.format('%%I.%%I', n.nspname, c.relname) AS table_name
+            FROM pg_catalog.pg_trigger AS g
+            JOIN pg_catalog.pg_class AS c ON c.oid = g.tgrelid
+            JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace
+            WHERE g.tgfoid IN (SELECT guard.tgfoid FROM guard) AND g.tgname = '_tbl_repl_guard' AND g.tgtype & 62 = 34  -- BEFORE TRUNCATE and nothing else
+              AND g.tgrelid NOT IN (SELECT tree.relid FROM tree)
+              AND pg_catalog.pg_has_role(current_user, c.relowner, 'USAGE')
+              AND NOT EXISTS (SELECT FROM pg_catalog.pg_partition_ancestors(g.tgrelid) AS a
+                              JOIN pg_catalog.pg_trigger AS above ON above.tgrelid = a.relid AND above.tgfoid = g.tgfoid AND above.tgtype & 4 <> 0)
         )
         SELECT pg_catalog.jsonb_build_object(
             'table', pg_catalog.format('%%I.%%I', n.nspname, c.relname),
@@ -173,10 +185,12 @@ AS $function$
             'function_schema', f.nspname,
             'function_name', f.proname,
             'function_alone', NOT EXISTS (SELECT FROM pg_catalog.pg_trigger AS other
-                                          WHERE other.tgfoid = f.oid AND other.tgrelid NOT IN (SELECT tree.relid FROM tree)),
+                                          WHERE other.tgfoid = f.oid AND other.tgrelid NOT IN (SELECT tree.relid FROM tree)
+                                            AND other.oid NOT IN (SELECT left_over.oid FROM left_over)),
             'replicator', f.replicator,
-            'triggers', (SELECT pg_catalog.jsonb_agg(pg_catalog.jsonb_build_array(guard.tgname, guard.table_name) ORDER BY guard.table_name, guard.tgname)
-                         FROM guard WHERE guard.tgparentid = 0))
+            'triggers', (SELECT pg_catalog.jsonb_agg(pg_catalog.jsonb_build_array(g.tgname, g.table_name) ORDER BY g.table_name, g.tgname)
+                         FROM (SELECT guard.tgname, guard.table_name FROM guard WHERE guard.tgparentid = 0
+                               UNION ALL SELECT left_over.tgname, left_over.table_name FROM left_over) AS g))
         FROM pg_catalog.pg_class AS c
         JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace
         LEFT JOIN LATERAL (
