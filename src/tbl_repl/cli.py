@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -12,8 +12,10 @@ import psycopg
 
 from tbl_repl import verbs as database_verbs
 from tbl_repl.database import resolve_dsn
-from tbl_repl.errors import TblReplError, UsageError, from_psycopg
+from tbl_repl.errors import TblReplError, UsageError, from_psycopg, tell
+from tbl_repl.report import print_json
 from tbl_repl.script import version
+from tbl_repl.servers import NEWEST, server_of
 
 
 def _install(args: argparse.Namespace) -> int:
@@ -22,7 +24,10 @@ def _install(args: argparse.Namespace) -> int:
     if args.pg_config is not None:
         if args.dsn is not None or args.plain or args.tle:
             raise UsageError("--pg-config goes alone", "Files are for every database of a server.")
-        installed = [str(path) for path in install(args.pg_config)]
+        server = server_of(args.pg_config)
+        installed = [str(path) for path in install(server)]
+        if server.major > NEWEST:
+            print(f"tbl-repl: PostgreSQL {server.major} has not been tested, {NEWEST} has", file=sys.stderr)
         following = "next, in the database: CREATE EXTENSION tbl_repl CASCADE;"
     elif args.plain:
         installed = [f"schema tbl_repl, version {install_plain(resolve_dsn(args.dsn))}"]
@@ -36,7 +41,7 @@ def _install(args: argparse.Namespace) -> int:
     else:
         raise UsageError("nothing said about where to", "Give --pg-config P, or --dsn D --plain, or --tle.")
     if args.json:
-        print(json.dumps({"installed": installed}))
+        print_json({"installed": installed})
     else:
         for what in installed:
             print(f"installed {what}")
@@ -65,7 +70,10 @@ def parser() -> argparse.ArgumentParser:
     install = verbs.add_parser("install", help=text, description=text)
     install.add_argument("--pg-config", metavar="P", help="put the files into the server of that pg_config")
     install.add_argument(
-        "--dsn", metavar="D", help="the database for --plain (default: TBL_REPL_DSN) and --tle"
+        "--dsn",
+        action=database_verbs.Once,
+        metavar="D",
+        help="the database for --plain (default: TBL_REPL_DSN) and --tle",
     )
     way = install.add_mutually_exclusive_group()
     way.add_argument(
@@ -83,23 +91,31 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # names of tables may have what the terminal's encoding has not
+            stream.reconfigure(errors="backslashreplace")
     args = parser().parse_args(argv)
     try:
         code = int(args.run(args))
         sys.stdout.flush()
         return code
     except psycopg.Error as error:
-        problem: TblReplError = from_psycopg(error)
+        return tell(from_psycopg(error))
     except TblReplError as error:
-        problem = error
+        return tell(error)
     except BrokenPipeError:
-        # who reads has seen enough (| head); the interpreter must not try to write the rest
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # who reads has seen enough (| head)
+        _leave_stdout()
         return 1
+    except OSError as error:
+        _leave_stdout()
+        return tell(TblReplError(str(error)))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    print(f"tbl-repl: {problem}", file=sys.stderr)
-    if problem.hint:
-        print(f"HINT: {problem.hint}", file=sys.stderr)
-    return problem.exit_code
+
+
+def _leave_stdout() -> None:
+    """The interpreter must not try to write the rest."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
