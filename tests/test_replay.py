@@ -987,6 +987,100 @@ def test_a_row_that_a_policy_of_the_target_forbids_hurts_no_other(pair: Pair) ->
     assert quarantined(pair) == []
 
 
+@pytest.mark.parametrize("code", ["55000", "42704", "40001"])
+@pytest.mark.parametrize("mode", ["tolerant", "async"])
+def test_a_row_refused_by_what_looks_like_an_error_of_the_target_is_found(
+    pair: Pair, mode: str, code: str
+) -> None:
+    """A trigger of the target may raise anything; what comes again and again is looked into."""
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY, v text)")
+    target_id = pair.add_target("t", mode=mode)
+    pair.target.sql(
+        f"""
+        CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$
+        BEGIN
+            RAISE EXCEPTION 'it is closed' USING ERRCODE = '{code}';
+        END $$;
+        CREATE TRIGGER refuse BEFORE INSERT OR UPDATE ON t FOR EACH ROW
+            WHEN (NEW.v = 'closed') EXECUTE FUNCTION refuse()
+        """
+    )
+    pair.source.sql("INSERT INTO t VALUES (1, 'a'), (2, 'closed'), (3, 'b')")
+    for _ in range(5):
+        pair.drain()
+    assert pair.target.rows("t") == ["(1,a)", "(3,b)"]
+    assert [row[:2] for row in quarantined(pair)] == [({"id": 2}, code)]
+    assert pair.status(target_id) == "ok"
+    for _ in range(4):
+        pair.drain()  # tried again alone, it is not the target's fault either
+    assert [row[:2] for row in quarantined(pair)] == [({"id": 2}, code)]
+    assert pair.status(target_id) == "ok"
+    pair.source.sql("UPDATE t SET v = 'c' WHERE id = 2")
+    pair.drain()
+    pair.assert_same("t")
+
+
+def test_a_target_that_refuses_every_row_keeps_its_queue_and_hurts_no_other(pair: Pair) -> None:
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY); CREATE TABLE u (id integer PRIMARY KEY)")
+    refusing, _ = pair.add_target("t", mode="async"), pair.add_target("u", mode="async")
+    pair.target.sql(
+        """
+        CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$
+        BEGIN
+            RAISE EXCEPTION 'it is closed' USING ERRCODE = '55000';
+        END $$;
+        CREATE TRIGGER refuse BEFORE INSERT ON t FOR EACH ROW EXECUTE FUNCTION refuse()
+        """
+    )
+    pair.source.sql("INSERT INTO t VALUES (1), (2), (3); INSERT INTO u VALUES (1)")
+    for _ in range(5):
+        pair.drain()
+    assert pair.target.rows("u") == ["(1)"]
+    assert quarantined(pair) == []
+    assert pair.pending(refusing) == 3
+    pair.target.sql("DROP TRIGGER refuse ON t")
+    pair.drain()
+    pair.assert_same("t")
+
+
+@pytest.mark.parametrize("mode", ["tolerant", "async"])
+def test_a_truncate_that_the_target_refuses_fails_that_target_only(pair: Pair, mode: str) -> None:
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY); CREATE TABLE u (id integer PRIMARY KEY)")
+    refusing, _ = pair.add_target("t", mode=mode), pair.add_target("u", mode="async")
+    pair.source.sql("INSERT INTO t VALUES (1), (2)")
+    pair.drain()
+    pair.target.sql("CREATE TABLE ref (id integer REFERENCES t); INSERT INTO ref VALUES (2)")
+    pair.source.sql("TRUNCATE t; INSERT INTO t VALUES (3); INSERT INTO u VALUES (1)")
+    pair.drain()
+    assert pair.target.rows("u") == ["(1)"]
+    assert pair.status(refusing) == "failed"
+    last = pair.source.one("SELECT last_error FROM tbl_repl.target_status WHERE target_id = %s", [refusing])
+    assert last.startswith("23503: TRUNCATE: ")
+    pair.target.sql("DROP TABLE ref")
+    pair.drain()
+    pair.assert_same("t")
+    assert pair.status(refusing) == "ok"
+
+
+def test_a_target_is_dropped_beside_a_drainer(pair: Pair) -> None:
+    """What the drainer may still want to lock is not locked while it is waited for."""
+    target_id = async_table(pair)
+    pair.source.sql("INSERT INTO t VALUES (1, 'x')")
+    with transaction(pair.source) as drainer, pair.source.connect() as other:
+        drainer.execute("SELECT tbl_repl.replay()")
+        dropping = start(other, f"SELECT tbl_repl.drop_target({target_id})")
+        wait_until(
+            lambda: pair.source.admin(
+                f"SELECT FROM pg_locks WHERE pid = {other.info.backend_pid} AND NOT granted"
+            )
+        )
+        drainer.execute("SELECT tbl_repl._log_error(%s, NULL, '23505', 'x', NULL, NULL, NULL)", [target_id])
+        drainer.execute("COMMIT")
+        dropping.result(10)
+        drainer.execute("BEGIN")
+    assert pair.source.sql("SELECT * FROM tbl_repl.target_status") == []
+
+
 def test_rows_that_a_policy_hides_are_not_taken_for_deleted(pair: Pair) -> None:
     """FORCE ROW LEVEL SECURITY comes later, so add_target has not refused it."""
     async_table(pair)

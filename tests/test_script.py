@@ -77,6 +77,12 @@ def test_every_function_is_pinned_before_its_body() -> None:
     assert unpinned <= UNPINNED
 
 
+def test_whoever_catches_everything_catches_failed_assertions() -> None:
+    """OTHERS stands for all but two conditions; the other one is query_canceled."""
+    script = build_script(ROOT)
+    assert re.findall(r".*(?<!assert_failure OR )\bOTHERS\b.*", script) == []
+
+
 def test_every_function_is_commented_at_once() -> None:
     wrong = []
     for name, text, following in routines():

@@ -64,6 +64,18 @@ def test_a_sync_failure_has_the_remote_sqlstate_message_detail_and_hint(pair: Pa
     assert pair.target.rows("t") == ["(1,good)"]
 
 
+@pytest.mark.parametrize("rows", [1, MANY])
+def test_a_sync_failure_names_the_server(pair: Pair, rows: int) -> None:
+    replicate(pair, mode="sync")
+    pair.target.sql("ALTER TABLE t ADD CHECK (v <> 'bad')")
+    with pytest.raises(errors.CheckViolation) as caught:
+        pair.source.sql("INSERT INTO t SELECT g, 'bad' FROM generate_series(1, %s) AS g", [rows])
+    assert pair.server in str(caught.value.diag.message_detail) or "bad" in str(
+        caught.value.diag.message_detail
+    )
+    assert "rolled back" in str(caught.value.diag.message_hint)
+
+
 def test_a_sync_failure_leaves_nothing_half_done_on_either_side(pair: Pair) -> None:
     replicate(pair, "a", mode="sync")
     replicate(pair, "b", mode="sync")
@@ -214,6 +226,55 @@ def test_a_tolerant_failure_is_logged_and_queued_with_the_sql_in_order(pair: Pai
     assert pair.source.sql("SELECT 1 FROM tbl_repl.sync_err_rec") == []
     pair.source.sql("INSERT INTO t VALUES (3, 'direct again')")
     pair.assert_same("t")
+
+
+ASSERT = """
+    CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$
+    BEGIN
+        ASSERT NEW.v <> 'bad', 'must not be';
+        RETURN NEW;
+    END $$;
+    CREATE TRIGGER refuse BEFORE INSERT OR UPDATE ON t FOR EACH ROW EXECUTE FUNCTION refuse()
+"""
+
+
+@pytest.mark.parametrize("rows", [1, MANY])
+def test_a_failed_assertion_of_a_target_is_an_error_like_any_other(trio: Pair, rows: int) -> None:
+    """PL/pgSQL's OTHERS does not catch it."""
+    replicate(trio)
+    second = trio.add_target("t", server=trio.third_server)
+    trio.third.sql(ASSERT)
+    trio.source.sql("INSERT INTO t SELECT g, 'bad' FROM generate_series(1, %s) AS g", [rows])
+    trio.assert_same("t")
+    assert errors_of(trio) == [("P0004", "must not be")]
+    assert trio.status(second) == "queueing"
+    trio.source.sql("INSERT INTO t VALUES (0, 'good')")
+    trio.drain()
+    assert trio.third.rows("t") == ["(0,good)"]
+    assert trio.source.one("SELECT count(*) FROM tbl_repl.quarantine WHERE sqlstate = 'P0004'") == rows
+
+
+@pytest.mark.parametrize("where", ["map", "filter"])
+@pytest.mark.parametrize("mode", ["tolerant", "async"])
+def test_a_failed_assertion_in_an_expression_does_not_fail_the_writer(
+    pair: Pair, mode: str, where: str
+) -> None:
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY, v text)")
+    pair.source.sql(
+        """
+        CREATE FUNCTION checked(v text) RETURNS text LANGUAGE plpgsql AS $$
+        BEGIN
+            ASSERT v <> 'bad', 'must not be';
+            RETURN v;
+        END $$
+        """
+    )
+    chosen = {"column_map": '{"v": "checked(v)"}'} if where == "map" else {"row_filter": "checked(v) <> ''"}
+    pair.add_target("t", mode=mode, **chosen)
+    pair.source.sql("INSERT INTO t VALUES (1, 'bad'), (2, 'good')")
+    pair.drain()
+    assert pair.target.rows("t") == ["(2,good)"]
+    assert pair.source.sql("SELECT key, sqlstate FROM tbl_repl.quarantine") == [({"id": 1}, "P0004")]
 
 
 def test_large_tolerant_transactions_fail_and_queue_as_well(pair: Pair) -> None:

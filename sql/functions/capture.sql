@@ -208,7 +208,7 @@ SET search_path = pg_catalog, pg_temp
 AS $function$
     SELECT CASE WHEN filter IS NULL THEN format('SELECT %s INTO %s FROM %s AS s;', listing, variable, rows)
                 ELSE format(E'BEGIN\n            SELECT %1$s INTO %2$s FROM %3$s AS s WHERE %4$s;\n'
-                            '        EXCEPTION WHEN OTHERS THEN\n            SELECT %1$s INTO %2$s FROM %3$s AS s;\n        END;',
+                            '        EXCEPTION WHEN assert_failure OR OTHERS THEN\n            SELECT %1$s INTO %2$s FROM %3$s AS s;\n        END;',
                             listing, variable, rows, filter) END
 $function$;
 COMMENT ON FUNCTION tbl_repl._collect_sql(text, text, text, text) IS

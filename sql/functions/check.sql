@@ -72,7 +72,7 @@ BEGIN
     PERFORM tbl_repl._connect(target.target_id, conn, clock_timestamp() + target.timeout);
     PERFORM tbl_repl._call(conn, 'SELECT 1', clock_timestamp() + target.timeout);
     RETURN '';
-EXCEPTION WHEN OTHERS THEN
+EXCEPTION WHEN assert_failure OR OTHERS THEN
     GET STACKED DIAGNOSTICS error_detail = PG_EXCEPTION_DETAIL;
     RETURN concat_ws(': ', SQLERRM, nullif(btrim(error_detail, E' \n'), ''));
 END
@@ -226,7 +226,7 @@ BEGIN
             BEGIN
                 EXECUTE format('SELECT tbl_repl.page_%s(NULL, 0)', target.target_id);
                 EXECUTE format('SELECT tbl_repl.render_%s(''{}'', false, true, ''plain'')', target.target_id);
-            EXCEPTION WHEN OTHERS THEN
+            EXCEPTION WHEN assert_failure OR OTHERS THEN
                 failing := SQLERRM;
             END;
         END IF;
@@ -429,7 +429,7 @@ EXCEPTION
     WHEN undefined_table THEN
         RETURN QUERY SELECT 'error', 'remote_table_missing', format('table %s does not exist on the target', dst),
             format('Create it there, or name another one: SELECT tbl_repl.alter_target(%s, dst_table => ...);', target.target_id);
-    WHEN OTHERS THEN
+    WHEN assert_failure OR OTHERS THEN
         -- whatever the target answers is told, for the targets after this one have to be looked at too
         RETURN QUERY SELECT 'error', 'remote_error', format('the target says: %s', SQLERRM), 'See its log.'::text;
 END

@@ -340,7 +340,7 @@ DECLARE
     bounds text := concat(CASE WHEN tbl_repl_after IS NOT NULL THEN %1$L END, CASE WHEN tbl_repl_upto IS NOT NULL THEN %2$L END, %3$L);
 BEGIN
     EXECUTE concat(%4$L, bounds, ') AS x') INTO keys, digest USING tbl_repl_after, tbl_repl_upto, tbl_repl_count;
-EXCEPTION WHEN OTHERS THEN
+EXCEPTION WHEN assert_failure OR OTHERS THEN
     EXECUTE concat(%5$L, bounds, ') AS x') INTO keys USING tbl_repl_after, tbl_repl_upto, tbl_repl_count;
     digest := NULL;
 END

@@ -228,7 +228,7 @@ BEGIN
         IF (answer::json ->> 'extension')::boolean THEN
             PERFORM tbl_repl._check_node(tbl_repl._remote_node(conn, deadline));
         END IF;
-    EXCEPTION WHEN query_canceled OR OTHERS THEN
+    EXCEPTION WHEN query_canceled OR assert_failure OR OTHERS THEN
         IF conn = ANY (tbl_repl._dblink_connections()) THEN
             PERFORM tbl_repl._dblink_disconnect(conn);
         END IF;
@@ -396,7 +396,7 @@ BEGIN
         END IF;
         BEGIN
             SELECT r INTO line FROM tbl_repl._dblink_result(conn) AS r;
-        EXCEPTION WHEN query_canceled OR OTHERS THEN
+        EXCEPTION WHEN query_canceled OR assert_failure OR OTHERS THEN
             GET STACKED DIAGNOSTICS code = RETURNED_SQLSTATE;
             IF code ~ '^(08|57P)' THEN
                 PERFORM tbl_repl._dblink_disconnect(conn);
@@ -440,7 +440,7 @@ BEGIN
         EXCEPTION
             WHEN in_failed_sql_transaction THEN
                 NULL;  -- an open remote transaction: the caller rolls back
-            WHEN OTHERS THEN
+            WHEN assert_failure OR OTHERS THEN
                 PERFORM tbl_repl._dblink_disconnect(conn);
                 RETURN;
         END;
@@ -499,7 +499,7 @@ BEGIN
     END IF;
     PERFORM tbl_repl._call(conn, 'SELECT 1', deadline);
     RETURN true;
-EXCEPTION WHEN OTHERS THEN
+EXCEPTION WHEN assert_failure OR OTHERS THEN
     IF conn = ANY (tbl_repl._dblink_connections()) THEN
         PERFORM tbl_repl._dblink_disconnect(conn);
     END IF;

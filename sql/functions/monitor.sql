@@ -154,7 +154,7 @@ BEGIN
             EXECUTE format('SELECT * FROM tbl_repl.render_%s($1, false, $2, ''plain'')', item.target_id)
             INTO rendered USING ARRAY[item.key_text], item.absent;
             dst_query := concat_ws('; ', rendered.deletes, rendered.upserts);
-        EXCEPTION WHEN OTHERS THEN
+        EXCEPTION WHEN assert_failure OR OTHERS THEN
             -- one definition that does not fit its table any more must not hide what is queued for the others
             dst_query := format('-- target %s: %s', item.target_id, replace(SQLERRM, E'\n', ' '));
         END;

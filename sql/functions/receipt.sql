@@ -337,7 +337,7 @@ BEGIN
         PERFORM tbl_repl._connect(target_id, conn, started + timeout);
         listing := tbl_repl._call(conn, format('SELECT coalesce(pg_catalog.json_agg(r), ''[]'') FROM tbl_repl._receipts(%L) AS r', node),
                                   clock_timestamp() + timeout);
-    EXCEPTION WHEN query_canceled OR OTHERS THEN
+    EXCEPTION WHEN query_canceled OR assert_failure OR OTHERS THEN
         -- who waits for us to connect cancels us when we hang (see _open)
         IF SQLSTATE = '57014' AND clock_timestamp() < started + timeout THEN
             RAISE;
@@ -378,7 +378,7 @@ BEGIN
             CONTINUE WHEN item.boot = current AND tbl_repl._fate(item.xid) = 'committed';  -- just now
             PERFORM tbl_repl._heal(node, conn, timeout, item.target_id, item.boot, item.xid, item.parts, item.whole, item.row_count);
         END LOOP;
-    EXCEPTION WHEN OTHERS THEN
+    EXCEPTION WHEN assert_failure OR OTHERS THEN
         RETURN false;  -- nothing is forgotten: the receipts that are left are found again
     END;
     RETURN true;

@@ -367,7 +367,7 @@ BEGIN
             SELECT %1$s AS tbl_repl_key FROM %2$s AS s WHERE %3$s AND (%5$s) ORDER BY %4$s LIMIT $2) AS x);
     EXCEPTION WHEN lock_not_available THEN
         RAISE;
-    WHEN OTHERS THEN
+    WHEN assert_failure OR OTHERS THEN
         -- The filter fails on a row; on which is found out where the keys are shipped.
         IF tbl_repl_after IS NULL THEN
             RETURN (SELECT array_agg(x.tbl_repl_key) FROM (

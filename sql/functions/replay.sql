@@ -418,7 +418,7 @@ BEGIN
             END IF;
             -- twice the timeout: an older session of ours may have to be outlived first
             PERFORM tbl_repl._connect(lane.target_id, lane.conn, clock_timestamp() + lane.timeout * 2);
-        EXCEPTION WHEN query_canceled OR OTHERS THEN
+        EXCEPTION WHEN query_canceled OR assert_failure OR OTHERS THEN
             -- who waits for us to connect cancels us when we hang (see _open)
             IF SQLSTATE = '57014' AND clock_timestamp() < started + lane.timeout THEN
                 RAISE;
@@ -469,7 +469,7 @@ BEGIN
     IF cardinality(paged) = 0 THEN
         BEGIN
             small := tbl_repl._small_batch(targets, max_rows);
-        EXCEPTION WHEN OTHERS THEN
+        EXCEPTION WHEN assert_failure OR OTHERS THEN
             -- some expression fails on a row: the long way finds out on which
             SELECT NULL::text AS message, NULL::pg_snapshot AS snapshot, NULL::bigint AS rows, NULL::integer[] AS shipped, NULL::bigint[] AS counts,
                    false AS is_large INTO small;
@@ -477,7 +477,7 @@ BEGIN
         IF small.message IS NOT NULL THEN
             BEGIN
                 sent := tbl_repl._apply_at_once(small.shipped, lane.conn, small.message, lane.timeout);
-            EXCEPTION WHEN OTHERS THEN
+            EXCEPTION WHEN assert_failure OR OTHERS THEN
                 GET STACKED DIAGNOSTICS error_text = MESSAGE_TEXT, error_detail = PG_EXCEPTION_DETAIL, error_hint = PG_EXCEPTION_HINT;
                 PERFORM tbl_repl._lane_is_down(lane.server, small.shipped, SQLSTATE, error_text, error_detail, error_hint);
                 RETURN 0;
@@ -708,7 +708,7 @@ BEGIN
                 ELSE format('BEGIN; SET CONSTRAINTS ALL DEFERRED; %s; SET CONSTRAINTS ALL IMMEDIATE', message) END);
             PERFORM tbl_repl._receive(conn, clock_timestamp() + timeout * 2, false, true);
             EXIT;
-        EXCEPTION WHEN query_canceled OR OTHERS THEN
+        EXCEPTION WHEN query_canceled OR assert_failure OR OTHERS THEN
             GET STACKED DIAGNOSTICS context = PG_EXCEPTION_CONTEXT;
             IF SQLSTATE ~ '^(08|57P)' THEN
                 IF anew OR clock_timestamp() > started + timeout THEN
@@ -736,7 +736,7 @@ BEGIN
     END LOOP;
     BEGIN
         PERFORM tbl_repl._commit(conn, timeout);
-    EXCEPTION WHEN query_canceled OR OTHERS THEN
+    EXCEPTION WHEN query_canceled OR assert_failure OR OTHERS THEN
         GET STACKED DIAGNOSTICS context = PG_EXCEPTION_CONTEXT;
         IF SQLSTATE ~ '^(08|57P)' OR (SQLSTATE = '57014' AND NOT tbl_repl._is_too_slow(SQLSTATE, context, conn)) THEN
             RAISE;
@@ -773,7 +773,7 @@ BEGIN
         EXCEPTION
             WHEN lock_not_available OR deadlock_detected THEN
                 locked := array_append(locked, target_id);
-            WHEN OTHERS THEN
+            WHEN assert_failure OR OTHERS THEN
                 NULL;  -- what else is wrong is found out, and told, where the rows are read
         END;
     END LOOP;
@@ -870,6 +870,7 @@ AS $function$
 DECLARE
     halves     record;
     committing boolean := false;
+    stubborn   text;
     context    text;
 BEGIN
     broken := '{}';
@@ -885,22 +886,25 @@ BEGIN
             shipped := (SELECT sum(n::bigint) FROM jsonb_each_text(by_target) AS c (target_id, n));
             PERFORM tbl_repl._release(loads, '{}');
             RETURN;
-        EXCEPTION WHEN query_canceled OR OTHERS THEN
+        EXCEPTION WHEN query_canceled OR assert_failure OR OTHERS THEN
             GET STACKED DIAGNOSTICS context = PG_EXCEPTION_CONTEXT;
             -- 22012: the lease was over, or some expression divides by zero
-            IF tbl_repl._is_transient(SQLSTATE) AND (committing OR NOT (SQLSTATE = '22012' OR tbl_repl._is_too_slow(SQLSTATE, context, conn))) THEN
+            IF tbl_repl._is_transient(SQLSTATE) AND (committing OR NOT (SQLSTATE = '22012' OR tbl_repl._is_too_slow(SQLSTATE, context, conn)
+                                                                        OR tbl_repl._is_stubborn(loads, SQLSTATE))) THEN
                 RAISE;
+            ELSIF tbl_repl._is_transient(SQLSTATE) AND SQLSTATE NOT IN ('22012', '57014') THEN
+                stubborn := SQLSTATE;
             END IF;
             IF conn = ANY (tbl_repl._dblink_connections()) THEN
                 PERFORM tbl_repl._dblink_disconnect(conn);
             END IF;
         END;
         PERFORM tbl_repl._connect(_apply.target_id, conn, clock_timestamp() + timeout * 2);
-        halves := tbl_repl._apply_by_halves(conn, timeout, loads);
+        halves := tbl_repl._apply_by_halves(conn, timeout, loads, stubborn);
         shipped := halves.shipped;
         by_target := halves.by_target;
         broken := halves.broken;
-    EXCEPTION WHEN query_canceled OR OTHERS THEN
+    EXCEPTION WHEN query_canceled OR assert_failure OR OTHERS THEN
         GET STACKED DIAGNOSTICS code = RETURNED_SQLSTATE, message = MESSAGE_TEXT, detail = PG_EXCEPTION_DETAIL,
             hint = PG_EXCEPTION_HINT, context = PG_EXCEPTION_CONTEXT;
         -- this session goes on, and must not find a remote transaction open
@@ -939,6 +943,24 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._is_too_slow(text, text, text) IS
     'whether an error says that a statement took too long on the target: with fewer rows it may not';
 
+-- Any trigger of the target may raise anything.  So what three tries in a row have met may be said of a row after all; then
+-- it is looked for, and found if others get through.
+CREATE OR REPLACE FUNCTION tbl_repl._is_stubborn(loads tbl_repl.load[], code text)
+RETURNS boolean
+LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT code !~ '^(08|57P)' AND EXISTS (
+        SELECT FROM unnest(loads) AS l
+        CROSS JOIN LATERAL (
+            SELECT e.sqlstate FROM tbl_repl.error AS e
+            WHERE e.target_id = l.target_id AND e.at > coalesce(tbl_repl._shipped_at(l.target_id), '-infinity')
+            ORDER BY e.at DESC LIMIT 3) AS e
+        GROUP BY l.target_id HAVING count(*) = 3 AND bool_and(e.sqlstate = code))
+$function$;
+COMMENT ON FUNCTION tbl_repl._is_stubborn(tbl_repl.load[], text) IS
+    'whether an error that seemed to be the target''s has come so often that it may be a row''s';
+
 -- A definition that no longer fits: no row can help it.
 CREATE OR REPLACE FUNCTION tbl_repl._is_definition_error(code text)
 RETURNS boolean
@@ -950,10 +972,12 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._is_definition_error(text) IS
     'whether an error says that the target''s definition does not fit its table';
 
+-- stubborn: an error that is otherwise the target's, see _is_stubborn.
 CREATE OR REPLACE FUNCTION tbl_repl._apply_by_halves(
-    conn    text,
-    timeout interval,
-    loads   tbl_repl.load[],
+    conn     text,
+    timeout  interval,
+    loads    tbl_repl.load[],
+    stubborn text,
     OUT shipped   bigint,
     OUT by_target jsonb,
     OUT broken    integer[]
@@ -973,6 +997,7 @@ DECLARE
     left_bad tbl_repl.poison[];
     progress boolean;
     counted  bigint;
+    refused  text[];
 BEGIN
     shipped := 0;
     by_target := '{}';
@@ -986,7 +1011,7 @@ BEGIN
             PERFORM tbl_repl._call(conn, format('SAVEPOINT tbl_repl; DELETE FROM %s WHERE false; RELEASE tbl_repl', item.dst_table),
                                    clock_timestamp() + timeout);
             CONTINUE;
-        EXCEPTION WHEN OTHERS THEN
+        EXCEPTION WHEN assert_failure OR OTHERS THEN
             IF NOT tbl_repl._is_definition_error(SQLSTATE) THEN
                 RAISE;
             END IF;
@@ -997,7 +1022,21 @@ BEGIN
     END LOOP;
     loads := ARRAY(SELECT l FROM unnest(loads) AS l WHERE l.target_id <> ALL (broken));
     IF EXISTS (SELECT FROM unnest(loads) AS l WHERE l.truncate) THEN
-        PERFORM tbl_repl._truncate(conn, loads, timeout);
+        refused := NULL;
+        BEGIN
+            PERFORM tbl_repl._truncate(conn, loads, timeout);
+        EXCEPTION WHEN assert_failure OR OTHERS THEN
+            IF tbl_repl._is_transient(SQLSTATE) THEN
+                RAISE;
+            END IF;
+            refused := ARRAY[SQLSTATE, SQLERRM];
+        END;
+        IF refused IS NOT NULL THEN
+            -- rows that refer to them from elsewhere, mostly: a person is needed, the queue is kept
+            PERFORM tbl_repl._call(conn, 'ROLLBACK TO tbl_repl', clock_timestamp() + timeout);
+            broken := broken || ARRAY(SELECT DISTINCT l.target_id FROM unnest(loads) AS l WHERE l.truncate);
+            PERFORM tbl_repl._target_failed(t, refused[1], 'TRUNCATE: ' || refused[2]) FROM unnest(broken) AS t;
+        END IF;
     END IF;
     FOR item IN SELECT l.* FROM unnest(loads) AS l ORDER BY l.fk_rank, l.target_id LOOP
         CONTINUE WHEN item.target_id = ANY (broken);  -- by another load of it
@@ -1014,7 +1053,7 @@ BEGIN
                 EXIT WHEN NOT FOUND;
             END IF;
             began := clock_timestamp();
-            rejected := tbl_repl._apply_keys(conn, timeout, item.target_id, item.absent, keys[:size], true);
+            rejected := tbl_repl._apply_keys(conn, timeout, item.target_id, item.absent, keys[:size], true, stubborn);
             IF cardinality(rejected) > 0 AND rejected[1].key IS NULL AND rejected[1].code = '57014' THEN
                 -- Each miss costs nearly timeout, so by eighths, and larger again as soon as there is room.
                 size := greatest(1, least(size, cardinality(keys)) / 8);
@@ -1029,7 +1068,12 @@ BEGIN
             IF cardinality(rejected) > 0 AND rejected[1].key IS NULL THEN
                 -- the definition is at fault: a person is needed, the queue is kept
                 broken := array_append(broken, item.target_id);
-                PERFORM tbl_repl._target_failed(item.target_id, rejected[1].code, rejected[1].message);
+                IF rejected[1].code = stubborn THEN
+                    PERFORM tbl_repl._log_error(item.target_id, NULL, stubborn, rejected[1].message, 'Not the first row nor the last one gets through.',
+                                                'Its changes stay queued, and are tried again by the next replay.', NULL);
+                ELSE
+                    PERFORM tbl_repl._target_failed(item.target_id, rejected[1].code, rejected[1].message);
+                END IF;
                 poison := ARRAY(SELECT p FROM unnest(poison) AS p WHERE p.target_id <> item.target_id);
                 keys := NULL;
                 EXIT;
@@ -1055,7 +1099,7 @@ BEGIN
             WHERE p.code IN ('23503', '23505')
             GROUP BY p.target_id, p.absent, s.fk_rank ORDER BY s.fk_rank, p.target_id
         LOOP
-            rejected := tbl_repl._apply_keys(conn, timeout, item.target_id, item.absent, item.keys, false);
+            rejected := tbl_repl._apply_keys(conn, timeout, item.target_id, item.absent, item.keys, false, stubborn);
             counted := cardinality(item.keys) - cardinality(rejected);
             progress := progress OR counted > 0;
             shipped := shipped + counted;
@@ -1069,7 +1113,7 @@ BEGIN
     PERFORM tbl_repl._release(ARRAY(SELECT l FROM unnest(loads) AS l WHERE l.target_id <> ALL (broken)), poison);
 END
 $function$;
-COMMENT ON FUNCTION tbl_repl._apply_by_halves(text, interval, tbl_repl.load[]) IS
+COMMENT ON FUNCTION tbl_repl._apply_by_halves(text, interval, tbl_repl.load[], text) IS
     'ships keys, halving where the target rejects some, until the rows that are to blame are found';
 
 CREATE OR REPLACE FUNCTION tbl_repl._target_failed(
@@ -1104,7 +1148,8 @@ CREATE OR REPLACE FUNCTION tbl_repl._apply_keys(
     target_id integer,
     absent    boolean,
     keys      text[],
-    outermost boolean
+    outermost boolean,
+    stubborn  text
 )
 RETURNS tbl_repl.poison[]
 LANGUAGE plpgsql VOLATILE
@@ -1134,9 +1179,10 @@ BEGIN
             -- each of the three that may take long is bounded there
             PERFORM tbl_repl._receive(conn, clock_timestamp() + timeout * 3, false, true);
             RETURN '{}';
-        EXCEPTION WHEN query_canceled OR OTHERS THEN
+        EXCEPTION WHEN query_canceled OR assert_failure OR OTHERS THEN
             GET STACKED DIAGNOSTICS context = PG_EXCEPTION_CONTEXT;
-            IF tbl_repl._is_transient(SQLSTATE) AND NOT (SQLSTATE = '22012' OR tbl_repl._is_too_slow(SQLSTATE, context, conn)) THEN
+            IF tbl_repl._is_transient(SQLSTATE) AND NOT (SQLSTATE = '22012' OR tbl_repl._is_too_slow(SQLSTATE, context, conn)
+                                                           OR SQLSTATE IS NOT DISTINCT FROM stubborn) THEN
                 RAISE;
             END IF;
             bad := ROW(_apply_keys.target_id, keys[1], _apply_keys.absent, SQLSTATE, SQLERRM)::tbl_repl.poison;
@@ -1147,14 +1193,14 @@ BEGIN
         EXIT WHEN bad.code <> '23505';
     END LOOP;
     -- what has been told apart from other rows before is the row's own fault (42501: a policy of the target)
-    IF outermost AND tbl_repl._is_definition_error(bad.code)
+    IF outermost AND (tbl_repl._is_definition_error(bad.code) OR bad.code IS NOT DISTINCT FROM stubborn)
        AND NOT EXISTS (SELECT FROM tbl_repl.quarantined AS q
                        WHERE q.target_id = _apply_keys.target_id AND q.key = ALL (keys) AND q.sqlstate = bad.code) THEN
         IF cardinality(keys) = 1 THEN
             ends := ARRAY[bad, bad];
         ELSE
-            ends := tbl_repl._apply_keys(conn, timeout, target_id, absent, keys[1:1], false)
-                 || tbl_repl._apply_keys(conn, timeout, target_id, absent, keys[cardinality(keys):], false);
+            ends := tbl_repl._apply_keys(conn, timeout, target_id, absent, keys[1:1], false, stubborn)
+                 || tbl_repl._apply_keys(conn, timeout, target_id, absent, keys[cardinality(keys):], false, stubborn);
         END IF;
         IF cardinality(ends) = 2 AND ends[1].code = bad.code AND ends[2].code = bad.code THEN
             bad.key := NULL;
@@ -1167,11 +1213,11 @@ BEGIN
         bad.key := NULL;
         RETURN ARRAY[bad];
     END IF;
-    RETURN tbl_repl._apply_keys(conn, timeout, target_id, absent, keys[:half], false)
-        || tbl_repl._apply_keys(conn, timeout, target_id, absent, keys[half + 1:], false);
+    RETURN tbl_repl._apply_keys(conn, timeout, target_id, absent, keys[:half], false, stubborn)
+        || tbl_repl._apply_keys(conn, timeout, target_id, absent, keys[half + 1:], false, stubborn);
 END
 $function$;
-COMMENT ON FUNCTION tbl_repl._apply_keys(text, interval, integer, boolean, text[], boolean) IS
+COMMENT ON FUNCTION tbl_repl._apply_keys(text, interval, integer, boolean, text[], boolean, text) IS
     'ships some keys inside a remote transaction; returns those that the target rejects';
 
 -- Quarantine after a batch: what was rejected goes in, what was shipped comes out.

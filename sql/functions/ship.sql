@@ -202,7 +202,7 @@ BEGIN
     LOOP
         BEGIN
             PERFORM tbl_repl._call(conn, statement, deadline);
-        EXCEPTION WHEN OTHERS THEN
+        EXCEPTION WHEN assert_failure OR OTHERS THEN
             -- One broken target must not close the way to the others: it fails when it is shipped to.
             IF SQLSTATE ~ '^(08|57P)' THEN
                 RAISE;
@@ -225,7 +225,7 @@ BEGIN
     PERFORM tbl_repl._connect(target_id, conn, deadline);
     BEGIN
         PERFORM tbl_repl._call(conn, 'SELECT 1', deadline);
-    EXCEPTION WHEN OTHERS THEN
+    EXCEPTION WHEN assert_failure OR OTHERS THEN
         IF SQLSTATE !~ '^(08|57P)' OR clock_timestamp() > deadline THEN
             RAISE;
         END IF;
@@ -446,7 +446,7 @@ BEGIN
         IF tbl_repl._dblink_send(item.conn, message || receipt) <> 1 THEN
             RETURN false;
         END IF;
-    EXCEPTION WHEN query_canceled OR OTHERS THEN
+    EXCEPTION WHEN query_canceled OR assert_failure OR OTHERS THEN
         -- a cancel right behind the sending: below, whoever waits for the answer finds out
         IF NOT sending THEN
             RETURN false;
@@ -461,7 +461,7 @@ BEGIN
                 MESSAGE = 'the target has got no message';
         END IF;
         RETURN true;
-    EXCEPTION WHEN query_canceled OR OTHERS THEN
+    EXCEPTION WHEN query_canceled OR assert_failure OR OTHERS THEN
         GET STACKED DIAGNOSTICS error_text = MESSAGE_TEXT, error_detail = PG_EXCEPTION_DETAIL, error_hint = PG_EXCEPTION_HINT,
             context = PG_EXCEPTION_CONTEXT;
         SELECT item.conn, change.target_id, item.sync, deadline, 'sent',
@@ -701,7 +701,7 @@ BEGIN
             IF parcel.rows > 0 THEN
                 ready := array_append(ready, parcel);
             END IF;
-        EXCEPTION WHEN OTHERS THEN
+        EXCEPTION WHEN assert_failure OR OTHERS THEN
             -- a filter or map that fails on a row, a column that is gone: the target's own business
             IF parcel.sync THEN
                 RAISE;
@@ -755,7 +755,7 @@ BEGIN
                 BEGIN
                     PERFORM tbl_repl._send(lane.conn, 'SET CONSTRAINTS ALL IMMEDIATE' || tbl_repl._lease(lane.deadline) || '; COMMIT');
                     lane.state := 'committing';
-                EXCEPTION WHEN OTHERS THEN
+                EXCEPTION WHEN assert_failure OR OTHERS THEN
                     lane := tbl_repl._lane_failed(lane, SQLSTATE, SQLERRM, NULL, NULL);
                 END;
                 lanes[n] := lane;
@@ -868,7 +868,7 @@ BEGIN
     END IF;
     lane.state := 'sent';
     RETURN lane;
-EXCEPTION WHEN query_canceled OR OTHERS THEN
+EXCEPTION WHEN query_canceled OR assert_failure OR OTHERS THEN
     IF sending AND SQLSTATE = '57014' THEN
         -- a cancel right behind the sending: whoever waits for the answer finds out
         lane.state := 'sent';
@@ -923,7 +923,7 @@ BEGIN
                 END IF;
                 lane.state := 'done';
                 RETURN lane;
-            EXCEPTION WHEN query_canceled OR OTHERS THEN
+            EXCEPTION WHEN query_canceled OR assert_failure OR OTHERS THEN
                 GET STACKED DIAGNOSTICS error_text = MESSAGE_TEXT, error_detail = PG_EXCEPTION_DETAIL, error_hint = PG_EXCEPTION_HINT,
                     context = PG_EXCEPTION_CONTEXT;
                 -- cancelled here: the answer is still to come
@@ -970,7 +970,7 @@ BEGIN
                 EXIT;
             END IF;
             PERFORM tbl_repl._send(lane.conn, tbl_repl._lane_text(lane, two_phase));
-        EXCEPTION WHEN query_canceled OR OTHERS THEN
+        EXCEPTION WHEN query_canceled OR assert_failure OR OTHERS THEN
             IF code = '26000' THEN
                 -- why it cannot be prepared says more than that it is not
                 GET STACKED DIAGNOSTICS error_text = MESSAGE_TEXT, error_detail = PG_EXCEPTION_DETAIL, error_hint = PG_EXCEPTION_HINT;
@@ -986,7 +986,7 @@ BEGIN
         -- libpq shows the last error until something succeeds, and by an error a dead connection is told
         BEGIN
             PERFORM tbl_repl._call(lane.conn, 'SELECT 1', lane.deadline, true);
-        EXCEPTION WHEN OTHERS THEN
+        EXCEPTION WHEN assert_failure OR OTHERS THEN
             NULL;
         END;
     END IF;
@@ -1102,7 +1102,7 @@ BEGIN
             PERFORM pg_sleep(0.0005);
         END IF;
     END LOOP;
-EXCEPTION WHEN query_canceled OR OTHERS THEN
+EXCEPTION WHEN query_canceled OR assert_failure OR OTHERS THEN
     -- who waits for that one deals with it
     RETURN coalesce(first, (SELECT min(n) FROM generate_subscripts(lanes, 1) AS n WHERE n <> ALL (finished)));
 END
@@ -1123,7 +1123,7 @@ BEGIN
     PERFORM tbl_repl._receive(lane.conn, lane.deadline, true);
     lane.state := 'done';
     RETURN lane;
-EXCEPTION WHEN query_canceled OR OTHERS THEN
+EXCEPTION WHEN query_canceled OR assert_failure OR OTHERS THEN
     GET STACKED DIAGNOSTICS error_text = MESSAGE_TEXT, error_detail = PG_EXCEPTION_DETAIL, error_hint = PG_EXCEPTION_HINT;
     IF SQLSTATE ~ '^08' THEN
         PERFORM tbl_repl._outlive(lane.deadline);
@@ -1205,7 +1205,7 @@ BEGIN
                 IF lane.state = 'sent' THEN
                     BEGIN
                         PERFORM tbl_repl._receive(lane.conn, lane.deadline);
-                    EXCEPTION WHEN OTHERS THEN
+                    EXCEPTION WHEN assert_failure OR OTHERS THEN
                         -- often found out only now, and one that can be opened again is none that hangs
                         IF clock_timestamp() > lane.deadline THEN
                             RAISE;
@@ -1232,7 +1232,7 @@ BEGIN
                     PERFORM tbl_repl._count_shipped(parcel.target_id, coalesce((shipped ->> parcel.target_id::text)::bigint, 0),
                                                     coalesce((receipts ->> parcel.target_id::text)::integer, 0));
                 END LOOP;
-            EXCEPTION WHEN query_canceled OR OTHERS THEN
+            EXCEPTION WHEN query_canceled OR assert_failure OR OTHERS THEN
                 GET STACKED DIAGNOSTICS error_text = MESSAGE_TEXT, error_detail = PG_EXCEPTION_DETAIL, error_hint = PG_EXCEPTION_HINT;
                 IF lane.conn = ANY (tbl_repl._dblink_connections()) THEN
                     PERFORM tbl_repl._dblink_disconnect(lane.conn);
@@ -1240,7 +1240,7 @@ BEGIN
                 IF is_sync THEN
                     -- open remote transactions end with their connection; the others have an answer nobody reads
                     PERFORM tbl_repl._dblink_disconnect(l.conn) FROM unnest(lanes) AS l WHERE l.conn = ANY (tbl_repl._dblink_connections());
-                    RAISE;
+                    PERFORM tbl_repl._raise_lane(tbl_repl._lane_failed(lane, SQLSTATE, error_text, nullif(error_detail, ''), nullif(error_hint, '')));
                 END IF;
                 lost := lost + (clock_timestamp() - began);
                 FOREACH parcel IN ARRAY lane.parcels LOOP
@@ -1271,7 +1271,7 @@ BEGIN
         SELECT max(p.timeout) INTO bound FROM unnest(parcels) AS p WHERE p.conn = lane;
         PERFORM tbl_repl._commit(lane, bound);
     END LOOP;
-EXCEPTION WHEN OTHERS THEN
+EXCEPTION WHEN assert_failure OR OTHERS THEN
     -- open remote transactions end with their connection
     PERFORM tbl_repl._dblink_disconnect(c) FROM unnest(conns) AS c WHERE c = ANY (tbl_repl._dblink_connections());
     RAISE;

@@ -150,7 +150,7 @@ BEGIN
         CLOSE probe;
         EXECUTE pg_catalog.format(E'CREATE VIEW %s AS SELECT (%s\n) AS tbl_repl_x FROM %s AS s', view_name, expression, source_name);
         PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
-    EXCEPTION WHEN OTHERS THEN
+    EXCEPTION WHEN assert_failure OR OTHERS THEN
         GET STACKED DIAGNOSTICS error_text = MESSAGE_TEXT, error_code = RETURNED_SQLSTATE;
         IF error_code = '42601' THEN
             error_text := coalesce(tbl_repl._syntax_error(source_table, expression), error_text);
@@ -196,7 +196,7 @@ BEGIN
 EXCEPTION
     WHEN syntax_error THEN
         RETURN replace(SQLERRM, 'end of input', 'end of expression');
-    WHEN OTHERS THEN
+    WHEN assert_failure OR OTHERS THEN
         RETURN NULL;  -- its syntax is right, as far as it goes
 END
 $function$;
