@@ -401,6 +401,24 @@ def test_keys_of_types_that_the_search_path_does_not_reach(pair: Pair, name: str
     assert pair.target.rows("t") == pair.source.rows("t")
 
 
+def test_a_composite_key_without_any_value_is_a_key_like_any_other(pair: Pair) -> None:
+    """IS NULL of a row is true where all its fields are null, and IS NOT NULL false where one is."""
+    pair.both("CREATE TYPE spot AS (a integer, b text); CREATE TABLE t (id spot PRIMARY KEY, v text)")
+    pair.source.sql("INSERT INTO t VALUES ('(,)', 'v'), ('(1,)', 'v'), ('(1,x)', 'v')")
+    target = pair.add_target("t")
+    assert differences(pair, target) == in_pieces(pair, target, piece_rows=1) == []
+    pair.target.sql("UPDATE t SET v = 'x'")
+    expected = [("different", "(,)"), ("different", "(1,)"), ("different", "(1,x)")]
+    assert sorted(differences(pair, target)) == sorted(in_pieces(pair, target, piece_rows=1)) == expected
+    assert repaired(pair, target) == 3
+    pair.source.sql("DELETE FROM t")
+    pair.drain()
+    pair.target.sql("INSERT INTO t VALUES ('(,)', 'v'), ('(2,)', 'v')")
+    assert sorted(differences(pair, target)) == [("extra_on_target", "(,)"), ("extra_on_target", "(2,)")]
+    assert repaired(pair, target, delete_extra=True) == 2
+    assert pair.target.rows("t") == []
+
+
 def test_composite_keys_with_odd_values(pair: Pair) -> None:
     pair.both('CREATE TABLE t ("A key" text, d date, v text, PRIMARY KEY (d, "A key"))')
     pair.source.sql("SET datestyle = 'German'")

@@ -537,9 +537,10 @@ BEGIN
     SELECT array_agg(array_position(target.sent_columns, k.name) ORDER BY k.n) INTO positions
     FROM unnest(target.dst_keys) WITH ORDINALITY AS k (name, n);
     BEGIN
+        -- IS NULL, of a key that is a composite, would look at its fields
         answer := tbl_repl._call(conn, (
-            SELECT format('WITH v (%s) AS (VALUES %s) SELECT pg_catalog.json_agg(pg_catalog.json_build_array(d.%I IS NULL, pg_catalog.json_build_array(%s))) '
-                          'FROM v LEFT JOIN %s AS d ON %s WHERE d.%I IS NULL OR %s',
+            SELECT format('WITH v (%s) AS (VALUES %s) SELECT pg_catalog.json_agg(pg_catalog.json_build_array(d.%I IS NOT DISTINCT FROM NULL, pg_catalog.json_build_array(%s))) '
+                          'FROM v LEFT JOIN %s AS d ON %s WHERE d.%I IS NOT DISTINCT FROM NULL OR %s',
                           (SELECT string_agg(format('c%s', n), ', ' ORDER BY n) FROM generate_subscripts(target.sent_columns, 1) AS n),
                           row_values, target.dst_keys[1],
                           (SELECT string_agg(format('v.c%s', p), ', ' ORDER BY n) FROM unnest(positions) WITH ORDINALITY AS u (p, n)),
@@ -595,13 +596,14 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._not_pending(tbl_repl.target, text[]) IS 'the keys for which nothing is queued';
 
 -- SQL condition: row d of the target has a key after one and up to another, in the target's order; NULL: no bound.
+-- IS NOT NULL, of a composite, would look at its fields.
 CREATE OR REPLACE FUNCTION tbl_repl._target_range(target tbl_repl.target, after jsonb, upto jsonb)
 RETURNS text
 LANGUAGE sql STABLE
 SET search_path = pg_catalog, pg_temp
 AS $function$
     SELECT concat_ws(' AND ',
-        CASE WHEN after IS NULL THEN (SELECT string_agg(format('%s IS NOT NULL', c), ' AND ' ORDER BY n) FROM unnest(k.columns) WITH ORDINALITY AS u (c, n))
+        CASE WHEN after IS NULL THEN (SELECT string_agg(format('%s IS DISTINCT FROM NULL', c), ' AND ' ORDER BY n) FROM unnest(k.columns) WITH ORDINALITY AS u (c, n))
              ELSE format('(%s)', tbl_repl._comes_after(k.columns, k.equals, k.greater, k.afters)) END,
         CASE WHEN upto IS NOT NULL THEN format('(%s)', tbl_repl._comes_until(k.columns, k.equals, k.greater, k.uptos)) END)
     FROM (SELECT array_agg(format('d.%I', p.name) ORDER BY p.n) AS columns,
