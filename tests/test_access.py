@@ -238,3 +238,100 @@ def test_access_can_be_granted_to_a_role_with_an_odd_name(node: Node) -> None:
     role = node.role('Odd "role"'.replace('"', ""))
     node.sql("SELECT tbl_repl.grant_access(%s::regrole, 'reader')", [f'"{role}"'])
     assert node.one("SELECT count(*) FROM tbl_repl.target_status", user=role) == 0
+
+
+def two_targets(pair: Pair, *names: str) -> list[int]:
+    """Roles that are operators, and two targets of t, defined by the first role, which owns t."""
+    for name in names:
+        role = pair.source.role(name)
+        pair.source.sql(
+            f"SELECT tbl_repl.grant_access('{role}', 'operator'); GRANT USAGE ON SCHEMA public TO {role}"
+        )
+    definer = names[0]
+    pair.source.sql(
+        f"GRANT USAGE ON FOREIGN SERVER {pair.server} TO {definer};"
+        f"CREATE USER MAPPING FOR {definer} SERVER {pair.server} OPTIONS (user 'owner', password 'secret')"
+    )
+    pair.both(
+        "CREATE TABLE t (id integer PRIMARY KEY) PARTITION BY RANGE (id); CREATE TABLE t_1 PARTITION OF t DEFAULT"
+    )
+    pair.target.sql("CREATE TABLE u (LIKE t INCLUDING ALL)")
+    pair.source.admin(f"ALTER TABLE t OWNER TO {definer}; ALTER TABLE t_1 OWNER TO {definer}")
+    return [
+        pair.source.one(
+            f"SELECT tbl_repl.add_target('t', '{pair.server}', '{dst}', mode => '{mode}')", user=definer
+        )
+        for dst, mode in (("t", "tolerant"), ("u", "async"))
+    ]
+
+
+LEFT = """
+    SELECT count(*) FROM pg_trigger WHERE tgrelid IN ('t'::regclass, 't_1'::regclass) AND NOT tgisinternal
+    UNION ALL SELECT count(*) FROM pg_proc WHERE pronamespace = 'tbl_repl'::regnamespace AND proname ~ '_[0-9]+$'
+    UNION ALL SELECT count(*) FROM tbl_repl.source UNION ALL SELECT count(*) FROM tbl_repl.target
+    UNION ALL SELECT count(*) FROM tbl_repl.change
+"""
+
+
+@pytest.mark.parametrize("who", ["definer", "new_owner", "owner", "postgres"])
+def test_a_target_is_dropped_when_its_table_belongs_to_somebody_else(pair: Pair, who: str) -> None:
+    """By the role that defined it, the owner of the table, that of the extension, a superuser."""
+    targets = two_targets(pair, "definer", "new_owner", "stranger")
+    pair.source.admin("ALTER TABLE t OWNER TO new_owner; ALTER TABLE t_1 OWNER TO new_owner")
+    pair.source.sql("INSERT INTO t VALUES (1)", user="new_owner")
+    with pytest.raises(errors.InsufficientPrivilege) as caught:
+        pair.source.sql(f"SELECT tbl_repl.drop_target({targets[0]})", user="stranger")
+    assert "owner of the table" in (caught.value.diag.message_hint or "")
+    if who == "owner":
+        # the triggers of another role's table are not his to make
+        pair.source.sql(f"SELECT tbl_repl.drop_target({targets[1]})", user="definer")
+        targets.pop()
+    for target in targets:
+        pair.source.sql(f"SELECT tbl_repl.drop_target({target})", user=who)
+        pair.source.sql("INSERT INTO t SELECT max(id) + 1 FROM t", user="new_owner")
+    assert [n for (n,) in pair.source.admin(LEFT)] == [0] * 5
+
+
+def test_what_is_left_goes_on_when_the_owner_of_the_table_drops_a_target(pair: Pair) -> None:
+    first, second = two_targets(pair, "definer", "new_owner")
+    pair.source.admin(
+        "ALTER TABLE t OWNER TO new_owner; ALTER TABLE t_1 OWNER TO new_owner; GRANT SELECT ON t TO definer"
+    )
+    pair.source.sql(f"SELECT tbl_repl.drop_target({first})", user="new_owner")
+    pair.source.sql("INSERT INTO t VALUES (1), (2); DELETE FROM t WHERE id = 1", user="new_owner")
+    pair.source.sql("CALL tbl_repl.drain()", user="definer")
+    assert pair.target.rows("u") == ["(2)"]
+    pair.source.sql(f"SELECT tbl_repl.drop_target({second})", user="new_owner")
+    assert [n for (n,) in pair.source.admin(LEFT)] == [0] * 5
+
+
+def test_a_definer_that_is_no_member_of_the_owner_any_more_drops_his_target(pair: Pair) -> None:
+    targets = two_targets(pair, "definer", "new_owner")
+    pair.source.admin(
+        "ALTER TABLE t OWNER TO new_owner; GRANT new_owner TO definer; REVOKE new_owner FROM definer"
+    )
+    pair.source.sql(f"SELECT tbl_repl.drop_target('t', '{pair.server}', 'u')", user="definer")
+    pair.source.sql("INSERT INTO t VALUES (1)", user="new_owner")
+    pair.source.sql(f"SELECT tbl_repl.drop_target({targets[0]})", user="definer")
+    assert [n for (n,) in pair.source.admin(LEFT)] == [0] * 5
+
+
+def test_nobody_drops_functions_that_are_needed(pair: Pair) -> None:
+    targets = two_targets(pair, "definer", "stranger")
+    before = pair.source.admin(LEFT)
+    for target in targets:
+        pair.source.sql(
+            f"SELECT tbl_repl._drop_orphans({target}, source_id) FROM tbl_repl.source", user="stranger"
+        )
+    assert pair.source.admin(LEFT) == before
+
+
+def test_a_superuser_drops_the_target_of_a_role_that_was_renamed(pair: Pair) -> None:
+    targets = two_targets(pair, "definer")
+    pair.source.admin("ALTER ROLE definer RENAME TO definer_2")
+    try:
+        for target in targets:
+            pair.source.admin(f"SELECT tbl_repl.drop_target({target})")
+    finally:
+        pair.source.admin("ALTER ROLE definer_2 RENAME TO definer")
+    assert [n for (n,) in pair.source.admin(LEFT)] == [0] * 5

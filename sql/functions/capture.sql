@@ -323,7 +323,8 @@ COMMENT ON FUNCTION tbl_repl._queue_serializable(integer, "char", text[], text[]
     'queues what a SERIALIZABLE transaction changed for tolerant targets; whether there are sync ones; 0A000 for those without receipts';
 
 -- Creates or replaces what _capture_sql and _trigger_sql say, drops triggers no longer wanted.
-CREATE OR REPLACE FUNCTION tbl_repl._rebuild_capture(source_id integer)
+-- only_function: for who has no right on the table.  With fewer targets the triggers that are there are enough.
+CREATE OR REPLACE FUNCTION tbl_repl._rebuild_capture(source_id integer, only_function boolean DEFAULT false)
 RETURNS void
 LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp
@@ -336,6 +337,9 @@ BEGIN
     EXECUTE format('COMMENT ON FUNCTION tbl_repl.%I() IS %L', format('capture_%s', source_id),
                    (SELECT format('captures changes of table %s', s.source_table) FROM tbl_repl.source AS s
                     WHERE s.source_id = _rebuild_capture.source_id));
+    IF only_function THEN
+        RETURN;
+    END IF;
     FOR item IN
         SELECT w.statement FROM tbl_repl._trigger_sql(source_id) AS w
         WHERE NOT EXISTS (SELECT FROM pg_trigger AS g WHERE g.tgrelid = w.table_name AND g.tgname = w.trigger_name)
@@ -345,7 +349,7 @@ BEGIN
     PERFORM tbl_repl._drop_triggers(source_id, (SELECT array_agg(w.trigger_name) FROM tbl_repl._trigger_sql(source_id) AS w));
 END
 $function$;
-COMMENT ON FUNCTION tbl_repl._rebuild_capture(integer) IS
+COMMENT ON FUNCTION tbl_repl._rebuild_capture(integer, boolean) IS
     'makes trigger function and triggers of a replicated table what the catalog says';
 
 CREATE OR REPLACE FUNCTION tbl_repl._drop_triggers(source_id integer, keep name[])
@@ -368,3 +372,15 @@ END
 $function$;
 COMMENT ON FUNCTION tbl_repl._drop_triggers(integer, name[]) IS
     'drops the capture triggers of a table, except those named';
+
+-- With its triggers, for which no right on the table is needed; whoever has written it is waited for.
+CREATE OR REPLACE FUNCTION tbl_repl._drop_capture(source_id integer)
+RETURNS void
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp SET client_min_messages = warning
+AS $function$
+BEGIN
+    EXECUTE format('DROP FUNCTION IF EXISTS tbl_repl.%I() CASCADE', format('capture_%s', source_id));
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._drop_capture(integer) IS 'drops the trigger function of a replicated table, and its triggers';

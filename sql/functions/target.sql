@@ -520,7 +520,8 @@ BEGIN
     ELSIF NOT pg_has_role(current_user, rel.relowner, 'USAGE') THEN
         RAISE EXCEPTION USING
             ERRCODE = 'insufficient_privilege',
-            MESSAGE = format('must be owner of table %s', source_table);
+            MESSAGE = format('must be owner of table %s', source_table),
+            HINT    = 'Let the owner of the table call this, or a member of that role.';
     ELSIF NOT rel.relispartition AND rel.relkind = 'r'
           AND EXISTS (SELECT FROM pg_inherits AS i WHERE source_table IN (i.inhparent, i.inhrelid)) THEN
         RAISE EXCEPTION USING
@@ -753,8 +754,9 @@ AS $function$
 $function$;
 COMMENT ON FUNCTION tbl_repl._rank_sources() IS 'orders the replicated tables by their foreign keys';
 
--- _own_target(target_id): the target, locked; 42704 unknown, 42501 not its owner.
-CREATE OR REPLACE FUNCTION tbl_repl._own_target(target_id integer)
+-- _own_target(target_id, to_drop): the target; 42704 unknown, 42501 not its owner.  to_drop: the owners of the
+-- source table and of the extension will do, too, also where the role that defined the target has another name now.
+CREATE OR REPLACE FUNCTION tbl_repl._own_target(target_id integer, to_drop boolean DEFAULT false)
 RETURNS tbl_repl.target
 LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp
@@ -768,16 +770,21 @@ BEGIN
             ERRCODE = 'undefined_object',
             MESSAGE = format('target %s does not exist', coalesce(target_id::text, 'NULL')),
             HINT    = 'See tbl_repl.target_status.';
-    ELSIF NOT pg_has_role(current_user, target.owner, 'MEMBER') THEN
+    ELSIF NOT coalesce(pg_has_role(current_user, to_regrole(quote_ident(target.owner))::oid, 'MEMBER'), false)
+          AND NOT (to_drop AND (pg_has_role(current_user, tbl_repl._owner(), 'USAGE')
+                                OR EXISTS (SELECT FROM tbl_repl.source AS s JOIN pg_class AS c ON c.oid = s.source_table
+                                           WHERE s.source_id = target.source_id AND pg_has_role(current_user, c.relowner, 'USAGE')))) THEN
         RAISE EXCEPTION USING
             ERRCODE = 'insufficient_privilege',
             MESSAGE = format('must be owner of target %s', target_id),
-            DETAIL  = format('It was defined by role %I.', target.owner);
+            DETAIL  = format('It was defined by role %I.', target.owner),
+            HINT    = CASE WHEN to_drop THEN 'Let that role, the owner of the table or a superuser drop it.'
+                           ELSE 'Let that role call this, or a member of it.' END;
     END IF;
     RETURN target;
 END
 $function$;
-COMMENT ON FUNCTION tbl_repl._own_target(integer) IS 'a target that the caller may change';
+COMMENT ON FUNCTION tbl_repl._own_target(integer, boolean) IS 'a target that the caller may change';
 
 -- alter_target: changes what is given, NULL leaves as it is; row_filter => '' and column_map => '{}' take
 -- filter and map away.  Without anything to change it looks at both sides anew and rebuilds what is generated:
@@ -954,43 +961,77 @@ COMMENT ON FUNCTION tbl_repl._leave_async(tbl_repl.target) IS
     'gives a target that is no longer async its own queue rows';
 
 -- drop_target: ends the replication; rows on the target stay.  With the last target of a table its
--- triggers go, and the table is as it was.
+-- triggers go, and the table is as it was.  Who has defined a target needs no right on the table to drop it.
+-- Errors: 42704 unknown, 42501.  Locks the source SHARE ROW EXCLUSIVE; with its last target, ACCESS EXCLUSIVE.
 CREATE OR REPLACE FUNCTION tbl_repl.drop_target(target_id integer)
 RETURNS void
 LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp
 AS $function$
 DECLARE
-    target    tbl_repl.target%ROWTYPE := tbl_repl._own_target(target_id);
-    rel       regclass;
-    signature text;
+    target tbl_repl.target%ROWTYPE := tbl_repl._own_target(target_id, true);
+    rel    record;
+    last   boolean := NOT EXISTS (SELECT FROM tbl_repl.target AS t WHERE t.source_id = target.source_id AND t.target_id <> drop_target.target_id);
 BEGIN
-    SELECT c.oid INTO rel FROM tbl_repl.source AS s JOIN pg_class AS c ON c.oid = s.source_table WHERE s.source_id = target.source_id;
-    IF rel IS NOT NULL THEN
-        EXECUTE format('LOCK TABLE %s IN SHARE ROW EXCLUSIVE MODE', rel);
+    SELECT c.oid::regclass AS id, pg_has_role(current_user, c.relowner, 'USAGE') AS owned,
+           (SELECT pg_has_role(current_user, f.proowner, 'USAGE') FROM pg_proc AS f
+            WHERE f.pronamespace = 'tbl_repl'::regnamespace AND f.proname = format('capture_%s', s.source_id)) AS captured
+    INTO rel
+    FROM tbl_repl.source AS s JOIN pg_class AS c ON c.oid = s.source_table WHERE s.source_id = target.source_id;
+    -- Writers in flight first: they may still refer to the target.
+    IF rel.owned THEN
+        EXECUTE format('LOCK TABLE %s IN SHARE ROW EXCLUSIVE MODE', rel.id);
+    ELSIF last THEN
+        PERFORM tbl_repl._drop_capture(target.source_id);
     END IF;
     -- a drainer at work reads the table, and may yet log what the target says: nothing it needs is locked before it has ended
     PERFORM pg_advisory_xact_lock(tbl_repl._lock_ship(), target_id);
     DELETE FROM tbl_repl.target AS t WHERE t.target_id = drop_target.target_id;
-    FOREACH signature IN ARRAY tbl_repl._target_functions(target_id) LOOP
-        EXECUTE format('DROP FUNCTION IF EXISTS %s', signature);
-    END LOOP;
+    IF rel.owned AND NOT rel.captured THEN
+        -- The function cannot be replaced by this role: it goes, and comes again as his.
+        PERFORM tbl_repl._drop_triggers(target.source_id, NULL);
+    END IF;
+    PERFORM tbl_repl._drop_orphans(target.target_id, target.source_id);
     DELETE FROM tbl_repl.stash AS s WHERE s.target_id = drop_target.target_id;
     DELETE FROM tbl_repl.shipped AS s WHERE s.target_id = drop_target.target_id;
-    IF EXISTS (SELECT FROM tbl_repl.target AS t WHERE t.source_id = target.source_id) THEN
-        IF rel IS NOT NULL THEN
-            PERFORM tbl_repl._rebuild_capture(target.source_id);
+    IF NOT last THEN
+        IF rel.id IS NOT NULL THEN
+            PERFORM tbl_repl._rebuild_capture(target.source_id, NOT rel.owned);
         END IF;
         RETURN;
     END IF;
-    PERFORM tbl_repl._drop_triggers(target.source_id, NULL);
-    EXECUTE format('DROP FUNCTION IF EXISTS tbl_repl.%I()', format('capture_%s', target.source_id));
     DELETE FROM tbl_repl.stash AS s WHERE s.source_id = target.source_id AND s.txid = pg_current_xact_id();
     DELETE FROM tbl_repl.change AS c WHERE c.source_id = target.source_id;
     DELETE FROM tbl_repl.source AS s WHERE s.source_id = target.source_id;
 END
 $function$;
 COMMENT ON FUNCTION tbl_repl.drop_target(integer) IS 'ends the replication to a target';
+
+-- SECURITY DEFINER: they may belong to a role that the owner of the table is no member of.  Anybody may call it, for it
+-- drops only what nothing needs: functions of a target that is gone, a trigger function without triggers or targets.
+CREATE OR REPLACE FUNCTION tbl_repl._drop_orphans(target_id integer, source_id integer)
+RETURNS void
+LANGUAGE plpgsql VOLATILE
+SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    signature text;
+BEGIN
+    IF NOT EXISTS (SELECT FROM tbl_repl.target AS t WHERE t.target_id = _drop_orphans.target_id) THEN
+        FOREACH signature IN ARRAY tbl_repl._target_functions(target_id) LOOP
+            EXECUTE format('DROP FUNCTION IF EXISTS %s', signature);
+        END LOOP;
+    END IF;
+    IF NOT EXISTS (SELECT FROM tbl_repl.target AS t WHERE t.source_id = _drop_orphans.source_id)
+       OR NOT EXISTS (SELECT FROM pg_trigger AS g JOIN pg_proc AS f ON f.oid = g.tgfoid
+                      WHERE f.pronamespace = 'tbl_repl'::regnamespace AND f.proname = format('capture_%s', source_id)) THEN
+        PERFORM tbl_repl._drop_capture(source_id);
+    END IF;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._drop_orphans(integer, integer) IS
+    'drops generated functions that have lost their target or their triggers';
 
 CREATE OR REPLACE FUNCTION tbl_repl.drop_target(
     source_table regclass,

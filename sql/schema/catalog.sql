@@ -71,6 +71,10 @@ SELECT pg_catalog.pg_extension_config_dump('tbl_repl.target_target_id_seq', '');
 ALTER TABLE tbl_repl.target ENABLE ROW LEVEL SECURITY;
 CREATE POLICY target_read ON tbl_repl.target FOR SELECT USING (true);
 CREATE POLICY target_write ON tbl_repl.target USING (pg_catalog.pg_has_role(owner, 'MEMBER'));
+-- Whoever owns a table may end its replication, as he may drop its triggers.
+CREATE POLICY target_drop ON tbl_repl.target FOR DELETE USING (EXISTS (
+    SELECT FROM tbl_repl.source AS s JOIN pg_catalog.pg_class AS c ON c.oid = s.source_table
+    WHERE s.source_id = target.source_id AND pg_catalog.pg_has_role(c.relowner, 'USAGE')));
 
 -- status: 'ok' | 'copying' | 'queueing' | 'paused' | 'failed'.  A hint that saves work: the truth is
 -- in the pending rows of the queue.
