@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,16 +17,46 @@ Row = dict[str, Any]
 Connection = psycopg.Connection[Row]
 
 
+_FORM = (
+    "The form of a DSN: https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-CONNSTRING; "
+    "in a URI, special characters of user and password are percent-encoded "
+    "('@' is %40, '/' is %2F, '%' is %25)."
+)
+
+# What libpq says of values before it has asked anybody; a server's words come behind "FATAL:".
+_INVALID_VALUE = re.compile(
+    r"(?:connection is bad: )?(?:connection to server .* failed: )?"
+    r"((?:invalid (?:integer value|port number|\S+ value)|definition of service|"
+    r"could not (?:match|parse))\b.*)"
+)
+
+
 def resolve_dsn(dsn: str | None) -> str:
     """The DSN given, or that of TBL_REPL_DSN; UsageError without either."""
     found = dsn or os.environ.get("TBL_REPL_DSN")
     if not found:
         raise UsageError("no database named", "Give --dsn, or set TBL_REPL_DSN.")
     try:
-        conninfo_to_dict(found)
+        given = conninfo_to_dict(found)
     except psycopg.ProgrammingError as error:
-        raise UsageError(f"invalid DSN: {error}".strip()) from error
+        # libpq quotes what it does not understand, and that may be a piece of a password
+        why = "it cannot be parsed" if re.search("://|pass|secret|key", found) else str(error).strip()
+        raise UsageError(f"invalid DSN: {why}", _FORM) from None
+    if _user_is_ambiguous(found):
+        raise UsageError("invalid DSN: '@' in user or password must be percent-encoded", _FORM)
+    for port in str(given.get("port") or "").split(","):
+        if port and not (port.isdecimal() and 0 < int(port) < 65536):
+            raise UsageError("invalid DSN: port is not a number from 1 to 65535", _FORM)
     return found
+
+
+def _user_is_ambiguous(dsn: str) -> bool:
+    """Whether a URI has an '@' where libpq would take the end of a password for a host or a database.
+
+    For libpq the first '@' ends the password, unless a '/' comes before it.
+    """
+    uri = re.match(r"postgres(?:ql)?://(?:[^@/]*@)?([^?]*)", dsn)
+    return uri is not None and "@" in uri[1]
 
 
 def connect(dsn: str, what: str = "cli", seconds: int = 10) -> Connection:
@@ -44,9 +75,24 @@ def connect(dsn: str, what: str = "cli", seconds: int = 10) -> Connection:
     missing = {name: value for name, value in bounds.items() if name not in given}
     conninfo = make_conninfo(dsn, application_name=f"tbl-repl {what}", **missing)
     try:
-        return psycopg.connect(conninfo, autocommit=True, row_factory=dict_row)
+        connection = psycopg.connect(conninfo, autocommit=True, row_factory=dict_row)
     except psycopg.OperationalError as error:
+        invalid = _INVALID_VALUE.match(str(error))
+        if invalid:
+            raise UsageError(f"invalid DSN: {invalid[1]}", _FORM) from error
         raise CannotConnect(str(error).strip()) from error
+    except psycopg.ProgrammingError as error:
+        raise UsageError(f"invalid DSN: {error}", _FORM) from error
+    try:
+        # psycopg reads no other styles, and role, database or environment may set them
+        connection.execute(
+            "SELECT set_config('datestyle', 'ISO, MDY', false), "
+            "set_config('intervalstyle', 'postgres', false)"
+        )
+    except psycopg.OperationalError as error:
+        connection.close()
+        raise CannotConnect(str(error).strip()) from error
+    return connection
 
 
 def settle(connection: Connection) -> Connection:
@@ -64,6 +110,24 @@ def settle(connection: Connection) -> Connection:
     for name, value in settings.items():
         connection.execute("SELECT set_config(%s, %s, false)", (name, value))
     return connection
+
+
+def require_rights(connection: Connection) -> None:
+    """Raise TblReplError unless this role may replay."""
+    row = connection.execute(
+        """
+        SELECT current_user AS role, quote_literal(quote_ident(current_user)) AS quoted,
+               has_schema_privilege(n.oid, 'USAGE')
+               AND (SELECT bool_and(has_function_privilege(p.oid, 'EXECUTE'))
+                    FROM pg_proc AS p WHERE p.pronamespace = n.oid AND p.proname = '_replay') AS allowed
+        FROM pg_namespace AS n WHERE n.nspname = 'tbl_repl'
+        """
+    ).fetchone()
+    if row is not None and not row["allowed"]:
+        raise TblReplError(
+            f"role {row['role']} has no right to replay in database {connection.info.dbname}",
+            f"As the owner of tbl_repl: SELECT tbl_repl.grant_access({row['quoted']}, 'operator');",
+        )
 
 
 def require_extension(connection: Connection) -> None:

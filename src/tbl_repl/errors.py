@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import psycopg
 
 
@@ -55,3 +57,11 @@ def from_psycopg(error: psycopg.Error) -> TblReplError:
         kind = CannotConnect if lost else TblReplError
     message = error.diag.message_primary or str(error).strip() or type(error).__name__
     return kind(message, error.diag.message_hint)
+
+
+def tell(problem: TblReplError) -> int:
+    """Say on stderr what is wrong, and what to do about it; the exit code."""
+    print(f"tbl-repl: {problem}", file=sys.stderr)
+    if problem.hint:
+        print(f"HINT: {problem.hint}", file=sys.stderr)
+    return problem.exit_code

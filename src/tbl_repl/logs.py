@@ -1,7 +1,8 @@
 """Log lines: ``event key=value ...`` for people, one JSON object for containers; never row contents.
 
 A message of a server may quote a value ("invalid input syntax for type integer: ..."), so of errors only
-those are shown whose class speaks of connections, servers and their state.
+those are shown whose class speaks of connections, servers and their state, and those that the source itself
+raises about rights and names.
 """
 
 from __future__ import annotations
@@ -10,11 +11,19 @@ import json
 import logging
 import sys
 import time
+from typing import TextIO
 
 import psycopg
 
+from tbl_repl.errors import TblReplError
+
 # connection, authorization, database, schema, resources, operator intervention, system error
 _SHOWN = ("08", "28", "3D", "3F", "53", "57", "58")
+
+# Where PostgreSQL says that a right or a name is missing; what functions and targets say with the same
+# SQLSTATE comes from other files.  Where a function makes up a query, a name may be a value: not shown.
+_RIGHTS = ("aclchk.c",)
+_NAMES = ("namespace.c", "parse_func.c", "parse_relation.c")
 
 
 def event(log: logging.Logger, level: int, name: str, **fields: object) -> None:
@@ -30,14 +39,24 @@ def reason(problem: Exception | psycopg.errors.Diagnostic | None) -> str:
     diag = problem.diag if isinstance(problem, psycopg.Error) else problem
     if isinstance(diag, psycopg.errors.Diagnostic) and diag.sqlstate is not None:
         message = diag.message_primary or ""
-        shown = diag.sqlstate.startswith(_SHOWN)
+        shown = (
+            diag.sqlstate.startswith(_SHOWN)
+            or diag.source_file in _RIGHTS
+            or (diag.source_file in _NAMES and diag.context is None)
+        )
         return _line(f"{diag.sqlstate} {message}" if shown else diag.sqlstate)
     # of ours, or of libpq: nothing has been answered
-    return _line(str(problem))
+    hint = problem.hint if isinstance(problem, TblReplError) else None
+    return _line(f"{problem} (HINT: {hint})" if hint else str(problem))
 
 
 def _line(text: str) -> str:
     return " ".join(text.split())
+
+
+def is_unicode(stream: TextIO) -> bool:
+    """Whether it takes every character: what others make of some of them is no JSON."""
+    return (stream.encoding or "").lower().replace("-", "").startswith("utf")
 
 
 class JsonLines(logging.Formatter):
@@ -57,7 +76,7 @@ class JsonLines(logging.Formatter):
         }
         if record.exc_info:
             line["error"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str, ensure_ascii=False)
+        return json.dumps(line, default=str, ensure_ascii=not is_unicode(sys.stderr))
 
 
 def start(as_json: bool, verbose: bool) -> None:

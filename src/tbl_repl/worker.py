@@ -26,7 +26,7 @@ from functools import partial
 import psycopg
 
 from tbl_repl import bulk, copy, failpoint
-from tbl_repl.database import Connection, Row, connect, name_of, require_extension, settle
+from tbl_repl.database import Connection, Row, connect, name_of, require_extension, require_rights, settle
 from tbl_repl.errors import CannotConnect, TblReplError, from_psycopg
 from tbl_repl.logs import event, reason
 
@@ -119,6 +119,7 @@ class Drainer(threading.Thread):
         self.busy = False
         self.busy_since = 0.0
         self.rest_until = 0.0
+        self.broken = False
         self.pid: int | None = None
         self._copies = copies
         self._settled = settled or threading.Event()
@@ -167,6 +168,7 @@ class Drainer(threading.Thread):
                     self._rest(reason(error))
             except Exception:
                 self.close()
+                self.broken = True
                 log.exception("drainer failed server=%s", self.server)
                 self._rest("internal error")
             self.busy = False
@@ -257,6 +259,7 @@ class Drainer(threading.Thread):
     def _connected(self) -> Connection:
         if self._connection is None or self._connection.closed:
             self._connection = settle(connect(self.dsn, f"worker {self.server}"))
+            require_rights(self._connection)
             # a position that a crash takes back only means that the same is shipped again
             self._connection.execute("SET synchronous_commit = off")
             self._connection.add_notice_handler(self._on_notice)
@@ -315,6 +318,7 @@ class Copier(threading.Thread):
         self.stop = stop
         self.observer = observer
         self.left_to_replay = left_to_replay
+        self.broken = False
 
     def run(self) -> None:
         for target in self.targets:
@@ -324,6 +328,7 @@ class Copier(threading.Thread):
                 if not self._copy(target):
                     return  # those that refer to it would have to wait as well
             except Exception:
+                self.broken = True
                 log.exception("copier failed server=%s", self.server)
                 return
 
@@ -392,6 +397,7 @@ class Watcher(threading.Thread):
         self.observer = observer
         self.drainers: dict[str, Drainer] = {}
         self.copiers: dict[str, Copier] = {}
+        self._broken = False
         self._left_to_replay: set[int] = set()
         self._settled = threading.Event()
         self._connecting: dict[tuple[int, int], float] = {}
@@ -403,22 +409,37 @@ class Watcher(threading.Thread):
             try:
                 with settle(connect(self.dsn, "worker")) as connection:
                     require_extension(connection)
+                    require_rights(connection)
                     if not self._take_turn(connection):
                         break
                     failures = 0
                     self._watch(connection)
             except (psycopg.Error, TblReplError) as error:
                 failures += 1
-                delay = retry_after(failures)
-                event(
-                    log, logging.WARNING, "source failed",
-                    database=name_of(self.dsn), reason=reason(error), retry_in_seconds=round(delay, 1),
-                )  # fmt: skip
-                self.stop.wait(delay)
+                self._rest(failures, reason(error))
+            except Exception:
+                failures += 1
+                self._broken = True
+                log.exception("watcher failed database=%s", name_of(self.dsn))
+                self._rest(failures, "internal error")
         for drainer in self.drainers.values():
             drainer.wake()
         for thread in (*self.drainers.values(), *self.copiers.values()):
             thread.join()
+
+    @property
+    def broken(self) -> bool:
+        """Whether a thread of this database has failed in a way that nobody has thought of."""
+        threads: list[Drainer | Copier] = [*self.drainers.values(), *self.copiers.values()]
+        return self._broken or any(thread.broken for thread in threads)
+
+    def _rest(self, failures: int, why: str) -> None:
+        delay = retry_after(failures)
+        event(
+            log, logging.WARNING, "source failed",
+            database=name_of(self.dsn), reason=why, retry_in_seconds=round(delay, 1),
+        )  # fmt: skip
+        self.stop.wait(delay)
 
     def _take_turn(self, connection: Connection) -> bool:
         """Wait until no other worker serves this database."""
@@ -499,6 +520,7 @@ class Watcher(threading.Thread):
         copier = self.copiers.get(server)
         wanted = [target for target in targets if target not in self._left_to_replay]
         if wanted and (copier is None or not copier.is_alive()):
+            self._broken = self._broken or (copier is not None and copier.broken)
             copier = Copier(self.dsn, server, wanted, self.stop, self.observer, self._left_to_replay)
             self.copiers[server] = copier
             copier.start()
@@ -585,7 +607,7 @@ class Worker:
         ]
 
     def run(self) -> bool:
-        """Until stopped; False if batches had to be interrupted."""
+        """Until stopped; False if batches had to be interrupted, or there was an internal error."""
         for watcher in self._watchers:
             watcher.start()
         for watcher in self._watchers:
@@ -593,7 +615,7 @@ class Worker:
                 watcher.join(0.2)
                 if self._aborted_at is not None and time.monotonic() - self._aborted_at > ABORT_SECONDS:
                     return False
-        return self._aborted_at is None
+        return self._aborted_at is None and not any(watcher.broken for watcher in self._watchers)
 
     def stop(self) -> None:
         event(log, logging.INFO, "stopping")
@@ -618,8 +640,9 @@ def drain_once(
 ) -> list[Row]:
     """Drain every server of every database once, all servers at a time.
 
-    Returns the rows of target_status of those targets for which something is still pending or in
-    quarantine (``held``).  What fails is raised when everything else is drained.
+    Returns the rows of target_status, and their ``database``, of those targets for which something is still
+    pending or in quarantine (``held``).  What fails is raised when everything else is drained;
+    of several problems, the one with the highest exit code.
     """
     stop = stop or threading.Event()
     problems: list[TblReplError] = []
@@ -634,6 +657,9 @@ def drain_once(
             problems.append(from_psycopg(error))
         except TblReplError as error:
             problems.append(error)
+        except Exception as error:
+            log.exception("drain failed")
+            problems.append(TblReplError(f"internal error: {type(error).__name__}"))
 
     def drain(drainer: Drainer) -> None:
         attempt(drainer.drain)
@@ -642,6 +668,7 @@ def drain_once(
     def find(dsn: str) -> None:
         with connect(dsn, "worker") as connection:
             require_extension(connection)
+            require_rights(connection)
             for row in connection.execute("SELECT server FROM tbl_repl._servers_to_replay()"):
                 drainers.append(
                     Drainer(dsn, str(row["server"]), options or Options(), stop, observer or Observer())
@@ -651,12 +678,13 @@ def drain_once(
     def look(dsn: str) -> None:
         with connect(dsn, "worker") as connection:
             left.extend(
-                connection.execute(
+                {"database": name_of(dsn), **row}
+                for row in connection.execute(
                     "SELECT * FROM (SELECT s.*, (SELECT count(*) FROM tbl_repl.quarantine AS q "
                     "                            WHERE q.target_id = s.target_id) AS held "
                     "               FROM tbl_repl.target_status AS s) AS s "
                     "WHERE (pending_rows > 0 OR held > 0) AND status <> 'paused' ORDER BY target_id"
-                ).fetchall()
+                )
             )
 
     for dsn in dsns:
@@ -670,7 +698,7 @@ def drain_once(
     for dsn in reachable:
         attempt(partial(look, dsn))
     if problems:
-        raise problems[0]
+        raise max(problems, key=lambda problem: problem.exit_code)
     return left
 
 
