@@ -13,7 +13,7 @@ from tbl_repl.cluster import Cluster
 from tbl_repl.database import Connection, connect
 from tbl_repl.errors import TblReplError, from_psycopg
 from tbl_repl.script import control_version, extension_files, plain_script
-from tbl_repl.servers import Server, server_of
+from tbl_repl.servers import OLDEST, Server, server_of
 
 
 def install_into(directory: Path) -> list[Path]:
@@ -41,6 +41,11 @@ def install_into(directory: Path) -> list[Path]:
 def install(target: Server | str | Path) -> list[Path]:
     """Install into the server that a pg_config belongs to; the paths written."""
     server = target if isinstance(target, Server) else server_of(target)
+    if server.major < OLDEST:
+        raise TblReplError(
+            f"PostgreSQL {server.major} is too old: {server.pg_config}",
+            f"tbl_repl needs PostgreSQL {OLDEST} or later.",
+        )
     return install_into(server.extension_dir)
 
 

@@ -12,6 +12,9 @@ from pathlib import Path
 
 from tbl_repl.errors import ServerError
 
+OLDEST, NEWEST = 14, 18
+"""The versions of PostgreSQL that tbl_repl is made for and tested on."""
+
 
 @dataclass(frozen=True)
 class Server:
