@@ -18,6 +18,7 @@ import pytest
 
 from support import Node, Pair, Proxy, World, wait_until
 from support.programs import dsn_of, environment, tbl_repl
+from tbl_repl.database import name_of
 from tbl_repl.graph import Node as GraphNode
 from tbl_repl.graph import mermaid
 from tbl_repl.install import tle_statements
@@ -205,7 +206,7 @@ class Terminal:
             stdin=slave,
             stdout=slave,
             stderr=slave,
-            env=environment(TERM="xterm", COLUMNS="160", LINES="40", **env),
+            env=environment(**{"TERM": "xterm", "COLUMNS": "160", "LINES": "40", **env}),
             start_new_session=True,
         )
         os.close(slave)
@@ -298,6 +299,43 @@ def test_no_color_is_respected_in_a_terminal(pair: Pair, target: int, terminals:
     assert not colours(plain.text)
 
 
+def screen(text: str) -> list[str]:
+    """Lines of a terminal without colours."""
+    return [line.rstrip() for line in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines()]
+
+
+@pytest.mark.parametrize("columns", [40, 70, 80, 120, 200])
+def test_status_breaks_no_word_in_a_terminal(
+    pair: Pair, proxy: Proxy, terminals: list[Terminal], columns: int
+) -> None:
+    pair.both("CREATE TABLE customer_orders (id integer PRIMARY KEY)")
+    pair.add_target("customer_orders")
+    proxy.set("refuse")
+    proxy.cut()
+    pair.source.forget()
+    pair.source.sql("INSERT INTO customer_orders VALUES (1)")
+    shown = Terminal("status", "--dsn", dsn_of(pair.source), COLUMNS=str(columns))
+    terminals.append(shown)
+    assert shown.end() == 1, shown.text
+    lines = screen(shown.text)
+    assert max(len(line) for line in lines) <= columns
+    words = " ".join(lines).split()
+    (row,) = as_json(pair, "status", code=1)
+    assert row["last_error"]
+    server = [pair.server] if columns >= 80 else []
+    for word in ("customer_orders", *server, "tolerant", "queueing", *str(row["last_error"]).split()):
+        assert word in words, shown.text
+
+
+@pytest.mark.once
+def test_a_pipe_gets_each_target_in_one_line(pair: Pair, target: int, proxy: Proxy) -> None:
+    broken(pair, proxy)
+    pair.source.sql("UPDATE tbl_repl.target_state SET last_error = repeat('word ', 200) || E'\nend'")
+    head, row = verb(pair, "status", code=1, COLUMNS="40").splitlines()
+    assert head.split()[:2] == ["target", "id"]
+    assert row.endswith("word  end")
+
+
 @pytest.mark.parametrize(
     "args",
     [("status",), ("top", "--once"), ("check",), ("compare", "1"), ("repair", "1"), ("replay",)],
@@ -338,6 +376,164 @@ def test_who_closes_a_pipe_early_sees_no_traceback(pair: Pair, target: int) -> N
     assert process.wait(20) == 1
     process.stderr.close()
     assert said == ""
+
+
+@pytest.mark.parametrize(
+    "args", [("status",), ("status", "--json"), ("status", "--graph"), ("check",)], ids=" ".join
+)
+@pytest.mark.parametrize(
+    "env",
+    [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}],
+    ids=["ascii", "C"],
+)
+def test_names_that_the_encoding_has_not_are_escaped(
+    pair: Pair, args: tuple[str, ...], env: dict[str, str]
+) -> None:
+    pair.both('CREATE TABLE "größe€😀" (id integer PRIMARY KEY)')
+    pair.add_target('"größe€😀"')
+    pair.target.sql('DROP TABLE "größe€😀"')
+    done = tbl_repl(*args, "--dsn", dsn_of(pair.source), env=env)
+    assert done.returncode in (0, 1) and done.stderr == ""
+    if "--json" in args:
+        assert json.loads(done.stdout)[0]["dst_table"] == 'public."größe€😀"'
+    else:
+        assert r"gr\xf6\xdfe\u20ac\U0001f600" in done.stdout
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize("more", [(), ("--json",)], ids=["text", "json"])
+def test_output_that_cannot_be_written_is_one_line_and_ends_with_1(
+    pair: Pair, target: int, more: tuple[str, ...]
+) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "tbl_repl", "status", *more, "--dsn", dsn_of(pair.source)],
+            stdout=full, stderr=subprocess.PIPE, text=True, env=environment(), check=False, timeout=60,
+        )  # fmt: skip
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), done.stderr
+    assert "No space left on device" in done.stderr
+
+
+# --- whatever the source says
+
+SETTINGS = [
+    ("SQL, MDY", "postgres"), ("German, DMY", "sql_standard"),
+    ("Postgres, YMD", "postgres_verbose"), ("ISO, DMY", "iso_8601"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("dates", "intervals"), SETTINGS)
+@pytest.mark.parametrize("where", ["database", "environment"])
+def test_every_verb_reads_times_whatever_their_style(
+    pair: Pair, dates: str, intervals: str, where: str
+) -> None:
+    env: dict[str, str] = {}
+    if where == "database":
+        for name, value in (("datestyle", dates), ("intervalstyle", intervals)):
+            pair.source.admin(f"ALTER DATABASE {pair.source.dbname} SET {name} = '{value}'")
+        pair.source.forget()
+    else:
+        env = {"PGDATESTYLE": dates, "PGOPTIONS": f"-c intervalstyle={intervals}"}
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY, at timestamptz, took interval)")
+    target = str(pair.add_target("t", mode="async"))
+    insert = "INSERT INTO t SELECT i, now(), '1 day 02:03:04.5' FROM generate_series({}, {}) AS i"
+    pair.source.sql(insert.format(1, 3000))
+    assert verb(pair, "worker", "--once", **env) == ""
+    pair.source.sql(insert.format(3001, 3010))
+    for name in ("status", "top"):
+        more = ("--once",) if name == "top" else ()
+        (row,) = json.loads(verb(pair, name, *more, "--json", **env))
+        assert (row["pending_rows"], row["lag"] < 60) == (10, True)
+        assert re.match(r"\d{4}-\d\d-\d\dT", row["last_shipped_at"])
+        assert "async" in verb(pair, name, *more, **env)
+    assert verb(pair, "replay", **env).startswith("10 rows in ")
+    assert verb(pair, "compare", target, **env) == "equal\n"
+    assert verb(pair, "copy", target, **env).startswith("3,010 rows in ")
+    assert "0 rows queued" in verb(pair, "repair", target, **env)
+    verb(pair, "check", code=1, **env)
+
+
+# --- several databases
+
+
+@pytest.fixture
+def two(trio: Pair) -> Pair:
+    """Table t replicated from source to target, u the other way."""
+    trio.both("CREATE TABLE t (id integer PRIMARY KEY); CREATE TABLE u (id integer PRIMARY KEY)")
+    trio.add_target("t", mode="async")
+    trio.join(trio.target, trio.source, "back")
+    trio.call("add_target", node=trio.target, source_table="u", server="back", mode="async")
+    return trio
+
+
+def test_check_shows_the_problems_of_every_database(two: Pair) -> None:
+    two.source.sql("DROP TABLE u")
+    rows = as_json(two, "check", "--dsn", dsn_of(two.target), code=1)
+    names = {name_of(dsn_of(node)) for node in (two.source, two.target)}
+    assert {row["database"] for row in rows} == names
+    bad = {row["database"] for row in rows if row["severity"] == "error"}
+    assert bad == {name_of(dsn_of(two.target))}, "named first, and not the last"
+
+
+def test_replay_ships_what_is_queued_in_every_database(two: Pair) -> None:
+    two.source.sql("INSERT INTO t VALUES (1), (2)")
+    two.target.sql("INSERT INTO u VALUES (1)")
+    said = as_json(two, "replay", "--dsn", dsn_of(two.target))
+    assert (said["rows"], said["pending"]) == (3, 0)
+    assert (two.target.rows("t"), two.source.rows("u")) == (["(1)", "(2)"], ["(1)"])
+
+
+@pytest.mark.parametrize("name", ["status", "check"])
+@pytest.mark.parametrize("more", [(), ("--json",), ("--graph",)], ids=lambda more: " ".join(more) or "text")
+def test_a_database_that_is_down_hides_no_other(two: Pair, name: str, more: tuple[str, ...]) -> None:
+    if more == ("--graph",) and name == "check":
+        return
+    done = tbl_repl(name, *more, "--dsn", NOWHERE, "--dsn", dsn_of(two.source))
+    assert done.returncode == 3
+    assert done.stdout and "127.0.0.1:1/nowhere" in done.stderr
+    if more == ("--json",):
+        assert {"t"} >= {row["source_table"] for row in json.loads(done.stdout) if "source_table" in row}
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("name", ["top", "compare", "repair", "copy", "install"])
+def test_verbs_for_one_database_refuse_several(server: object, name: str) -> None:
+    more = ("1",) if name in ("compare", "repair", "copy") else ("--plain",) if name == "install" else ()
+    done = tbl_repl(name, *more, "--dsn", NOWHERE, "--dsn", NOWHERE)
+    assert done.returncode == 2
+    assert "more than once" in done.stderr
+
+
+# --- rights
+
+
+def test_without_rights_nothing_runs_for_ever_and_the_cure_is_told(pair: Pair, target: int) -> None:
+    for level in (None, "reader"):
+        role = pair.source.role(f"no operator {level}")
+        if level:
+            pair.source.sql(f"SELECT tbl_repl.grant_access('\"{role}\"', '{level}')")
+        for args in (("worker",), ("worker", "--once"), ("replay",)):
+            done = tbl_repl(*args, "--dsn", dsn_of(pair.source, role))
+            assert done.returncode == 1
+            assert f"role {role} has no right to replay in database" in done.stderr
+            assert f"grant_access('\"{role}\"', 'operator')" in done.stderr.split("HINT: ")[1]
+
+
+# --- what has failed in a way that nobody has thought of
+
+
+@pytest.mark.parametrize("args", [("replay",), ("worker", "--once")], ids=" ".join)
+def test_an_internal_error_is_no_success(pair: Pair, target: int, args: tuple[str, ...]) -> None:
+    program = (
+        "import sys, tbl_repl.cli, tbl_repl.worker as w\n"
+        "def drain(self): raise NotImplementedError\n"
+        "w.Drainer.drain = drain\n"
+        "sys.exit(tbl_repl.cli.main())"
+    )
+    command = [sys.executable, "-c", program, *args, "--dsn", dsn_of(pair.source)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), check=False, timeout=60)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "tbl-repl: internal error: NotImplementedError" in done.stderr
 
 
 # --- how it is called
@@ -384,6 +580,13 @@ def test_version_is_that_of_the_control_file(server: object) -> None:
         ("status", "--dsn", "host=x nonsense"),
         ("status", "--dsn", "nonsense=1"),
         ("worker", "--dsn", "postgresql://[::1"),
+        ("status", "--dsn", "host=127.0.0.1 port=abc"),
+        ("status", "--dsn", "host=127.0.0.1 port=70000"),
+        ("worker", "--dsn", "host=127.0.0.1 sslmode=bogus"),
+        ("check", "--dsn", "service=nosuch"),
+        ("replay", "--dsn", "host=127.0.0.1 port=1 connect_timeout=abc"),
+        ("top", "--dsn", "host=127.0.0.1 port=1 keepalives=abc"),
+        ("compare", "1", "--dsn", "host=127.0.0.1,127.0.0.1 port=1,2,3"),
         ("compare", "--dsn", NOWHERE),
         ("compare", "one", "--dsn", NOWHERE),
         ("compare", "0", "--dsn", NOWHERE),
@@ -403,6 +606,59 @@ def test_wrong_usage_ends_with_2(server: object, args: tuple[str, ...]) -> None:
     assert done.returncode == 2, done.stderr
     assert done.stderr and not done.stdout
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    "dsn",
+    [
+        "postgresql://app:hunter2%zz@127.0.0.1/app",
+        "postgresql://app:hun@hunter2@127.0.0.1/app",
+        "postgresql://app:hun/hunter2@127.0.0.1/app",
+        "postgresql://app:hunter2/a?b@127.0.0.1/app",
+        "postgresql://app:hun@hunter2/@127.0.0.1:1/app",
+        "postgresql://app:hunter2@[::1/app",
+        "postgres+x://app:hunter2@127.0.0.1/app",
+        "host=127.0.0.1 password=hun hunter2",
+        "host=127.0.0.1 password=hun hunter2=1",
+    ],
+)
+@pytest.mark.parametrize("way", ["--dsn", "environment"])
+def test_of_an_invalid_dsn_no_piece_of_the_password_is_shown(server: object, dsn: str, way: str) -> None:
+    done = (
+        tbl_repl("status", "--dsn", dsn) if way == "--dsn" else tbl_repl("status", env={"TBL_REPL_DSN": dsn})
+    )
+    assert done.returncode == 2, done.stderr
+    assert "invalid DSN" in done.stderr and "LIBPQ-CONNSTRING" in done.stderr
+    assert "hunter2" not in done.stdout + done.stderr
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("args", [("status",), ("compare",), ()], ids=lambda args: " ".join(args) or "none")
+def test_a_dsn_in_the_wrong_place_is_not_repeated(server: object, args: tuple[str, ...]) -> None:
+    done = tbl_repl(*args, "postgresql://app:hunter2@127.0.0.1/app")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "hunter2" not in done.stderr
+
+
+@pytest.mark.once
+def test_a_uri_with_an_encoded_password_is_taken(pair: Pair) -> None:
+    role = pair.source.role("uri", "LOGIN PASSWORD 'a@b/c%'")
+    place = f"127.0.0.1:{pair.source.cluster.port}/{pair.source.dbname}"
+    done = tbl_repl("status", "--dsn", f"postgresql://{role}:a%40b%2Fc%25@{place}?application_name=a@b")
+    assert "permission denied" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["compare", "repair", "copy"])
+def test_a_target_out_of_reach_is_named(pair: Pair, target: int, name: str, proxy: Proxy) -> None:
+    proxy.set("refuse")
+    done = tbl_repl(name, str(target), "--dsn", dsn_of(pair.source))
+    assert done.returncode == 3, done.stderr
+    said = (
+        f"tbl-repl: server {pair.server} (127.0.0.1:{proxy.port}/{pair.target.dbname}) of target {target}: "
+    )
+    assert done.stderr.startswith(said), done.stderr
+    assert "secret" not in done.stderr
 
 
 @pytest.mark.once
@@ -512,6 +768,10 @@ def test_graph_draws_tables_modes_and_states(pair: Pair, target: int) -> None:
     ]
 
 
+def test_graph_for_programs(pair: Pair, target: int) -> None:
+    assert as_json(pair, "status", "--graph") == {"graph": verb(pair, "status", "--graph")}
+
+
 def test_graph_of_several_databases_shows_a_ring_as_such(pair: Pair) -> None:
     pair.both(TABLE)
     pair.add_target("t", mode="sync")
@@ -564,6 +824,25 @@ def bare(world: World) -> Iterator[Pair]:
         yield pair
     finally:
         pair.close()
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("said", "code"), [("9.6.24", 1), ("12.1", 1), ("13.23 (Debian)", 1), ("14.0", 0), ("19beta1", 0)]
+)
+def test_files_go_into_servers_of_a_version_that_is_supported(tmp_path: Path, said: str, code: int) -> None:
+    pg_config = tmp_path / "pg_config"
+    pg_config.write_text(
+        f"""#!/bin/sh
+        case $1 in --version) echo PostgreSQL {said.split()[0]} ;; *) echo {tmp_path} ;; esac
+        """
+    )
+    pg_config.chmod(0o755)
+    done = tbl_repl("install", "--pg-config", str(pg_config))
+    assert done.returncode == code, done.stderr
+    assert (tmp_path / "extension").exists() == (code == 0)
+    assert ("needs PostgreSQL 14 or later" in done.stderr) == (code == 1)
+    assert ("has not been tested" in done.stderr) == said.startswith("19")
 
 
 def test_plain_install_needs_no_extension_and_everything_works(bare: Pair) -> None:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import json
+import io
 import os
+import re
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 import psycopg
 
 from tbl_repl import verbs as database_verbs
 from tbl_repl.database import resolve_dsn
-from tbl_repl.errors import TblReplError, UsageError, from_psycopg
+from tbl_repl.errors import TblReplError, UsageError, from_psycopg, tell
+from tbl_repl.report import print_json
 from tbl_repl.script import version
+from tbl_repl.servers import NEWEST, server_of
 
 
 def _install(args: argparse.Namespace) -> int:
@@ -22,7 +26,10 @@ def _install(args: argparse.Namespace) -> int:
     if args.pg_config is not None:
         if args.dsn is not None or args.plain or args.tle:
             raise UsageError("--pg-config goes alone", "Files are for every database of a server.")
-        installed = [str(path) for path in install(args.pg_config)]
+        server = server_of(args.pg_config)
+        installed = [str(path) for path in install(server)]
+        if server.major > NEWEST:
+            print(f"tbl-repl: PostgreSQL {server.major} has not been tested, {NEWEST} has", file=sys.stderr)
         following = "next, in the database: CREATE EXTENSION tbl_repl CASCADE;"
     elif args.plain:
         installed = [f"schema tbl_repl, version {install_plain(resolve_dsn(args.dsn))}"]
@@ -36,7 +43,7 @@ def _install(args: argparse.Namespace) -> int:
     else:
         raise UsageError("nothing said about where to", "Give --pg-config P, or --dsn D --plain, or --tle.")
     if args.json:
-        print(json.dumps({"installed": installed}))
+        print_json({"installed": installed})
     else:
         for what in installed:
             print(f"installed {what}")
@@ -47,25 +54,34 @@ def _install(args: argparse.Namespace) -> int:
 def _demo(args: argparse.Namespace) -> int:
     from tbl_repl.demo import run
 
-    return run()
+    return run(for_programs=args.json)
+
+
+class _Parser(argparse.ArgumentParser):
+    """A DSN where none belongs is not repeated: there may be a password in it."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(re.sub(r"\w+://[^\s']+|\w*password=[^\s']+", "...", message))
 
 
 def parser() -> argparse.ArgumentParser:
     """The whole grammar of the command line."""
-    top = argparse.ArgumentParser(
-        prog="tbl-repl", description="Replicate single tables between PostgreSQL servers."
-    )
+    top = _Parser(prog="tbl-repl", description="Replicate single tables between PostgreSQL servers.")
     top.add_argument("--version", action="version", version=f"tbl-repl {version()}")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     demo = verbs.add_parser("demo", help="start two disposable servers and show everything on them")
+    demo.add_argument("--json", action="store_true", help="print each step as a line of JSON")
     demo.set_defaults(run=_demo)
 
     text = "install the extension: its files into a server, or its SQL into a database"
     install = verbs.add_parser("install", help=text, description=text)
     install.add_argument("--pg-config", metavar="P", help="put the files into the server of that pg_config")
     install.add_argument(
-        "--dsn", metavar="D", help="the database for --plain (default: TBL_REPL_DSN) and --tle"
+        "--dsn",
+        action=database_verbs.Once,
+        metavar="D",
+        help="the database for --plain (default: TBL_REPL_DSN) and --tle",
     )
     way = install.add_mutually_exclusive_group()
     way.add_argument(
@@ -83,23 +99,31 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # names of tables may have what the terminal's encoding has not
+            stream.reconfigure(errors="backslashreplace")
     args = parser().parse_args(argv)
     try:
         code = int(args.run(args))
         sys.stdout.flush()
         return code
     except psycopg.Error as error:
-        problem: TblReplError = from_psycopg(error)
+        return tell(from_psycopg(error))
     except TblReplError as error:
-        problem = error
+        return tell(error)
     except BrokenPipeError:
-        # who reads has seen enough (| head); the interpreter must not try to write the rest
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # who reads has seen enough (| head)
+        _leave_stdout()
         return 1
+    except OSError as error:
+        _leave_stdout()
+        return tell(TblReplError(str(error)))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    print(f"tbl-repl: {problem}", file=sys.stderr)
-    if problem.hint:
-        print(f"HINT: {problem.hint}", file=sys.stderr)
-    return problem.exit_code
+
+
+def _leave_stdout() -> None:
+    """The interpreter must not try to write the rest."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -11,11 +11,12 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from tbl_repl.database import Row
+from tbl_repl.logs import is_unicode
 
 STYLES = {
     "ok": "green",
@@ -29,10 +30,38 @@ STYLES = {
 }
 
 
+HEADINGS = {
+    "target_id": "id",
+    "source_table": "source",
+    "dst_table": "target",
+    "pending_rows": "pending",
+    "rows_shipped": "shipped",
+    "last_shipped_at": "last shipped",
+    "next_try_at": "next try",
+}
+"""Where there is little room."""
+
+FREE_TEXT = ("last_error", "message", "hint", "key")
+"""Columns that are wrapped."""
+
+READABLE = 30
+"""Narrower than this, free text is no longer read in a column."""
+
+
 def console() -> Console:
-    """The console for people; in a pipe, lines are not cut at a terminal's width."""
+    """The console for people; in a pipe, lines are as long as they are."""
     out = Console(highlight=False)
-    return out if out.is_terminal else Console(highlight=False, width=250)
+    return out if out.is_terminal else Console(highlight=False, width=1 << 20)
+
+
+def show(out: Console, what: RenderableType) -> None:
+    """Print it; in a pipe without the spaces that fill up a table's last column."""
+    if out.is_terminal:
+        out.print(what)
+        return
+    with out.capture() as capture:
+        out.print(what)
+    sys.stdout.write("".join(f"{line.rstrip()}\n" for line in capture.get().splitlines()))
 
 
 def as_json(value: Any) -> str:
@@ -45,7 +74,7 @@ def as_json(value: Any) -> str:
             return item.total_seconds()
         return str(item)
 
-    return json.dumps(value, default=plain, ensure_ascii=False)
+    return json.dumps(value, default=plain, ensure_ascii=not is_unicode(sys.stdout))
 
 
 def print_json(value: Any) -> None:
@@ -64,18 +93,64 @@ def cell(value: Any) -> Text:
         return Text("yes" if value else "no")
     if isinstance(value, int):
         return Text(f"{value:,}", justify="right")
-    return Text(str(value), style=STYLES.get(str(value), ""))
+    return Text(" ".join(str(value).splitlines()), style=STYLES.get(str(value), ""))
 
 
-def table(rows: Iterable[Row], columns: Sequence[str], title: str | None = None) -> Table:
-    """Rows as a table; the columns in this order."""
-    out = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
+def _shown(row: Row, name: str) -> Text:
+    return cell(human_seconds(row["lag"]) if name == "lag" else row.get(name))
+
+
+def _heading(name: str, short: bool = False) -> str:
+    return (HEADINGS.get(name, name) if short else name).replace("_", " ")
+
+
+def table(rows: Iterable[Row], columns: Sequence[str], short: bool = False) -> Table:
+    """Rows as a table; the columns in this order.  short: narrower headings."""
+    out = Table(header_style="bold", box=None, pad_edge=False)
     for name in columns:
-        out.add_column(name.replace("_", " "), overflow="fold")
+        out.add_column(_heading(name, short), overflow="fold", no_wrap=name not in FREE_TEXT)
     for row in rows:
-        out.add_row(
-            *(cell(human_seconds(row["lag"]) if name == "lag" else row.get(name)) for name in columns)
-        )
+        out.add_row(*(_shown(row, name) for name in columns))
+    return out
+
+
+def fitting(rows: Sequence[Row], layouts: Sequence[Sequence[str]], out: Console) -> RenderableType:
+    """Rows in the first of these layouts that has room, or else each as a list of names and values.
+
+    No name or number is broken: free text is what gives way.  An error that has no column comes below.
+    """
+    for n, columns in enumerate(layouts):
+        if _width(rows, columns, short=n > 0) <= out.width:
+            left = [] if "last_error" in columns else [row for row in rows if row.get("last_error")]
+            errors = (Text.assemble(_name(row), ": ", _shown(row, "last_error")) for row in left)
+            return Group(table(rows, columns, short=n > 0), *errors)
+    return Group(*(_record(row, layouts[0]) for row in rows))
+
+
+def _name(row: Row) -> str:
+    return " ".join(str(part) for part in (row.get("node"), "target", row["target_id"]) if part is not None)
+
+
+def _width(rows: Iterable[Row], columns: Sequence[str], short: bool) -> int:
+    """Characters that a table of these needs for no name or number to be broken."""
+    widths = [len(_heading(name, short)) for name in columns]
+    for row in rows:
+        for n, name in enumerate(columns):
+            needed = _shown(row, name).cell_len
+            widths[n] = max(widths[n], min(needed, READABLE) if name in FREE_TEXT else needed)
+    return sum(widths) + 2 * (len(widths) - 1)
+
+
+def _record(row: Row, columns: Sequence[str]) -> Table:
+    out = Table.grid(padding=(0, 2, 0, 0))
+    out.add_column(style="bold", no_wrap=True)
+    out.add_column(overflow="fold")
+    for name in columns:
+        value = _shown(row, name)
+        value.justify = "left"
+        if value.plain:
+            out.add_row(_heading(name, short=True), value)
+    out.add_row()
     return out
 
 

@@ -9,19 +9,30 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import psycopg
-from rich.console import Group
+from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
 from tbl_repl import logs
-from tbl_repl.database import Connection, Row, connect, name_of, place_of, require_extension, resolve_dsn
-from tbl_repl.errors import CannotConnect, TblReplError, UsageError
+from tbl_repl.database import (
+    Connection,
+    Row,
+    connect,
+    name_of,
+    place_of,
+    require_extension,
+    require_rights,
+    resolve_dsn,
+)
+from tbl_repl.errors import CannotConnect, TblReplError, UsageError, from_psycopg, tell
 from tbl_repl.graph import Node, mermaid
 from tbl_repl.progress import progress
-from tbl_repl.report import as_json, console, human_seconds, lag, print_json, table
+from tbl_repl.report import as_json, console, fitting, human_seconds, lag, print_json, show, table
 from tbl_repl.worker import POLL_SECONDS, Batch, Observer, Options, Worker, drain_once
 
 log = logging.getLogger("tbl_repl.verbs")
@@ -30,12 +41,67 @@ STATUS_COLUMNS = (
     "target_id", "source_table", "server", "dst_table", "mode", "status", "pending_rows", "lag",
     "rows_shipped", "last_shipped_at", "next_try_at", "last_error",
 )  # fmt: skip
+STATUS_LAYOUTS = (
+    STATUS_COLUMNS,
+    STATUS_COLUMNS[:-1],
+    STATUS_COLUMNS[:8],
+    (*STATUS_COLUMNS[:3], *STATUS_COLUMNS[4:8]),
+    (*STATUS_COLUMNS[:2], *STATUS_COLUMNS[4:8]),
+)
+CHECK_COLUMNS = ("severity", "target_id", "code", "message", "hint")
+
+
+def _dsns(args: argparse.Namespace) -> list[str]:
+    return list(dict.fromkeys(resolve_dsn(dsn) for dsn in (args.dsn or [None])))
 
 
 def _open(args: argparse.Namespace) -> Connection:
     connection = connect(resolve_dsn(args.dsn))
     require_extension(connection)
     return connection
+
+
+def _each(dsns: Sequence[str], look: Callable[[str, Connection], None]) -> list[TblReplError]:
+    """Look at every database; what is wrong with those that do not answer."""
+    problems: list[TblReplError] = []
+    for dsn in dsns:
+        try:
+            with connect(dsn) as connection:
+                require_extension(connection)
+                look(dsn, connection)
+        except (psycopg.Error, TblReplError) as error:
+            if len(dsns) == 1:
+                raise
+            problem = from_psycopg(error) if isinstance(error, psycopg.Error) else error
+            problems.append(type(problem)(f"{name_of(dsn)}: {problem}", problem.hint))
+    return problems
+
+
+def _end(code: int, problems: list[TblReplError]) -> int:
+    """Say what is wrong, behind what has been printed; the worst exit code."""
+    sys.stdout.flush()
+    return max([code, *(tell(problem) for problem in problems)])
+
+
+@contextmanager
+def _toward(args: argparse.Namespace) -> Iterator[None]:
+    """Of a target that cannot be reached, say which one it is, and where its server leads."""
+    with _open(args) as connection:
+        row = connection.execute(
+            "SELECT server FROM tbl_repl.target_status WHERE target_id = %s", (args.target,)
+        ).fetchone()
+        place = _places(connection).get(str(row["server"])) if row else None
+    try:
+        yield
+    except psycopg.Error as error:
+        # the driver's own failure to connect: only to a target, connect() has another exception
+        connecting = error.sqlstate is None and error.pgconn is not None
+        if row is None or not (connecting or (error.sqlstate or "").startswith("08")):
+            raise
+        problem = from_psycopg(error)
+        raise CannotConnect(
+            f"server {row['server']} ({place}) of target {args.target}: {problem}", problem.hint
+        ) from error
 
 
 def target_rows(connection: Connection) -> list[Row]:
@@ -70,36 +136,50 @@ def _places(connection: Connection) -> dict[str, str]:
 
 def _status(args: argparse.Namespace) -> int:
     nodes: list[Node] = []
-    for dsn in dict.fromkeys(resolve_dsn(dsn) for dsn in (args.dsn or [None])):
-        with connect(dsn) as connection:
-            require_extension(connection)
-            if args.graph:  # tables of all nodes by their full names
-                connection.execute("SET search_path = pg_catalog")
-            rows = target_rows(connection)
-            nodes.append(Node(_node_name(connection), name_of(dsn), rows, _places(connection)))
-    several = len(nodes) > 1
-    everything = [{"node": node.name, **row} if several else row for node in nodes for row in node.targets]
-    if args.graph:
-        sys.stdout.write(mermaid(nodes))
-    elif args.json:
+
+    def look(dsn: str, connection: Connection) -> None:
+        if args.graph:  # tables of all nodes by their full names
+            connection.execute("SET search_path = pg_catalog")
+        rows = target_rows(connection)
+        nodes.append(Node(_node_name(connection), name_of(dsn), rows, _places(connection)))
+
+    dsns = _dsns(args)
+    problems = _each(dsns, look)
+    first = ("node",) if len(dsns) > 1 else ()
+    everything = [{"node": node.name, **row} if first else row for node in nodes for row in node.targets]
+    if args.graph and nodes:
+        if args.json:
+            print_json({"graph": mermaid(nodes)})
+        else:
+            sys.stdout.write(mermaid(nodes))
+    elif args.json and nodes:
         print_json(everything)
     elif everything:
-        console().print(table(everything, ("node", *STATUS_COLUMNS) if several else STATUS_COLUMNS))
-    else:
+        out = console()
+        show(out, fitting(everything, [(*first, *columns) for columns in STATUS_LAYOUTS], out))
+    elif not problems:
         print("no targets; define one with SELECT tbl_repl.add_target(...)")
-    return int(any(row["status"] in ("failed", "queueing") for row in everything))
+    return _end(int(any(row["status"] in ("failed", "queueing") for row in everything)), problems)
 
 
 def _check(args: argparse.Namespace) -> int:
-    with _open(args) as connection:
-        rows = connection.execute("SELECT * FROM tbl_repl.check()").fetchall()
-    if args.json:
+    rows: list[Row] = []
+    dsns = _dsns(args)
+    first = ("database",) if len(dsns) > 1 else ()
+
+    def look(dsn: str, connection: Connection) -> None:
+        found = connection.execute("SELECT * FROM tbl_repl.check()").fetchall()
+        rows.extend({"database": name_of(dsn), **row} if first else row for row in found)
+
+    problems = _each(dsns, look)
+    if args.json and len(problems) < len(dsns):
         print_json(rows)
     elif rows:
-        console().print(table(rows, ("severity", "target_id", "code", "message", "hint")))
-    else:
+        out = console()
+        show(out, fitting(rows, [(*first, *CHECK_COLUMNS)], out))
+    elif not problems:
         print("all is well")
-    return int(any(row["severity"] in ("error", "warning") for row in rows))
+    return _end(int(any(row["severity"] in ("error", "warning") for row in rows)), problems)
 
 
 def _replay(args: argparse.Namespace) -> int:
@@ -110,7 +190,8 @@ def _replay(args: argparse.Namespace) -> int:
         nonlocal shipped
         shipped += batch.rows
 
-    left = drain_once([resolve_dsn(args.dsn)], Options(args.batch_rows), Observer(count))
+    dsns = _dsns(args)
+    left = drain_once(dsns, Options(args.batch_rows), Observer(count))
     seconds = time.monotonic() - begun
     if args.json:
         print_json(
@@ -124,8 +205,9 @@ def _replay(args: argparse.Namespace) -> int:
     else:
         print(f"{shipped:,} rows in {human_seconds(seconds)}")
         for row in left:
+            where = f"{row['database']}: " if len(dsns) > 1 else ""
             print(
-                f"target {row['target_id']} ({row['server']}): {row['pending_rows']:,} rows left, "
+                f"{where}target {row['target_id']} ({row['server']}): {row['pending_rows']:,} rows left, "
                 f"{row['held']:,} in quarantine, status {row['status']}: {row['last_error']}",
                 file=sys.stderr,
             )
@@ -137,22 +219,20 @@ def _compare(args: argparse.Namespace) -> int:
 
     found: list[Row] = []
     dsn = resolve_dsn(args.dsn)
-    with _open(args):
-        pass
-    with progress(args.target, args.json) as show:
+    with _toward(args), progress(args.target, args.json) as tick:
         compare(
             dsn,
             args.target,
             args.jobs,
             args.piece_rows,
             on_found=found.extend,
-            on_progress=lambda seen: show(seen.rows, seen.rows_planned, 0),
+            on_progress=lambda seen: tick(seen.rows, seen.rows_planned, 0),
         )
     rows = [{"difference": row["difference"], "key": row["key"]} for row in found]
     if args.json:
         print_json(rows)
     elif rows:
-        console().print(table(rows, ("difference", "key")))
+        show(console(), table(rows, ("difference", "key")))
         print(f"{len(rows):,} differences")
     else:
         print("equal")
@@ -169,16 +249,14 @@ def _repair(args: argparse.Namespace) -> int:
         out_of_reach += sum(row["key_text"] is None for row in found)
 
     dsn = resolve_dsn(args.dsn)
-    with _open(args):
-        pass
-    with progress(args.target, args.json) as show:
+    with _toward(args), progress(args.target, args.json) as tick:
         queued = compare(
             dsn,
             args.target,
             args.jobs,
             args.piece_rows,
             on_found=count,
-            on_progress=lambda seen: show(seen.rows, seen.rows_planned, 0),
+            on_progress=lambda seen: tick(seen.rows, seen.rows_planned, 0),
             repair=True,
             delete_extra=args.delete_extra,
         )
@@ -199,16 +277,14 @@ def _copy(args: argparse.Namespace) -> int:
     from tbl_repl.copy import Progress, copy
 
     dsn = resolve_dsn(args.dsn)
-    with _open(args):
-        pass
     begun = time.monotonic()
     last = Progress(0, 0, 0, 0, 0)
-    with progress(args.target, args.json) as show:
+    with _toward(args), progress(args.target, args.json) as tick:
 
         def seen(now: Progress) -> None:
             nonlocal last
             last = now
-            show(now.rows, now.rows_planned, now.bytes)
+            tick(now.rows, now.rows_planned, now.bytes)
 
         stop = threading.Event()
         signal.signal(signal.SIGTERM, lambda *_: stop.set())
@@ -227,13 +303,15 @@ TOP_COLUMNS = (
     "target_id", "source_table", "server", "mode", "status", "pending_rows", "lag", "rows_per_s",
     "last_error",
 )  # fmt: skip
+TOP_LAYOUTS = (TOP_COLUMNS, TOP_COLUMNS[:-1], (*TOP_COLUMNS[:2], *TOP_COLUMNS[3:-1]))
 
 
 class _Top:
     """Targets with their rates; outlives restarts of the server, keeps what it saw last meanwhile."""
 
-    def __init__(self, dsn: str, connection: Connection, interval: float) -> None:
+    def __init__(self, dsn: str, connection: Connection, interval: float, out: Console) -> None:
         self._dsn = dsn
+        self._out = out
         self._connection = connection
         self._interval = interval
         self._history: dict[int, deque[tuple[float, int]]] = {}
@@ -265,7 +343,7 @@ class _Top:
         parts = [Text(head, style="dim")]
         if self.problem:
             parts.append(Text(self.problem, style="bold red"))
-        return Group(*parts, table(rows, TOP_COLUMNS))
+        return Group(*parts, fitting(rows, TOP_LAYOUTS, self._out))
 
     def close(self) -> None:
         self._connection.close()
@@ -274,7 +352,8 @@ class _Top:
 def _top(args: argparse.Namespace) -> int:
     """Refresh until interrupted."""
     dsn = resolve_dsn(args.dsn)
-    top = _Top(dsn, _open(args), args.interval)
+    out = console()
+    top = _Top(dsn, _open(args), args.interval, out)
     try:
         if args.json:
             while True:
@@ -284,9 +363,8 @@ def _top(args: argparse.Namespace) -> int:
                 if args.once:
                     return 0
                 time.sleep(args.interval)
-        out = console()
         if args.once:
-            out.print(table(top.look(), TOP_COLUMNS))
+            show(out, fitting(top.look(), TOP_LAYOUTS, out))
             return 0
         with Live(top.view(), console=out, screen=out.is_terminal, auto_refresh=False) as live:
             while True:
@@ -313,12 +391,13 @@ def _serve_metrics(dsns: list[str], port: int) -> Observer:
 
 
 def _reachable(dsns: list[str]) -> None:
-    """Raise where the worker could serve none of the databases, or one has no tbl_repl."""
+    """Raise where the worker could serve none of the databases, or one has no tbl_repl, or no right to it."""
     problems: list[CannotConnect] = []
     for dsn in dsns:
         try:
             with connect(dsn) as connection:
                 require_extension(connection)
+                require_rights(connection)
         except CannotConnect as error:
             problems.append(error)
     if len(problems) == len(dsns):
@@ -327,7 +406,7 @@ def _reachable(dsns: list[str]) -> None:
 
 def _worker(args: argparse.Namespace) -> int:
     logs.start(args.json, args.verbose)
-    dsns = list(dict.fromkeys(resolve_dsn(dsn) for dsn in (args.dsn or [None])))
+    dsns = _dsns(args)
     observer = Observer() if args.metrics_port is None else _serve_metrics(dsns, args.metrics_port)
     options = Options(args.batch_rows, args.poll_seconds)
     if args.once:
@@ -337,6 +416,7 @@ def _worker(args: argparse.Namespace) -> int:
                 log,
                 logging.WARNING,
                 "left",
+                database=row["database"],
                 target=row["target_id"],
                 server=row["server"],
                 status=row["status"],
@@ -388,6 +468,17 @@ def _add_pieces(parser: argparse.ArgumentParser, rows: int) -> None:
     )
 
 
+class Once(argparse.Action):
+    """An option of which a second one is not silently taken for the first."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: Any = None
+    ) -> None:
+        if getattr(namespace, self.dest) is not None:
+            parser.error(f"{option} was given more than once; this verb works on one database")
+        setattr(namespace, self.dest, values)
+
+
 def register(verbs: Any) -> None:
     """Add the verbs of this module to the command line."""
 
@@ -399,7 +490,7 @@ def register(verbs: Any) -> None:
         if several is not None:
             parser.add_argument("--dsn", action="append", metavar="D", help=f"{dsn_help}; {several}")
         else:
-            parser.add_argument("--dsn", metavar="D", help=dsn_help)
+            parser.add_argument("--dsn", action=Once, metavar="D", help=dsn_help)
         return parser
 
     worker = verb(
@@ -435,9 +526,19 @@ def register(verbs: Any) -> None:
     )
     top.add_argument("--once", action="store_true", help="look once and end")
 
-    verb("check", _check, "show every problem, on both sides")
+    verb(
+        "check",
+        _check,
+        "show every problem, on both sides",
+        several="several are checked one after the other",
+    )
 
-    replay = verb("replay", _replay, "ship what is queued, until nothing is left")
+    replay = verb(
+        "replay",
+        _replay,
+        "ship what is queued, until nothing is left",
+        several="several are drained at once",
+    )
     replay.add_argument(
         "--batch-rows", type=_positive, default=10_000, metavar="N", help="rows of a batch (10000)"
     )
