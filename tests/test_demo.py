@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pwd
 import shutil
@@ -52,6 +53,17 @@ def test_demo_tells_the_story_and_cleans_up(scratch: Path) -> None:
         DEMO, env=environment(scratch), capture_output=True, text=True, check=False, timeout=300
     )
     assert_told_the_story(done, scratch)
+
+
+def test_demo_for_programs_is_a_json_object_a_line(scratch: Path) -> None:
+    done = subprocess.run(
+        [*DEMO, "--json"], env=environment(scratch), capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    *lines, last = [json.loads(line) for line in done.stdout.splitlines()]
+    assert last["checks"] > 10
+    assert {line["side"] for line in lines if "sql" in line} == {"source", "target"}
+    assert any("sync_err_rec" in line.get("sql", "") for line in lines)
 
 
 def test_demo_works_as_an_ordinary_user(scratch: Path) -> None:

@@ -879,6 +879,40 @@ def test_log_lines_carry_no_row_contents(pair: Pair, queue: int, as_json: bool) 
             assert f"batch server={pair.server} rows=" in worker.output
 
 
+def test_rights_that_are_gone_are_named_with_their_cure(pair: Pair, queue: int) -> None:
+    role = pair.source.role("runs_it")
+    pair.source.sql(f"SELECT tbl_repl.grant_access('{role}', 'operator')")
+    with WorkerProcess(dsns=(dsn_of(pair.source, role),)) as worker:
+        wait_until(lambda: worker.events("serving"))
+        pair.source.sql(f"REVOKE EXECUTE ON ALL FUNCTIONS IN SCHEMA tbl_repl FROM {role}")
+
+        def reasons() -> str:
+            events = [*worker.events("drainer failed"), *worker.events("source failed")]
+            return " ".join(str(line["reason"]) for line in events)
+
+        wait_until(lambda: "42501 permission denied for function" in reasons(), 20)
+        wait_until(lambda: f"grant_access('{role}', 'operator')" in reasons(), 20)
+        pair.source.sql(f"SELECT tbl_repl.grant_access('{role}', 'operator')")
+        pair.source.sql("INSERT INTO t VALUES (1, 'x')")
+        arrives(pair.target, 1)
+
+
+@pytest.mark.parametrize("method", ["Watcher._watch", "Drainer.drain"])
+def test_an_internal_error_is_survived_and_told_at_the_end(pair: Pair, queue: int, method: str) -> None:
+    """The first call fails in a way that nobody has thought of."""
+    break_once = (
+        f"real, calls = w.{method}, iter([1])\n"
+        "def fail(self, *args): return 1 / 0 if next(calls, 0) else real(self, *args)\n"
+        f"w.{method} = fail\n"
+    )
+    with WorkerProcess(pair.source, program=break_once) as worker:
+        pair.source.sql("INSERT INTO t VALUES (1, 'x')")
+        arrives(pair.target, 1)
+        assert "ZeroDivisionError" in worker.output
+        worker.send(signal.SIGTERM)
+        assert worker.ended() == 1
+
+
 def test_memory_does_not_grow_with_the_backlog(pair: Pair) -> None:
     pair.both(TABLE)
     pair.add_target("t", mode="async", timeout="60 s")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import re
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 import psycopg
 
@@ -52,18 +54,24 @@ def _install(args: argparse.Namespace) -> int:
 def _demo(args: argparse.Namespace) -> int:
     from tbl_repl.demo import run
 
-    return run()
+    return run(for_programs=args.json)
+
+
+class _Parser(argparse.ArgumentParser):
+    """A DSN where none belongs is not repeated: there may be a password in it."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(re.sub(r"\w+://[^\s']+|\w*password=[^\s']+", "...", message))
 
 
 def parser() -> argparse.ArgumentParser:
     """The whole grammar of the command line."""
-    top = argparse.ArgumentParser(
-        prog="tbl-repl", description="Replicate single tables between PostgreSQL servers."
-    )
+    top = _Parser(prog="tbl-repl", description="Replicate single tables between PostgreSQL servers.")
     top.add_argument("--version", action="version", version=f"tbl-repl {version()}")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     demo = verbs.add_parser("demo", help="start two disposable servers and show everything on them")
+    demo.add_argument("--json", action="store_true", help="print each step as a line of JSON")
     demo.set_defaults(run=_demo)
 
     text = "install the extension: its files into a server, or its SQL into a database"

@@ -19,7 +19,8 @@ Connection = psycopg.Connection[Row]
 
 _FORM = (
     "The form of a DSN: https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-CONNSTRING; "
-    "in a URI, special characters of user and password are percent-encoded ('@' is %40, '%' is %25)."
+    "in a URI, special characters of user and password are percent-encoded "
+    "('@' is %40, '/' is %2F, '%' is %25)."
 )
 
 # What libpq says of values before it has asked anybody; a server's words come behind "FATAL:".
@@ -75,11 +76,6 @@ def connect(dsn: str, what: str = "cli", seconds: int = 10) -> Connection:
     conninfo = make_conninfo(dsn, application_name=f"tbl-repl {what}", **missing)
     try:
         connection = psycopg.connect(conninfo, autocommit=True, row_factory=dict_row)
-        # whatever role, database or environment say: psycopg reads no others
-        connection.execute(
-            "SELECT set_config('datestyle', 'ISO, MDY', false), "
-            "set_config('intervalstyle', 'postgres', false)"
-        )
     except psycopg.OperationalError as error:
         invalid = _INVALID_VALUE.match(str(error))
         if invalid:
@@ -87,6 +83,15 @@ def connect(dsn: str, what: str = "cli", seconds: int = 10) -> Connection:
         raise CannotConnect(str(error).strip()) from error
     except psycopg.ProgrammingError as error:
         raise UsageError(f"invalid DSN: {error}", _FORM) from error
+    try:
+        # psycopg reads no other styles, and role, database or environment may set them
+        connection.execute(
+            "SELECT set_config('datestyle', 'ISO, MDY', false), "
+            "set_config('intervalstyle', 'postgres', false)"
+        )
+    except psycopg.OperationalError as error:
+        connection.close()
+        raise CannotConnect(str(error).strip()) from error
     return connection
 
 

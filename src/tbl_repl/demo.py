@@ -24,6 +24,7 @@ from tbl_repl import psql
 from tbl_repl.cluster import Cluster, make_workdir
 from tbl_repl.errors import CheckFailed, ServerError
 from tbl_repl.install import install_for
+from tbl_repl.report import as_json
 from tbl_repl.servers import Server, discover
 
 APP_PASSWORD = "app-secret"
@@ -148,15 +149,43 @@ class Stage:
         self.checks += 1
         self.say("equal", "bold green")
 
+    def end(self, seconds: float) -> None:
+        self.say(
+            f"{self.checks} checks, all well, in {seconds:.0f} s; both servers are gone again.", "bold green"
+        )
+
     def expect(self, what: str, holds: bool) -> None:
         if not holds:
             raise CheckFailed(f"expected: {what}")
         self.checks += 1
 
 
-def run(console: Console | None = None) -> int:
+class JsonStage(Stage):
+    """For programs: each step, and what the server said to it, as a line of JSON."""
+
+    def __init__(self) -> None:
+        super().__init__(Console(quiet=True, force_terminal=False, width=100))
+
+    def chapter(self, title: str, text: str = "") -> None:
+        super().chapter(title, text)
+        self._line(chapter=self.number, title=title)
+
+    def prompt(self, side: Side, sql: str) -> None:
+        self._line(side=side.name, sql=sql)
+
+    def say(self, text: str, style: str = "") -> None:
+        self._line(text=text)
+
+    def end(self, seconds: float) -> None:
+        self._line(checks=self.checks, seconds=round(seconds, 1))
+
+    def _line(self, **what: object) -> None:
+        print(as_json(what), flush=True)
+
+
+def run(console: Console | None = None, for_programs: bool = False) -> int:
     """The demo from beginning to end; the exit code.  Raises TblReplError if a check fails."""
-    stage = Stage(console or Console(highlight=False))
+    stage = JsonStage() if for_programs else Stage(console or Console(highlight=False))
     began = time.perf_counter()
     server = _server()
     with contextlib.ExitStack() as stack:
@@ -178,8 +207,7 @@ def run(console: Console | None = None) -> int:
             "SELECT target_id, source_table, dst_table, mode, status, pending_rows, rows_shipped"
             " FROM tbl_repl.target_status ORDER BY target_id"
         )
-    took = time.perf_counter() - began
-    stage.say(f"{stage.checks} checks, all well, in {took:.0f} s; both servers are gone again.", "bold green")
+    stage.end(time.perf_counter() - began)
     return 0
 
 

@@ -54,6 +54,16 @@ def console() -> Console:
     return out if out.is_terminal else Console(highlight=False, width=1 << 20)
 
 
+def show(out: Console, what: RenderableType) -> None:
+    """Print it; in a pipe without the spaces that fill up a table's last column."""
+    if out.is_terminal:
+        out.print(what)
+        return
+    with out.capture() as capture:
+        out.print(what)
+    sys.stdout.write("".join(f"{line.rstrip()}\n" for line in capture.get().splitlines()))
+
+
 def as_json(value: Any) -> str:
     """JSON with times in ISO form."""
 
@@ -112,11 +122,13 @@ def fitting(rows: Sequence[Row], layouts: Sequence[Sequence[str]], out: Console)
     for n, columns in enumerate(layouts):
         if _width(rows, columns, short=n > 0) <= out.width:
             left = [] if "last_error" in columns else [row for row in rows if row.get("last_error")]
-            errors = (
-                Text.assemble(f"target {row['target_id']}: ", _shown(row, "last_error")) for row in left
-            )
+            errors = (Text.assemble(_name(row), ": ", _shown(row, "last_error")) for row in left)
             return Group(table(rows, columns, short=n > 0), *errors)
     return Group(*(_record(row, layouts[0]) for row in rows))
+
+
+def _name(row: Row) -> str:
+    return " ".join(str(part) for part in (row.get("node"), "target", row["target_id"]) if part is not None)
 
 
 def _width(rows: Iterable[Row], columns: Sequence[str], short: bool) -> int:

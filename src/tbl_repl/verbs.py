@@ -32,7 +32,7 @@ from tbl_repl.database import (
 from tbl_repl.errors import CannotConnect, TblReplError, UsageError, from_psycopg, tell
 from tbl_repl.graph import Node, mermaid
 from tbl_repl.progress import progress
-from tbl_repl.report import as_json, console, fitting, human_seconds, lag, print_json, table
+from tbl_repl.report import as_json, console, fitting, human_seconds, lag, print_json, show, table
 from tbl_repl.worker import POLL_SECONDS, Batch, Observer, Options, Worker, drain_once
 
 log = logging.getLogger("tbl_repl.verbs")
@@ -46,6 +46,7 @@ STATUS_LAYOUTS = (
     STATUS_COLUMNS[:-1],
     STATUS_COLUMNS[:8],
     (*STATUS_COLUMNS[:3], *STATUS_COLUMNS[4:8]),
+    (*STATUS_COLUMNS[:2], *STATUS_COLUMNS[4:8]),
 )
 CHECK_COLUMNS = ("severity", "target_id", "code", "message", "hint")
 
@@ -155,7 +156,7 @@ def _status(args: argparse.Namespace) -> int:
         print_json(everything)
     elif everything:
         out = console()
-        out.print(fitting(everything, [(*first, *columns) for columns in STATUS_LAYOUTS], out))
+        show(out, fitting(everything, [(*first, *columns) for columns in STATUS_LAYOUTS], out))
     elif not problems:
         print("no targets; define one with SELECT tbl_repl.add_target(...)")
     return _end(int(any(row["status"] in ("failed", "queueing") for row in everything)), problems)
@@ -175,7 +176,7 @@ def _check(args: argparse.Namespace) -> int:
         print_json(rows)
     elif rows:
         out = console()
-        out.print(fitting(rows, [(*first, *CHECK_COLUMNS)], out))
+        show(out, fitting(rows, [(*first, *CHECK_COLUMNS)], out))
     elif not problems:
         print("all is well")
     return _end(int(any(row["severity"] in ("error", "warning") for row in rows)), problems)
@@ -218,20 +219,20 @@ def _compare(args: argparse.Namespace) -> int:
 
     found: list[Row] = []
     dsn = resolve_dsn(args.dsn)
-    with _toward(args), progress(args.target, args.json) as show:
+    with _toward(args), progress(args.target, args.json) as tick:
         compare(
             dsn,
             args.target,
             args.jobs,
             args.piece_rows,
             on_found=found.extend,
-            on_progress=lambda seen: show(seen.rows, seen.rows_planned, 0),
+            on_progress=lambda seen: tick(seen.rows, seen.rows_planned, 0),
         )
     rows = [{"difference": row["difference"], "key": row["key"]} for row in found]
     if args.json:
         print_json(rows)
     elif rows:
-        console().print(table(rows, ("difference", "key")))
+        show(console(), table(rows, ("difference", "key")))
         print(f"{len(rows):,} differences")
     else:
         print("equal")
@@ -248,14 +249,14 @@ def _repair(args: argparse.Namespace) -> int:
         out_of_reach += sum(row["key_text"] is None for row in found)
 
     dsn = resolve_dsn(args.dsn)
-    with _toward(args), progress(args.target, args.json) as show:
+    with _toward(args), progress(args.target, args.json) as tick:
         queued = compare(
             dsn,
             args.target,
             args.jobs,
             args.piece_rows,
             on_found=count,
-            on_progress=lambda seen: show(seen.rows, seen.rows_planned, 0),
+            on_progress=lambda seen: tick(seen.rows, seen.rows_planned, 0),
             repair=True,
             delete_extra=args.delete_extra,
         )
@@ -278,12 +279,12 @@ def _copy(args: argparse.Namespace) -> int:
     dsn = resolve_dsn(args.dsn)
     begun = time.monotonic()
     last = Progress(0, 0, 0, 0, 0)
-    with _toward(args), progress(args.target, args.json) as show:
+    with _toward(args), progress(args.target, args.json) as tick:
 
         def seen(now: Progress) -> None:
             nonlocal last
             last = now
-            show(now.rows, now.rows_planned, now.bytes)
+            tick(now.rows, now.rows_planned, now.bytes)
 
         stop = threading.Event()
         signal.signal(signal.SIGTERM, lambda *_: stop.set())
@@ -302,7 +303,7 @@ TOP_COLUMNS = (
     "target_id", "source_table", "server", "mode", "status", "pending_rows", "lag", "rows_per_s",
     "last_error",
 )  # fmt: skip
-TOP_LAYOUTS = (TOP_COLUMNS, TOP_COLUMNS[:-1])
+TOP_LAYOUTS = (TOP_COLUMNS, TOP_COLUMNS[:-1], (*TOP_COLUMNS[:2], *TOP_COLUMNS[3:-1]))
 
 
 class _Top:
@@ -363,7 +364,7 @@ def _top(args: argparse.Namespace) -> int:
                     return 0
                 time.sleep(args.interval)
         if args.once:
-            out.print(fitting(top.look(), TOP_LAYOUTS, out))
+            show(out, fitting(top.look(), TOP_LAYOUTS, out))
             return 0
         with Live(top.view(), console=out, screen=out.is_terminal, auto_refresh=False) as live:
             while True:

@@ -641,7 +641,8 @@ def drain_once(
     """Drain every server of every database once, all servers at a time.
 
     Returns the rows of target_status, and their ``database``, of those targets for which something is still
-    pending or in quarantine (``held``).  What fails is raised when everything else is drained.
+    pending or in quarantine (``held``).  What fails is raised when everything else is drained;
+    of several problems, the one with the highest exit code.
     """
     stop = stop or threading.Event()
     problems: list[TblReplError] = []
@@ -697,7 +698,7 @@ def drain_once(
     for dsn in reachable:
         attempt(partial(look, dsn))
     if problems:
-        raise problems[0]
+        raise max(problems, key=lambda problem: problem.exit_code)
     return left
 
 

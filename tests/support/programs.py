@@ -49,7 +49,8 @@ def tbl_repl(*args: str, env: dict[str, str] | None = None) -> subprocess.Comple
 class WorkerProcess:
     """``tbl-repl worker`` for these nodes, in JSON lines unless said otherwise; killed at the end.
 
-    constants: of tbl_repl.worker or tbl_repl.bulk ("bulk.MIN_ROWS"), set before it starts.
+    constants: of tbl_repl.worker or tbl_repl.bulk ("bulk.MIN_ROWS"), set before it starts.  program: what is
+    run before it starts, with tbl_repl.worker as w.
     """
 
     def __init__(
@@ -59,11 +60,15 @@ class WorkerProcess:
         as_json: bool = True,
         env: dict[str, str] | None = None,
         constants: dict[str, float] | None = None,
+        program: str = "",
         dsns: tuple[str, ...] = (),
         wait: bool = True,
     ) -> None:
         command = [sys.executable, "-m", "tbl_repl"]
-        if constants:
+        if program:
+            start = "import sys, tbl_repl.cli, tbl_repl.worker as w\n{}sys.exit(tbl_repl.cli.main())"
+            command = [sys.executable, "-c", start.format(program)]
+        elif constants:
             changes = "; ".join(
                 f"tbl_repl.{name if '.' in name else 'worker.' + name} = {value}"
                 for name, value in constants.items()
