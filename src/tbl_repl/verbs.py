@@ -416,12 +416,12 @@ def _worker(args: argparse.Namespace) -> int:
                 log,
                 logging.WARNING,
                 "left",
-                database=row["database"],
                 target=row["target_id"],
                 server=row["server"],
                 status=row["status"],
                 pending=row["pending_rows"],
                 quarantined=row["held"],
+                database=row["database"],
             )
         return int(bool(left))
     _reachable(dsns)
