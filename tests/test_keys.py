@@ -5,7 +5,7 @@ from __future__ import annotations
 import psycopg
 import pytest
 
-from support import Pair
+from support import Node, Pair
 
 LONG = "x" * 62  # with one more byte: the longest name there is
 
@@ -336,3 +336,11 @@ def test_alter_target_refuses_a_key_that_is_compared_otherwise(pair: Pair) -> No
     target = pair.add_target("t")
     with pytest.raises(psycopg.errors.InvalidTableDefinition):
         pair.call("alter_target", target_id=target, dst_table="u")
+
+
+def test_keys_are_ordered_by_the_default_operators_of_their_type(node: Node) -> None:
+    """Pages are read by ORDER BY, and go on after the last key: both must mean the same order."""
+    node.sql("CREATE TABLE t (id text NOT NULL); CREATE UNIQUE INDEX ON t (id text_pattern_ops)")
+    assert node.sql("SELECT equals, greater FROM tbl_repl._key_parts('t', '{id}')") == [
+        ("OPERATOR(pg_catalog.=)", "OPERATOR(pg_catalog.>)")
+    ]

@@ -1071,7 +1071,7 @@ def test_a_target_is_dropped_beside_a_drainer(pair: Pair) -> None:
         dropping = start(other, f"SELECT tbl_repl.drop_target({target_id})")
         wait_until(
             lambda: pair.source.admin(
-                f"SELECT FROM pg_locks WHERE pid = {other.info.backend_pid} AND NOT granted"
+                f"SELECT 1 FROM pg_locks WHERE pid = {other.info.backend_pid} AND NOT granted"
             )
         )
         drainer.execute("SELECT tbl_repl._log_error(%s, NULL, '23505', 'x', NULL, NULL, NULL)", [target_id])

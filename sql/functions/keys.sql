@@ -104,6 +104,8 @@ AS $function$
         JOIN pg_operator AS o ON o.oid = ao.amopopr
         JOIN pg_namespace AS ns ON ns.oid = o.oprnamespace
         WHERE i.indrelid = source_table AND i.indisunique AND NOT i.indisexclusion AND i.indkey[p] = a.attnum
+          -- ORDER BY goes by the default class, whatever the index has
+          AND oc.opcdefault
         GROUP BY i.indisprimary, i.indexrelid, p
         ORDER BY i.indisprimary DESC, i.indexrelid
         LIMIT 1) AS op ON true

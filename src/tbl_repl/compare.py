@@ -10,10 +10,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import psycopg
-
 from tbl_repl.database import Connection, Row, connect
-from tbl_repl.errors import TblReplError
 
 PIECE_ROWS = 20_000
 
@@ -169,7 +166,7 @@ def _in_parallel(
         try:
             with connect(dsn, f"compare {target_id}") as source:
                 run(source)
-        except (psycopg.Error, TblReplError) as error:
+        except Exception as error:
             work.failures.append(error)
             work.stop.set()
 

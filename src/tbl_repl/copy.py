@@ -83,7 +83,7 @@ def copy(
         def work() -> None:
             try:
                 _job(dsn, lane, stopped)
-            except (psycopg.Error, TblReplError) as error:
+            except Exception as error:
                 failures.append(error)
                 failed.set()
 
