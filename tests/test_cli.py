@@ -304,6 +304,7 @@ def screen(text: str) -> list[str]:
     return [line.rstrip() for line in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines()]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("columns", [40, 70, 80, 120, 200])
 def test_status_breaks_no_word_in_a_terminal(
     pair: Pair, proxy: Proxy, terminals: list[Terminal], columns: int
@@ -378,6 +379,7 @@ def test_who_closes_a_pipe_early_sees_no_traceback(pair: Pair, target: int) -> N
     assert said == ""
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "args", [("status",), ("status", "--json"), ("status", "--graph"), ("check",)], ids=" ".join
 )
@@ -400,6 +402,7 @@ def test_names_that_the_encoding_has_not_are_escaped(
         assert r"gr\xf6\xdfe\u20ac\U0001f600" in done.stdout
 
 
+@pytest.mark.once
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 @pytest.mark.parametrize("more", [(), ("--json",)], ids=["text", "json"])
 def test_output_that_cannot_be_written_is_one_line_and_ends_with_1(
@@ -422,6 +425,7 @@ SETTINGS = [
 ]  # fmt: skip
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(("dates", "intervals"), SETTINGS)
 @pytest.mark.parametrize("where", ["database", "environment"])
 def test_every_verb_reads_times_whatever_their_style(
@@ -483,6 +487,7 @@ def test_replay_ships_what_is_queued_in_every_database(two: Pair) -> None:
     assert (two.target.rows("t"), two.source.rows("u")) == (["(1)", "(2)"], ["(1)"])
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", ["status", "check"])
 @pytest.mark.parametrize("more", [(), ("--json",), ("--graph",)], ids=lambda more: " ".join(more) or "text")
 def test_a_database_that_is_down_hides_no_other(two: Pair, name: str, more: tuple[str, ...]) -> None:
@@ -649,6 +654,7 @@ def test_a_uri_with_an_encoded_password_is_taken(pair: Pair) -> None:
     assert "permission denied" in done.stderr
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", ["compare", "repair", "copy"])
 def test_a_target_out_of_reach_is_named(pair: Pair, target: int, name: str, proxy: Proxy) -> None:
     proxy.set("refuse")
