@@ -51,7 +51,7 @@ LONGEST_LOOK_SECONDS = 0.05
 HUNG_SECONDS = 0.5
 """How long a drainer has to be at work until somebody looks whether it hangs."""
 
-LONGEST_PAUSE_SECONDS = 0.02
+LONGEST_PAUSE_SECONDS = 0.04
 """How far apart a drainer begins small batches when there is always something to do."""
 
 FIRST_RETRY_SECONDS = 0.1
