@@ -282,7 +282,7 @@ BEGIN
         SELECT CASE
             WHEN y.typname = c.base THEN true
             WHEN c.base IN ('text', 'varchar') OR c.category = 'E'
-            THEN NOT l.fuzzy AND (y.typcategory = 'E' OR y.typname = ANY ('{int2,int4,int8,oid,text,varchar,name,bool,uuid,date,timestamp,timestamptz,bytea}'))
+            THEN NOT l.fuzzy AND (y.typcategory = 'E' OR y.typname = ANY ('{int2,int4,int8,oid,text,varchar,bpchar,name,char,bool,uuid,date,timestamp,timestamptz,bytea,inet,cidr,macaddr,macaddr8,bit,varbit,pg_lsn}'))
             -- a number that does not fit is refused there
             WHEN c.base IN ('int2', 'int4', 'int8', 'oid', 'numeric') THEN y.typname IN ('int2', 'int4', 'int8', 'oid', 'numeric')
             WHEN c.base IN ('timestamp', 'timestamptz') THEN y.typname IN ('date', 'timestamp', 'timestamptz')
