@@ -277,6 +277,23 @@ def test_a_failed_assertion_in_an_expression_does_not_fail_the_writer(
     assert pair.source.sql("SELECT key, sqlstate FROM tbl_repl.quarantine") == [({"id": 1}, "P0004")]
 
 
+@pytest.mark.parametrize("rows", [1, 20, MANY])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_table_dropped_by_the_transaction_that_has_written_it_fails_nobody(
+    pair: Pair, mode: str, rows: int
+) -> None:
+    replicate(pair, mode=mode)
+    replicate(pair, "u", mode=mode)
+    pair.source.sql("INSERT INTO t VALUES (0, 'before')")
+    pair.source.sql(
+        f"INSERT INTO t SELECT g, 'gone' FROM generate_series(1, {rows}) AS g;"
+        " INSERT INTO u VALUES (1, 'x'); DROP TABLE t"
+    )
+    pair.assert_same("u")
+    assert errors_of(pair) == []
+    assert pair.source.one("SELECT sum(pending_rows) FROM tbl_repl.target_status") == 0
+
+
 def test_large_tolerant_transactions_fail_and_queue_as_well(pair: Pair) -> None:
     target = replicate(pair, mode="tolerant")
     pair.target.sql("ALTER TABLE t ADD CONSTRAINT no_bad CHECK (v <> 'bad')")

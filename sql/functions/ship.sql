@@ -288,6 +288,8 @@ BEGIN
         FROM tbl_repl.target AS t
         JOIN tbl_repl.target_state AS st USING (target_id)
         JOIN tbl_repl.source AS s USING (source_id)
+        -- not one that this transaction has dropped
+        JOIN pg_class AS c ON c.oid = s.source_table
         WHERE (t.source_id = ANY (changed) AND t.mode <> 'async'
                -- what else there is has been queued by capture
                AND (t.mode = 'sync' OR current_setting('transaction_isolation') <> 'serializable')) OR t.target_id = ANY (copied)
