@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from support import Pair, wait_until
+from support.background import start
 
 ROOT = Path(__file__).parents[1]
 DDL = "CREATE TABLE item (id integer PRIMARY KEY, name text, price numeric(10,2))"
@@ -155,6 +156,72 @@ def test_a_copy_that_nobody_repeats_is_ended_by_whoever_drains(filled: Pair) -> 
     assert filled.status(target) == "ok"
     filled.assert_same("item")
     assert filled.source.sql("SELECT * FROM tbl_repl.copy_progress") == []
+
+
+def test_nothing_is_shipped_while_a_piece_is_on_its_way(filled: Pair) -> None:
+    """The session that leads a copy may have gone before its jobs."""
+    target = filled.add_target("item", mode="async", initial_copy="none")
+    assert filled.source.one("SELECT tbl_repl._copy_begin(%s, 1000)", (target,)) == 5
+    filled.source.sql("DELETE FROM item")
+    with filled.source.connect() as job:
+        job.execute("SELECT pg_advisory_lock_shared(tbl_repl._lock_piece(), %s)", (target,))
+        filled.drain()
+        assert filled.status(target) == "copying"
+        said = run(filled, "copy", str(target))
+        assert "is being copied by another session" in said.stderr
+    filled.drain()
+    assert filled.status(target) == "ok"
+    filled.assert_same("item")
+
+
+def test_jobs_hold_the_lock_that_says_so(filled: Pair) -> None:
+    target = filled.add_target("item", initial_copy="none")
+    with filled.target.connect() as blocker, blocker.transaction():
+        blocker.execute("LOCK TABLE item IN ACCESS EXCLUSIVE MODE")
+        process = subprocess.Popen(
+            command(filled, "copy", str(target), "--piece-rows", "500"),
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment(),
+        )  # fmt: skip
+        held = "SELECT count(*) FROM pg_locks WHERE classid = tbl_repl._lock_piece()::oid AND objid = %s AND granted"
+        wait_until(lambda: filled.source.admin(held, [target]) == [(2,)])
+    assert process.wait(60) == 0
+    assert filled.source.admin(held, [target]) == [(0,)]
+
+
+def test_a_copy_that_ends_while_its_target_is_paused_has_ended(filled: Pair) -> None:
+    target = filled.add_target("item", mode="async", initial_copy="none")
+    assert filled.source.one("SELECT tbl_repl._copy_begin(%s, 5000)", (target,)) == 1
+    filled.source.sql("SELECT n FROM tbl_repl._copy_next(%s)", (target,))
+    filled.call("pause_target", target_id=target)
+    filled.source.sql("SELECT tbl_repl._copy_done(%s, 1, 5000, 1)", (target,))
+    assert filled.source.one("SELECT tbl_repl._copy_finish(%s)", (target,))
+    assert filled.status(target) == "paused"
+    filled.call("resume_target", target_id=target)
+    assert filled.status(target) in ("queueing", "ok")
+    filled.drain()
+    assert filled.target.one("SELECT count(*) FROM item") == 0  # nothing is copied twice
+
+
+def test_a_target_is_paused_while_replay_takes_over_a_copy(filled: Pair) -> None:
+    target = filled.add_target("item", mode="tolerant", initial_copy="none")
+    filled.source.sql("SELECT tbl_repl._copy_begin(%s, 1000)", (target,))
+    with (
+        filled.source.connect() as shipper,
+        filled.source.connect() as pausing,
+        filled.source.connect() as draining,
+    ):
+        shipper.execute("BEGIN")
+        shipper.execute("SELECT pg_advisory_xact_lock_shared(tbl_repl._lock_ship(), %s)", (target,))
+        waits = "SELECT count(*) FROM pg_locks WHERE pid = ANY (%s) AND NOT granted"
+        paused = start(pausing, f"SELECT tbl_repl.pause_target({target})")
+        wait_until(lambda: filled.source.admin(waits, [[pausing.info.backend_pid]]) == [(1,)])
+        drained = start(draining, "SELECT tbl_repl.replay()")
+        both = [pausing.info.backend_pid, draining.info.backend_pid]
+        wait_until(lambda: filled.source.admin(waits, [both]) == [(2,)])
+        shipper.execute("COMMIT")
+        paused.result(10)
+        drained.result(10)
+    assert filled.status(target) == "paused"
 
 
 def test_a_row_that_is_rejected_does_not_keep_a_copy_from_ending(filled: Pair) -> None:

@@ -323,7 +323,6 @@ AS $function$
 LANGUAGE plpgsql STABLE
 SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp%s%s
-SET row_security = off
 AS %L$sql$,
         format('digest_%s', t.target_id), E'\n' || nullif(tbl_repl._text_settings(y.types), ''),
         tbl_repl._literal_setting(b.body), b.body)
@@ -335,14 +334,16 @@ AS %L$sql$,
         LEFT JOIN pg_attribute AS a ON a.attrelid = s.source_table AND e = format('s.%I', a.attname)
                                    AND a.attnum > 0 AND NOT a.attisdropped
         UNION ALL SELECT p.type_id FROM tbl_repl._key_parts(s.source_table, s.key_columns) AS p) AS x) AS y
-    CROSS JOIN LATERAL (SELECT format($body$
+    CROSS JOIN LATERAL (SELECT tbl_repl._with_hidden_rows_refused(s.source_table, format($body$
 DECLARE
     bounds text := concat(CASE WHEN tbl_repl_after IS NOT NULL THEN %1$L END, CASE WHEN tbl_repl_upto IS NOT NULL THEN %2$L END, %3$L);
 BEGIN
-    EXECUTE concat(%4$L, bounds, ') AS x') INTO keys, digest USING tbl_repl_after, tbl_repl_upto, tbl_repl_count;
-EXCEPTION WHEN assert_failure OR OTHERS THEN
-    EXECUTE concat(%5$L, bounds, ') AS x') INTO keys USING tbl_repl_after, tbl_repl_upto, tbl_repl_count;
-    digest := NULL;
+    BEGIN
+        EXECUTE concat(%4$L, bounds, ') AS x') INTO keys, digest USING tbl_repl_after, tbl_repl_upto, tbl_repl_count;
+    EXCEPTION WHEN assert_failure OR OTHERS THEN
+        EXECUTE concat(%5$L, bounds, ') AS x') INTO keys USING tbl_repl_after, tbl_repl_upto, tbl_repl_count;
+        digest := NULL;
+    END;
 END
 $body$,
             format(' AND (%s)', tbl_repl._key_after(s.source_table, s.key_columns)),
@@ -353,7 +354,7 @@ $body$,
                    tbl_repl._key_text(s.key_columns, 's'),
                    (SELECT string_agg(format('(%s)::text', e), ', ' ORDER BY n) FROM unnest(t.sent_exprs) WITH ORDINALITY AS x (e, n)),
                    s.source_table, CASE WHEN t.filter_expr IS NULL THEN 'true' ELSE format('(%s)', t.filter_expr) END),
-            format('SELECT array_agg(x.k) FROM (SELECT %s AS k FROM %s AS s WHERE true', tbl_repl._key_text(s.key_columns, 's'), s.source_table)) AS body) AS b
+            format('SELECT array_agg(x.k) FROM (SELECT %s AS k FROM %s AS s WHERE true', tbl_repl._key_text(s.key_columns, 's'), s.source_table))) AS body) AS b
     WHERE t.target_id = _digest_sql.target_id
 $function$;
 COMMENT ON FUNCTION tbl_repl._digest_sql(integer) IS

@@ -136,8 +136,9 @@ BEGIN
         RETURN false;
     END IF;
     DELETE FROM tbl_repl.piece AS p WHERE p.target_id = _copy_finish.target_id;
-    UPDATE tbl_repl.target_state AS st SET status = 'queueing', copy_after = NULL
-    WHERE st.target_id = _copy_finish.target_id AND st.status = 'copying';
+    UPDATE tbl_repl.target_state AS st
+    SET status = CASE WHEN st.status = 'copying' THEN 'queueing' ELSE st.status END, copy_after = NULL
+    WHERE st.target_id = _copy_finish.target_id;
     PERFORM pg_notify('tbl_repl', '');
     RETURN true;
 END
@@ -155,9 +156,9 @@ AS $function$
 $function$;
 COMMENT ON FUNCTION tbl_repl._is_being_copied(integer) IS 'whether somebody copies a target in pieces now';
 
--- Whether replay may copy the next page of a target in the background: nobody copies it in pieces.  What such a copy
--- has left counts: up to the first piece that is not done every row is there.  Locks copy, to the end of the
--- transaction.
+-- Whether replay may copy the next page of a target in the background: nobody copies it in pieces, nor has a piece on its
+-- way (lock piece: the one that holds copy may have gone before its jobs).  What such a copy has left counts, see
+-- _leave_to_replay.  Locks copy and piece, to the end of the transaction.
 CREATE OR REPLACE FUNCTION tbl_repl._take_over_copy(target_id integer)
 RETURNS boolean
 LANGUAGE plpgsql VOLATILE
@@ -166,12 +167,11 @@ AS $function$
 DECLARE
     conn text;
 BEGIN
-    IF NOT pg_try_advisory_xact_lock(tbl_repl._lock_copy(), target_id) THEN
+    IF NOT pg_try_advisory_xact_lock(tbl_repl._lock_copy(), target_id) OR NOT pg_try_advisory_xact_lock(tbl_repl._lock_piece(), target_id) THEN
         RETURN false;
     ELSIF NOT EXISTS (SELECT FROM tbl_repl.piece AS p WHERE p.target_id = _take_over_copy.target_id) THEN
         RETURN true;
     END IF;
-    PERFORM tbl_repl._leave_to_replay(target_id);
     -- Who has copied may have left a session there with a piece on its way: connecting anew ends it.
     SELECT tbl_repl._connection_name(t.server, t.owner, t.timeout) INTO conn
     FROM tbl_repl.target AS t WHERE t.target_id = _take_over_copy.target_id;
@@ -184,6 +184,7 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._take_over_copy(integer) IS
     'whether replay may go on with a copy in the background';
 
+-- Up to the first piece that is not done every row is there.
 CREATE OR REPLACE FUNCTION tbl_repl._leave_to_replay(target_id integer)
 RETURNS void
 LANGUAGE sql VOLATILE
@@ -193,7 +194,8 @@ AS $function$
     SET copy_after = coalesce((SELECT array_remove(ARRAY[p.after], NULL) FROM tbl_repl.piece AS p WHERE p.target_id = st.target_id AND p.state <> 'done' ORDER BY p.n LIMIT 1),
                               (SELECT ARRAY[p.upto] FROM tbl_repl.piece AS p WHERE p.target_id = st.target_id ORDER BY p.n DESC LIMIT 1),
                               st.copy_after)
-    WHERE st.target_id = _leave_to_replay.target_id AND st.copy_after IS NOT NULL;
+    WHERE st.target_id = _leave_to_replay.target_id AND st.copy_after IS NOT NULL
+      AND EXISTS (SELECT FROM tbl_repl.piece AS p WHERE p.target_id = st.target_id);
     DELETE FROM tbl_repl.piece AS p WHERE p.target_id = _leave_to_replay.target_id
 $function$;
 COMMENT ON FUNCTION tbl_repl._leave_to_replay(integer) IS
@@ -240,6 +242,11 @@ SELECT p.target_id,
 FROM tbl_repl.piece AS p
 GROUP BY p.target_id;
 COMMENT ON VIEW tbl_repl.copy_progress IS 'copies in pieces that are under way or were interrupted';
+
+CREATE OR REPLACE FUNCTION tbl_repl._lock_piece() RETURNS integer
+LANGUAGE sql IMMUTABLE PARALLEL SAFE RETURN 1952607288;
+COMMENT ON FUNCTION tbl_repl._lock_piece() IS
+    'class of the advisory lock piece: shared by every job that copies pieces; the second part is the target_id';
 
 CREATE OR REPLACE FUNCTION tbl_repl._lock_copy() RETURNS integer
 LANGUAGE sql IMMUTABLE PARALLEL SAFE RETURN 1952607286;

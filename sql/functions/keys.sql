@@ -282,9 +282,11 @@ BEGIN
         SELECT CASE
             WHEN y.typname = c.base THEN true
             WHEN c.base IN ('text', 'varchar') OR c.category = 'E'
-            THEN NOT l.fuzzy AND (y.typcategory = 'E' OR y.typname = ANY ('{int2,int4,int8,oid,text,varchar,bpchar,name,char,bool,uuid,date,timestamp,timestamptz,bytea,inet,cidr,macaddr,macaddr8,bit,varbit,pg_lsn}'))
+            THEN NOT l.fuzzy AND (y.typcategory = 'E' OR y.typname = ANY ('{int2,int4,int8,oid,text,varchar,bpchar,name,char,bool,uuid,date,time,timestamp,timestamptz,bytea,inet,cidr,macaddr,macaddr8,bit,varbit,pg_lsn}'))
             -- a number that does not fit is refused there
             WHEN c.base IN ('int2', 'int4', 'int8', 'oid', 'numeric') THEN y.typname IN ('int2', 'int4', 'int8', 'oid', 'numeric')
+            WHEN c.base IN ('inet', 'cidr') THEN y.typname = 'cidr'
+            WHEN c.base = 'varbit' THEN y.typname = 'bit'
             WHEN c.base IN ('timestamp', 'timestamptz') THEN y.typname IN ('date', 'timestamp', 'timestamptz')
             ELSE false END AS fits) AS t
     WHERE l.fuzzy <> c.fuzzy OR NOT t.fits

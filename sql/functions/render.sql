@@ -133,7 +133,6 @@ COMMENT ON FUNCTION tbl_repl._aside_assignments(tbl_repl.target) IS
     'SET list that takes secondary unique values out of the way; NULL where there are none';
 
 -- _render_sql(target_id): CREATE FUNCTION render_N(keys, mine, absent, form) -> (deletes, upserts, rows).
--- row_security is off wherever rows of the source are read: a row hidden by a policy would be taken for one that is gone.
 --   mine:   REPEATABLE READ writers: only what this transaction has written is its state; an older
 --           version that its snapshot still shows was deleted by somebody else.
 --   absent: whether a key without a row means a deletion (not for targets without the operation delete).
@@ -256,6 +255,7 @@ $body$,
             mismatch,
             CASE WHEN NOT tbl_repl._has_exact_key(source.source_table, source.key_columns) THEN 'DISTINCT ' END,
             tbl_repl._render_values_sql(target, source));
+    body := tbl_repl._with_hidden_rows_refused(source.source_table, body);
     RETURN format($sql$CREATE OR REPLACE FUNCTION tbl_repl.%I(
     tbl_repl_keys   text[],
     tbl_repl_mine   boolean,
@@ -268,7 +268,6 @@ $body$,
 LANGUAGE plpgsql STABLE
 SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp%s%s
-SET row_security = off
 SET enable_seqscan = off
 SET plan_cache_mode = force_generic_plan
 AS %L$sql$,
@@ -338,6 +337,35 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._is_mine(xid) IS
     'whether a row version was written by this transaction or one of its subtransactions';
 
+-- A row that a policy hides would be taken for one that is gone.  Asked for each time, for the policy may come later; not by
+-- row_security = off, which would bind whatever tables filter and map read as well.
+CREATE OR REPLACE FUNCTION tbl_repl._with_hidden_rows_refused(source_table regclass, body text)
+RETURNS text
+LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT overlay(body PLACING format(E'\nBEGIN\n    IF row_security_active(%1$L::text) THEN\n        PERFORM tbl_repl._refuse_hidden_rows(%1$L);\n    END IF;\n',
+                                       source_table::text)
+                   FROM strpos(body, E'\nBEGIN\n') FOR length(E'\nBEGIN\n'))
+$function$;
+COMMENT ON FUNCTION tbl_repl._with_hidden_rows_refused(regclass, text) IS
+    'body of a generated function that reads a source table, so that it fails when row-level security hides rows';
+
+CREATE OR REPLACE FUNCTION tbl_repl._refuse_hidden_rows(source_table text)
+RETURNS void
+LANGUAGE plpgsql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+BEGIN
+    RAISE EXCEPTION USING
+        ERRCODE = 'insufficient_privilege',
+        MESSAGE = format('row-level security hides rows of table %s from role %I', source_table, current_user),
+        DETAIL  = 'One that is hidden could not be told from one that was deleted.',
+        HINT    = format('ALTER TABLE %s NO FORCE ROW LEVEL SECURITY; or let a role with BYPASSRLS define the target.', source_table);
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._refuse_hidden_rows(text) IS 'fails where row-level security hides rows of a source table (42501)';
+
 -- page_N(after, count): the next keys in key order that pass the target's filter; NULL: from the start.
 CREATE OR REPLACE FUNCTION tbl_repl._page_sql(target_id integer)
 RETURNS text
@@ -349,13 +377,12 @@ RETURNS text[]
 LANGUAGE plpgsql STABLE
 SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp%s%s
-SET row_security = off
 AS %L$sql$,
         format('page_%s', t.target_id),
         E'\n' || nullif((SELECT tbl_repl._text_settings(array_agg(p.type_id)) FROM tbl_repl._key_parts(s.source_table, s.key_columns) AS p), ''),
         tbl_repl._literal_setting(b.body), b.body)
     FROM tbl_repl.target AS t JOIN tbl_repl.source AS s USING (source_id)
-    CROSS JOIN LATERAL (SELECT format($body$
+    CROSS JOIN LATERAL (SELECT tbl_repl._with_hidden_rows_refused(s.source_table, format($body$
 #variable_conflict use_column
 BEGIN
     BEGIN
@@ -379,7 +406,7 @@ BEGIN
 END
 $body$, tbl_repl._key_text(s.key_columns, 's'), s.source_table, coalesce('(' || t.filter_expr || ')', 'true'),
             (SELECT string_agg(format('s.%I', p.name), ', ' ORDER BY p.n) FROM tbl_repl._key_parts(s.source_table, s.key_columns) AS p),
-            tbl_repl._key_after(s.source_table, s.key_columns)) AS body) AS b
+            tbl_repl._key_after(s.source_table, s.key_columns))) AS body) AS b
     WHERE t.target_id = _page_sql.target_id
 $function$;
 COMMENT ON FUNCTION tbl_repl._page_sql(integer) IS
@@ -436,7 +463,6 @@ RETURNS text
 LANGUAGE plpgsql STABLE
 SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp%2$s%3$s
-SET row_security = off
 SET enable_seqscan = off
 SET plan_cache_mode = force_generic_plan
 AS %4$L$sql$,
@@ -447,7 +473,7 @@ AS %4$L$sql$,
                                                     AND a.attnum > 0 AND NOT a.attisdropped), ''),
         tbl_repl._literal_setting(b.body), b.body)
     FROM tbl_repl.target AS t JOIN tbl_repl.source AS s USING (source_id)
-    CROSS JOIN LATERAL (SELECT format($body$
+    CROSS JOIN LATERAL (SELECT tbl_repl._with_hidden_rows_refused(s.source_table, format($body$
 #variable_conflict use_column
 DECLARE
     rendered text;
@@ -465,7 +491,7 @@ $body$, format(CASE WHEN t.filter_expr IS NULL THEN '%s' ELSE 'CASE WHEN %2$s TH
             s.source_table,
             replace(tbl_repl._key_match(s.source_table, s.key_columns), 'u.tbl_repl_key', format('row_%s.tbl_repl_key', t.target_id)),
             tbl_repl._execute_delete(t, 'tbl_repl_key', 'tbl_repl_deadline'),
-            format('EXECUTE tbl_repl_u%s_%s (%%s, %%s)', t.target_id, t.generation)) AS body) AS b
+            format('EXECUTE tbl_repl_u%s_%s (%%s, %%s)', t.target_id, t.generation))) AS body) AS b
     WHERE t.target_id = _row_sql.target_id
 $function$;
 COMMENT ON FUNCTION tbl_repl._row_sql(integer) IS

@@ -449,6 +449,8 @@ BEGIN
     -- paused or dropped while we waited
     SELECT array_agg(st.target_id ORDER BY st.target_id) INTO targets
     FROM tbl_repl.target_state AS st WHERE st.target_id = ANY (targets) AND tbl_repl._may_replay(st);
+    -- only now: who pauses takes ship first, too
+    PERFORM tbl_repl._leave_to_replay(t) FROM unnest(paged) AS t WHERE t = ANY (targets);
     IF EXISTS (SELECT FROM tbl_repl.target AS t WHERE t.target_id = ANY (targets) AND t.on_conflict = 'newest') THEN
         targets := tbl_repl._cut_off_too_long(targets);
     END IF;
@@ -944,13 +946,13 @@ COMMENT ON FUNCTION tbl_repl._is_too_slow(text, text, text) IS
     'whether an error says that a statement took too long on the target: with fewer rows it may not';
 
 -- Any trigger of the target may raise anything.  So what three tries in a row have met may be said of a row after all; then
--- it is looked for, and found if others get through.
+-- it is looked for, and found if others get through.  Not what passes by itself, as locks do: a search would wait for each.
 CREATE OR REPLACE FUNCTION tbl_repl._is_stubborn(loads tbl_repl.load[], code text)
 RETURNS boolean
 LANGUAGE sql STABLE
 SET search_path = pg_catalog, pg_temp
 AS $function$
-    SELECT code !~ '^(08|57P)' AND EXISTS (
+    SELECT code !~ '^(08|40|53|57)' AND code NOT IN ('25006', '55P03') AND EXISTS (
         SELECT FROM unnest(loads) AS l
         CROSS JOIN LATERAL (
             SELECT e.sqlstate FROM tbl_repl.error AS e
@@ -1032,10 +1034,22 @@ BEGIN
             refused := ARRAY[SQLSTATE, SQLERRM];
         END;
         IF refused IS NOT NULL THEN
-            -- rows that refer to them from elsewhere, mostly: a person is needed, the queue is kept
             PERFORM tbl_repl._call(conn, 'ROLLBACK TO tbl_repl', clock_timestamp() + timeout);
-            broken := broken || ARRAY(SELECT DISTINCT l.target_id FROM unnest(loads) AS l WHERE l.truncate);
-            PERFORM tbl_repl._target_failed(t, refused[1], 'TRUNCATE: ' || refused[2]) FROM unnest(broken) AS t;
+            FOR item IN SELECT l.target_id, l AS load FROM unnest(loads) AS l WHERE l.truncate ORDER BY l.fk_rank DESC, l.target_id LOOP
+                BEGIN
+                    PERFORM tbl_repl._truncate(conn, ARRAY[item.load], timeout);
+                    CONTINUE;
+                EXCEPTION WHEN assert_failure OR OTHERS THEN
+                    IF tbl_repl._is_transient(SQLSTATE) THEN
+                        RAISE;
+                    END IF;
+                    refused := ARRAY[SQLSTATE, SQLERRM];
+                END;
+                -- rows refer to its rows from elsewhere, mostly: a person is needed, the queue is kept
+                PERFORM tbl_repl._call(conn, 'ROLLBACK TO tbl_repl', clock_timestamp() + timeout);
+                broken := array_append(broken, item.target_id);
+                PERFORM tbl_repl._target_failed(item.target_id, refused[1], 'TRUNCATE: ' || refused[2]);
+            END LOOP;
         END IF;
     END IF;
     FOR item IN SELECT l.* FROM unnest(loads) AS l ORDER BY l.fk_rank, l.target_id LOOP

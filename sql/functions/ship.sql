@@ -1170,6 +1170,7 @@ DECLARE
     error_text   text;
     error_detail text;
     error_hint   text;
+    context      text;
     parcel       tbl_repl.parcel;
 BEGIN
     -- sync targets first, in transactions of their own: all of them or none
@@ -1235,13 +1236,17 @@ BEGIN
                                                     coalesce((receipts ->> parcel.target_id::text)::integer, 0));
                 END LOOP;
             EXCEPTION WHEN query_canceled OR assert_failure OR OTHERS THEN
-                GET STACKED DIAGNOSTICS error_text = MESSAGE_TEXT, error_detail = PG_EXCEPTION_DETAIL, error_hint = PG_EXCEPTION_HINT;
+                GET STACKED DIAGNOSTICS error_text = MESSAGE_TEXT, error_detail = PG_EXCEPTION_DETAIL, error_hint = PG_EXCEPTION_HINT,
+                    context = PG_EXCEPTION_CONTEXT;
                 IF lane.conn = ANY (tbl_repl._dblink_connections()) THEN
                     PERFORM tbl_repl._dblink_disconnect(lane.conn);
                 END IF;
                 IF is_sync THEN
                     -- open remote transactions end with their connection; the others have an answer nobody reads
                     PERFORM tbl_repl._dblink_disconnect(l.conn) FROM unnest(lanes) AS l WHERE l.conn = ANY (tbl_repl._dblink_connections());
+                    IF SQLSTATE = '57014' AND NOT tbl_repl._is_too_slow(SQLSTATE, context, lane.conn) THEN
+                        RAISE;
+                    END IF;
                     PERFORM tbl_repl._raise_lane(tbl_repl._lane_failed(lane, SQLSTATE, error_text, nullif(error_detail, ''), nullif(error_hint, '')));
                 END IF;
                 lost := lost + (clock_timestamp() - began);

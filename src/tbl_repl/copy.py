@@ -117,6 +117,9 @@ def _take_lock(source: Connection, target_id: int, milliseconds: int) -> None:
     source.execute(f"SET lock_timeout = {milliseconds}")
     try:
         source.execute("SELECT pg_advisory_lock(tbl_repl._lock_copy(), %s)", (target_id,))
+        # jobs of one that has gone end the piece that is on its way
+        source.execute("SELECT pg_advisory_lock(tbl_repl._lock_piece(), %s)", (target_id,))
+        source.execute("SELECT pg_advisory_unlock(tbl_repl._lock_piece(), %s)", (target_id,))
     except psycopg.errors.LockNotAvailable as error:
         raise TblReplError(f"target {target_id} is being copied by another session") from error
     source.execute("SET lock_timeout = 0")
@@ -149,6 +152,8 @@ def _job(dsn: str, lane: Row, stopped: Callable[[], bool]) -> None:
         settle(connect(dsn, f"copy {target_id}")) as source,
         _target_of(source, lane) as (target, offset),
     ):
+        # to the end of the session: nothing else is shipped to the target while a piece is on its way
+        source.execute("SELECT pg_advisory_lock_shared(tbl_repl._lock_piece(), %s)", (target_id,))
         while not stopped():
             failpoint.reached("piece next")
             piece = source.execute("SELECT * FROM tbl_repl._copy_next(%s)", (target_id,)).fetchone()

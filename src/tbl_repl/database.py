@@ -44,18 +44,18 @@ def resolve_dsn(dsn: str | None) -> str:
         raise UsageError(f"invalid DSN: {why}", _FORM) from None
     if _user_is_ambiguous(found):
         raise UsageError("invalid DSN: '@' in user or password must be percent-encoded", _FORM)
-    for port in str(given.get("port") or "").split(","):
+    for port in str(given.get("port") or "").replace(" ", "").split(","):
         if port and not (port.isdecimal() and 0 < int(port) < 65536):
             raise UsageError("invalid DSN: port is not a number from 1 to 65535", _FORM)
     return found
 
 
 def _user_is_ambiguous(dsn: str) -> bool:
-    """Whether a URI has an '@' where libpq would take the end of a password for a host or a database.
+    """Whether a URI has an '@' where libpq would take the end of a password for a host.
 
-    For libpq the first '@' ends the password, unless a '/' comes before it.
+    For libpq the first '@' ends the password, and a '/' before it the host.
     """
-    uri = re.match(r"postgres(?:ql)?://(?:[^@/]*@)?([^?]*)", dsn)
+    uri = re.match(r"postgres(?:ql)?://(?:[^@/]*@)?([^?/]*)", dsn)
     return uri is not None and "@" in uri[1]
 
 
