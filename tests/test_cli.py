@@ -647,6 +647,15 @@ def test_a_dsn_in_the_wrong_place_is_not_repeated(server: object, args: tuple[st
 
 
 @pytest.mark.once
+@pytest.mark.parametrize(
+    "dsn", ["postgresql://u@127.0.0.1:1/db@x", "postgresql://:1/db@x", "host=127.0.0.1 port=' 1 '"]
+)
+def test_what_libpq_takes_is_taken(server: object, dsn: str) -> None:
+    """Nobody listens there: 3, not 2."""
+    assert tbl_repl("status", "--dsn", dsn).returncode == 3
+
+
+@pytest.mark.once
 def test_a_uri_with_an_encoded_password_is_taken(pair: Pair) -> None:
     role = pair.source.role("uri", "LOGIN PASSWORD 'a@b/c%'")
     place = f"127.0.0.1:{pair.source.cluster.port}/{pair.source.dbname}"

@@ -51,12 +51,12 @@ def resolve_dsn(dsn: str | None) -> str:
 
 
 def _user_is_ambiguous(dsn: str) -> bool:
-    """Whether a URI has an '@' where libpq would take the end of a password for a host.
+    """Whether a URI has an '@' where libpq would take the end of a password for a host or a database.
 
     For libpq the first '@' ends the password, and a '/' before it the host.
     """
-    uri = re.match(r"postgres(?:ql)?://(?:[^@/]*@)?([^?/]*)", dsn)
-    return uri is not None and "@" in uri[1]
+    uri = re.match(r"postgres(?:ql)?://([^@/]*@)?([^?/]*)([^?]*)", dsn)
+    return uri is not None and ("@" in uri[2] or ("@" in uri[3] and ":" in (uri[1] or "")))
 
 
 def connect(dsn: str, what: str = "cli", seconds: int = 10) -> Connection:
