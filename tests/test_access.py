@@ -273,6 +273,7 @@ LEFT = """
 """
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("who", ["definer", "new_owner", "owner", "postgres"])
 def test_a_target_is_dropped_when_its_table_belongs_to_somebody_else(pair: Pair, who: str) -> None:
     """By the role that defined it, the owner of the table, that of the extension, a superuser."""

@@ -470,6 +470,7 @@ def two(trio: Pair) -> Pair:
     return trio
 
 
+@pytest.mark.once
 def test_check_shows_the_problems_of_every_database(two: Pair) -> None:
     two.source.sql("DROP TABLE u")
     rows = as_json(two, "check", "--dsn", dsn_of(two.target), code=1)
@@ -479,6 +480,7 @@ def test_check_shows_the_problems_of_every_database(two: Pair) -> None:
     assert bad == {name_of(dsn_of(two.target))}, "named first, and not the last"
 
 
+@pytest.mark.once
 def test_replay_ships_what_is_queued_in_every_database(two: Pair) -> None:
     two.source.sql("INSERT INTO t VALUES (1), (2)")
     two.target.sql("INSERT INTO u VALUES (1)")
@@ -512,6 +514,7 @@ def test_verbs_for_one_database_refuse_several(server: object, name: str) -> Non
 # --- rights
 
 
+@pytest.mark.once
 def test_without_rights_nothing_runs_for_ever_and_the_cure_is_told(pair: Pair, target: int) -> None:
     for level in (None, "reader"):
         role = pair.source.role(f"no operator {level}")
@@ -527,6 +530,7 @@ def test_without_rights_nothing_runs_for_ever_and_the_cure_is_told(pair: Pair, t
 # --- what has failed in a way that nobody has thought of
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("args", [("replay",), ("worker", "--once")], ids=" ".join)
 def test_an_internal_error_is_no_success(pair: Pair, target: int, args: tuple[str, ...]) -> None:
     program = (

@@ -344,6 +344,7 @@ def test_text_keys_that_sort_differently_on_the_two_sides(pair: Pair) -> None:
     ]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("keys", [["''"], ["''", "'a'"], ["'b'", "''"]])
 @pytest.mark.parametrize("key_type", ["text", "label"])
 def test_an_empty_key_is_a_key_like_any_other(pair: Pair, key_type: str, keys: list[str]) -> None:
@@ -375,6 +376,7 @@ FAR_TYPES = {
 }
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("key", ["id", "id, n", "n, id"])
 @pytest.mark.parametrize("name", FAR_TYPES)
 def test_keys_of_types_that_the_search_path_does_not_reach(pair: Pair, name: str, key: str) -> None:

@@ -174,8 +174,9 @@ def test_nothing_is_shipped_while_a_piece_is_on_its_way(filled: Pair) -> None:
     filled.assert_same("item")
 
 
+@pytest.mark.once
 def test_jobs_hold_the_lock_that_says_so(filled: Pair) -> None:
-    target = filled.add_target("item", initial_copy="none")
+    target = filled.add_target("item", mode="async", initial_copy="none")
     with filled.target.connect() as blocker, blocker.transaction():
         blocker.execute("LOCK TABLE item IN ACCESS EXCLUSIVE MODE")
         process = subprocess.Popen(
@@ -202,6 +203,7 @@ def test_a_copy_that_ends_while_its_target_is_paused_has_ended(filled: Pair) -> 
     assert filled.target.one("SELECT count(*) FROM item") == 0  # nothing is copied twice
 
 
+@pytest.mark.once
 def test_a_target_is_paused_while_replay_takes_over_a_copy(filled: Pair) -> None:
     target = filled.add_target("item", mode="tolerant", initial_copy="none")
     filled.source.sql("SELECT tbl_repl._copy_begin(%s, 1000)", (target,))

@@ -319,6 +319,7 @@ def test_target_refuses_to_be_written(tables: Pair) -> None:
     assert "foreign table" in str(error)
 
 
+@pytest.mark.once
 def test_what_is_empty_or_null_is_called_so(tables: Pair) -> None:
     for options, message in (
         ({"operations": []}, "operations is empty"),
@@ -330,6 +331,7 @@ def test_what_is_empty_or_null_is_called_so(tables: Pair) -> None:
             tables.add_target("t", **options)  # type: ignore[arg-type]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "expression",
     ["n >", "upper(", "", " ", "n > 1 /* open", "'open", "CASE WHEN n > 1 THEN true", "n > 1 END"],

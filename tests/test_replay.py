@@ -987,6 +987,7 @@ def test_a_row_that_a_policy_of_the_target_forbids_hurts_no_other(pair: Pair) ->
     assert quarantined(pair) == []
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("code", ["55000", "42704", "XX000"])
 @pytest.mark.parametrize("mode", ["tolerant", "async"])
 def test_a_row_refused_by_what_looks_like_an_error_of_the_target_is_found(
@@ -1020,6 +1021,7 @@ def test_a_row_refused_by_what_looks_like_an_error_of_the_target_is_found(
     pair.assert_same("t")
 
 
+@pytest.mark.once
 def test_a_target_that_refuses_every_row_keeps_its_queue_and_hurts_no_other(pair: Pair) -> None:
     pair.both("CREATE TABLE t (id integer PRIMARY KEY); CREATE TABLE u (id integer PRIMARY KEY)")
     refusing, _ = pair.add_target("t", mode="async"), pair.add_target("u", mode="async")

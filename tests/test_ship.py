@@ -254,6 +254,7 @@ def test_a_failed_assertion_of_a_target_is_an_error_like_any_other(trio: Pair, r
     assert trio.source.one("SELECT count(*) FROM tbl_repl.quarantine WHERE sqlstate = 'P0004'") == rows
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("where", ["map", "filter"])
 @pytest.mark.parametrize("mode", ["tolerant", "async"])
 def test_a_failed_assertion_in_an_expression_does_not_fail_the_writer(
@@ -277,6 +278,7 @@ def test_a_failed_assertion_in_an_expression_does_not_fail_the_writer(
     assert pair.source.sql("SELECT key, sqlstate FROM tbl_repl.quarantine") == [({"id": 1}, "P0004")]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("rows", [1, 20, MANY])
 @pytest.mark.parametrize("mode", MODES)
 def test_a_table_dropped_by_the_transaction_that_has_written_it_fails_nobody(

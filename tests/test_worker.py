@@ -897,6 +897,7 @@ def test_rights_that_are_gone_are_named_with_their_cure(pair: Pair, queue: int) 
         arrives(pair.target, 1)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("method", ["Watcher._watch", "Drainer.drain"])
 def test_an_internal_error_is_survived_and_told_at_the_end(pair: Pair, queue: int, method: str) -> None:
     """The first call fails in a way that nobody has thought of."""
@@ -913,6 +914,7 @@ def test_an_internal_error_is_survived_and_told_at_the_end(pair: Pair, queue: in
         assert worker.ended() == 1
 
 
+@pytest.mark.once
 def test_memory_does_not_grow_with_the_backlog(pair: Pair) -> None:
     pair.both(TABLE)
     pair.add_target("t", mode="async", timeout="60 s")
@@ -929,6 +931,7 @@ HUGE = 60_000_000
 """Bytes of a row."""
 
 
+@pytest.mark.once
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["batch", "pieces"])
 def test_memory_of_a_huge_row(pair: Pair, way: str) -> None:
