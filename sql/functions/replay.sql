@@ -999,7 +999,6 @@ DECLARE
     left_bad tbl_repl.poison[];
     progress boolean;
     counted  bigint;
-    refused  text[];
 BEGIN
     shipped := 0;
     by_target := '{}';
@@ -1023,34 +1022,14 @@ BEGIN
         PERFORM tbl_repl._call(conn, 'ROLLBACK TO tbl_repl; RELEASE tbl_repl', clock_timestamp() + timeout);
     END LOOP;
     loads := ARRAY(SELECT l FROM unnest(loads) AS l WHERE l.target_id <> ALL (broken));
-    IF EXISTS (SELECT FROM unnest(loads) AS l WHERE l.truncate) THEN
-        refused := NULL;
-        BEGIN
-            PERFORM tbl_repl._truncate(conn, loads, timeout);
-        EXCEPTION WHEN assert_failure OR OTHERS THEN
-            IF tbl_repl._is_transient(SQLSTATE) THEN
-                RAISE;
-            END IF;
-            refused := ARRAY[SQLSTATE, SQLERRM];
-        END;
-        IF refused IS NOT NULL THEN
-            PERFORM tbl_repl._call(conn, 'ROLLBACK TO tbl_repl', clock_timestamp() + timeout);
-            FOR item IN SELECT l.target_id, l AS load FROM unnest(loads) AS l WHERE l.truncate ORDER BY l.fk_rank DESC, l.target_id LOOP
-                BEGIN
-                    PERFORM tbl_repl._truncate(conn, ARRAY[item.load], timeout);
-                    CONTINUE;
-                EXCEPTION WHEN assert_failure OR OTHERS THEN
-                    IF tbl_repl._is_transient(SQLSTATE) THEN
-                        RAISE;
-                    END IF;
-                    refused := ARRAY[SQLSTATE, SQLERRM];
-                END;
-                -- rows refer to its rows from elsewhere, mostly: a person is needed, the queue is kept
-                PERFORM tbl_repl._call(conn, 'ROLLBACK TO tbl_repl', clock_timestamp() + timeout);
-                broken := array_append(broken, item.target_id);
-                PERFORM tbl_repl._target_failed(item.target_id, refused[1], 'TRUNCATE: ' || refused[2]);
-            END LOOP;
-        END IF;
+    IF EXISTS (SELECT FROM unnest(loads) AS l WHERE l.truncate) AND tbl_repl._refused_truncate(conn, loads, timeout) IS NOT NULL THEN
+        -- rows refer to some of these from elsewhere, mostly: a person is needed, the queue is kept
+        FOR item IN SELECT l.target_id, tbl_repl._refused_truncate(conn, ARRAY[l], timeout) AS refused
+                    FROM unnest(loads) AS l WHERE l.truncate ORDER BY l.fk_rank DESC, l.target_id LOOP
+            CONTINUE WHEN item.refused IS NULL;
+            broken := array_append(broken, item.target_id);
+            PERFORM tbl_repl._target_failed(item.target_id, item.refused[1], 'TRUNCATE: ' || item.refused[2]);
+        END LOOP;
     END IF;
     FOR item IN SELECT l.* FROM unnest(loads) AS l ORDER BY l.fk_rank, l.target_id LOOP
         CONTINUE WHEN item.target_id = ANY (broken);  -- by another load of it
@@ -1129,6 +1108,35 @@ END
 $function$;
 COMMENT ON FUNCTION tbl_repl._apply_by_halves(text, interval, tbl_repl.load[], text) IS
     'ships keys, halving where the target rejects some, until the rows that are to blame are found';
+
+-- SQLSTATE and message with which the target refuses to empty tables, NULL when it has done so; the remote transaction goes on.
+CREATE OR REPLACE FUNCTION tbl_repl._refused_truncate(
+    conn    text,
+    loads   tbl_repl.load[],
+    timeout interval
+)
+RETURNS text[]
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    refused text[];
+BEGIN
+    BEGIN
+        PERFORM tbl_repl._truncate(conn, loads, timeout);
+        RETURN NULL;
+    EXCEPTION WHEN assert_failure OR OTHERS THEN
+        IF tbl_repl._is_transient(SQLSTATE) THEN
+            RAISE;
+        END IF;
+        refused := ARRAY[SQLSTATE, SQLERRM];
+    END;
+    PERFORM tbl_repl._call(conn, 'ROLLBACK TO tbl_repl', clock_timestamp() + timeout);
+    RETURN refused;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._refused_truncate(text, tbl_repl.load[], interval) IS
+    'empties the targets'' tables; why the target refuses that';
 
 CREATE OR REPLACE FUNCTION tbl_repl._target_failed(
     target_id integer,

@@ -21,7 +21,7 @@ SET search_path = pg_catalog, pg_temp
 AS $function$
     SELECT t.server,
            min(w.seconds) FILTER (WHERE st.copy_after IS NULL AND tbl_repl._has_pending(t.target_id)),
-           array_agg(t.target_id ORDER BY s.fk_rank, t.target_id) 
+           array_agg(t.target_id ORDER BY s.fk_rank, t.target_id)
                      FILTER (WHERE st.copy_after IS NOT NULL AND w.seconds = 0 AND NOT tbl_repl._is_being_copied(t.target_id))
     FROM tbl_repl.target AS t
     JOIN tbl_repl.target_state AS st USING (target_id)
