@@ -212,6 +212,17 @@ def test_operators_run_targets_of_their_own_tables(pair: Pair) -> None:
         pair.source.sql("SELECT tbl_repl.set_node_name('x')", user=role)
 
 
+def test_operators_may_run_whatever_runs_as_owner_of_a_target(node: Node) -> None:
+    """Everything but what only the extension's owner does, and what triggers call."""
+    role = node.role("operator")
+    node.sql(f"SELECT tbl_repl.grant_access('{role}', 'operator')")
+    assert node.sql(
+        "SELECT DISTINCT proname FROM pg_proc WHERE pronamespace = 'tbl_repl'::regnamespace"
+        " AND NOT has_function_privilege(%s, oid, 'EXECUTE') ORDER BY 1",
+        [role],
+    ) == [("_flush",), ("grant_access",), ("set_node_name",)]
+
+
 def test_operators_cannot_make_a_definition_run_as_somebody_else(used: Pair) -> None:
     role = used.source.role("operator_2")
     used.source.sql(f"SELECT tbl_repl.grant_access('{role}', 'operator')")

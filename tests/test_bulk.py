@@ -5,7 +5,8 @@ from __future__ import annotations
 import psycopg
 import pytest
 
-from support import Pair
+from support import Pair, wait_until
+from support.background import in_background
 from tbl_repl import bulk, database
 
 COMPOSITE = "CREATE TABLE t (a text, b integer, v text, PRIMARY KEY (b, a))"
@@ -189,3 +190,29 @@ def test_domains_that_take_no_null(pair: Pair) -> None:
     pair.source.sql("DELETE FROM t WHERE id <= 10; UPDATE t SET v = 'z', \"W x\" = 'w' WHERE id > 40")
     assert ship(pair) == 20
     pair.assert_same("t")
+
+
+@pytest.mark.once
+def test_a_target_that_was_paused_while_the_batch_waited_is_left_alone(pair: Pair) -> None:
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY, v text); CREATE TABLE u (LIKE t INCLUDING ALL)")
+    first, second = (pair.add_target(name, mode="async") for name in "tu")
+    for name in "tu":
+        pair.source.sql(f"INSERT INTO {name} SELECT g, 'x' FROM generate_series(1, 100) g")
+    pausing = pair.source.connect()
+    pausing.execute("BEGIN")
+    pausing.execute("SELECT tbl_repl.pause_target(%s)", [second])
+    batch = in_background(lambda: ship(pair))
+    wait_until(
+        lambda: pair.source.admin(
+            "SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+            " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+        )
+    )
+    pausing.execute("COMMIT")
+    assert batch.result(10) == 100
+    pair.assert_same("t")
+    assert pair.target.rows("u") == []
+    assert (pair.pending(first), pair.pending(second)) == (0, 100)
+    pair.call("resume_target", target_id=second)
+    assert ship(pair) == 100
+    pair.assert_same("u")

@@ -313,7 +313,7 @@ def test_children_by_inheritance(well: Pair) -> None:
     assert codes(well) == ["inheritance"]
 
 
-@pytest.mark.parametrize("name", ["capture", "render", "page", "connect"])
+@pytest.mark.parametrize("name", ["capture", "render", "page", "connect", "row", "digest"])
 def test_generated_functions_that_were_changed_or_dropped(well: Pair, name: str) -> None:
     target = well.add_target("t", mode="async")
     oid, body = well.source.sql(

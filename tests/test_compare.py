@@ -702,7 +702,7 @@ def test_what_writers_do_meanwhile_is_no_difference(even: Pair) -> None:
 
 def test_a_target_that_is_being_copied_in_pieces_is_not_compared(even: Pair) -> None:
     target = even.add_target("t", initial_copy="none")
-    even.source.sql("SELECT tbl_repl._copy_begin(%s, 1000)", [target])
+    even.begin_copy(target, 1000)
     with pytest.raises(errors.ObjectNotInPrerequisiteState, match="still being copied"):
         differences(even, target)
 

@@ -182,3 +182,11 @@ def test_what_a_session_leaves_in_our_setting_fails_no_commit(pair: Pair) -> Non
         conn.execute("SELECT set_config('tbl_repl.spins_in_vain', %s, false)", [word])
         conn.execute("INSERT INTO t VALUES ((SELECT count(*) FROM t), %s)", [word])
     pair.assert_same("t")
+
+
+def test_waiting_that_fails_leaves_no_lock_behind(pair: Pair) -> None:
+    conn = pair.source.connect()
+    with pytest.raises(errors.ConnectionDoesNotExist):
+        conn.execute("SELECT tbl_repl._receive('gone', clock_timestamp() + interval '1 second')")
+    held = conn.execute("SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid()")
+    assert held.fetchall() == []

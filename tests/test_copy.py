@@ -91,9 +91,21 @@ def test_writers_go_on_and_what_they_write_wins(filled: Pair) -> None:
     filled.assert_same("item")
 
 
+def test_a_sync_writer_does_not_wait_while_a_table_is_divided(filled: Pair) -> None:
+    target = filled.add_target("item", mode="sync", initial_copy="none")
+    with filled.source.connect() as copier:
+        copier.execute("SELECT tbl_repl._copy_begin(%s)", (target,))
+        copier.execute("BEGIN")
+        copier.execute("SELECT tbl_repl._copy_divide(%s, 10)", (target,))
+        filled.source.sql("SET lock_timeout = 500; UPDATE item SET name = 'later' WHERE id = 1")
+        copier.execute("COMMIT")
+    filled.drain()
+    filled.assert_same("item")
+
+
 def test_replay_ships_nothing_to_a_target_that_is_being_copied(filled: Pair) -> None:
     target = filled.add_target("item", mode="async", initial_copy="none")
-    assert filled.source.one("SELECT tbl_repl._copy_begin(%s, 1000)", (target,)) == 5
+    assert filled.begin_copy(target, 1000) == 5
     filled.source.sql("UPDATE item SET name = 'later' WHERE id = 1")
     with filled.source.connect() as copier:
         copier.execute("SELECT pg_advisory_lock(tbl_repl._lock_copy(), %s)", (target,))
@@ -107,7 +119,7 @@ def test_replay_ships_nothing_to_a_target_that_is_being_copied(filled: Pair) -> 
 
 def test_an_interrupted_copy_goes_on_where_it_was(filled: Pair) -> None:
     target = filled.add_target("item", initial_copy="none")
-    assert filled.source.one("SELECT tbl_repl._copy_begin(%s, 500)", (target,)) == 10
+    assert filled.begin_copy(target, 500) == 10
     piece = filled.source.one("SELECT n FROM tbl_repl._copy_next(%s)", (target,))
     filled.source.sql("SELECT tbl_repl._copy_done(%s, %s, 500, 1)", (target, piece))
     filled.source.sql("SELECT tbl_repl._copy_next(%s)", (target,))  # claimed by one that has died
@@ -149,7 +161,7 @@ def test_a_killed_copy_can_be_repeated(filled: Pair) -> None:
 
 def test_a_copy_that_nobody_repeats_is_ended_by_whoever_drains(filled: Pair) -> None:
     target = filled.add_target("item", mode="tolerant", initial_copy="none")
-    assert filled.source.one("SELECT tbl_repl._copy_begin(%s, 1000)", (target,)) == 5
+    assert filled.begin_copy(target, 1000) == 5
     filled.source.sql("SELECT n FROM tbl_repl._copy_next(%s)", (target,))  # by one that has died
     filled.source.sql("UPDATE item SET name = 'later' WHERE id = 1")
     filled.drain()
@@ -161,7 +173,7 @@ def test_a_copy_that_nobody_repeats_is_ended_by_whoever_drains(filled: Pair) -> 
 def test_nothing_is_shipped_while_a_piece_is_on_its_way(filled: Pair) -> None:
     """The session that leads a copy may have gone before its jobs."""
     target = filled.add_target("item", mode="async", initial_copy="none")
-    assert filled.source.one("SELECT tbl_repl._copy_begin(%s, 1000)", (target,)) == 5
+    assert filled.begin_copy(target, 1000) == 5
     filled.source.sql("DELETE FROM item")
     with filled.source.connect() as job:
         job.execute("SELECT pg_advisory_lock_shared(tbl_repl._lock_piece(), %s)", (target,))
@@ -191,7 +203,7 @@ def test_jobs_hold_the_lock_that_says_so(filled: Pair) -> None:
 
 def test_a_copy_that_ends_while_its_target_is_paused_has_ended(filled: Pair) -> None:
     target = filled.add_target("item", mode="async", initial_copy="none")
-    assert filled.source.one("SELECT tbl_repl._copy_begin(%s, 5000)", (target,)) == 1
+    assert filled.begin_copy(target, 5000) == 1
     filled.source.sql("SELECT n FROM tbl_repl._copy_next(%s)", (target,))
     filled.call("pause_target", target_id=target)
     filled.source.sql("SELECT tbl_repl._copy_done(%s, 1, 5000, 1)", (target,))
@@ -206,7 +218,7 @@ def test_a_copy_that_ends_while_its_target_is_paused_has_ended(filled: Pair) -> 
 @pytest.mark.once
 def test_a_target_is_paused_while_replay_takes_over_a_copy(filled: Pair) -> None:
     target = filled.add_target("item", mode="tolerant", initial_copy="none")
-    filled.source.sql("SELECT tbl_repl._copy_begin(%s, 1000)", (target,))
+    filled.begin_copy(target, 1000)
     with (
         filled.source.connect() as shipper,
         filled.source.connect() as pausing,
@@ -267,7 +279,7 @@ def test_replay_goes_on_with_a_copy_whose_pieces_it_takes_over(pair: Pair) -> No
     pair.source.sql("INSERT INTO t VALUES ('', 'v'), ('a', 'v')")
     for done in (0, 1):
         target = pair.add_target("t", initial_copy="background")
-        assert pair.source.one("SELECT tbl_repl._copy_begin(%s, 1, true)", [target]) == 2
+        assert pair.begin_copy(target, 1) == 2
         pair.source.sql("UPDATE tbl_repl.piece SET state = 'done' WHERE n <= %s", [done])
         pair.drain()
         assert pair.target.sql("SELECT id FROM t ORDER BY id") == [("",), ("a",)][done:]
@@ -298,7 +310,7 @@ def test_names_with_a_dollar_sign(pair: Pair, key: str) -> None:
     pair.both(f'CREATE TABLE t ("a$1" integer, "b$2" text, PRIMARY KEY ({key}))')
     pair.source.sql("INSERT INTO t SELECT g, '$1' FROM generate_series(1, 10) AS g")
     target = pair.add_target("t", mode="async", initial_copy="none")
-    pair.source.one("SELECT tbl_repl._copy_begin(%s, 4)", [target])
+    pair.begin_copy(target, 4)
     found = []
     for _ in range(3):
         query = pair.source.one("SELECT rows_query FROM tbl_repl._copy_next(%s)", [target])

@@ -218,6 +218,31 @@ def test_a_sync_writer_waits_for_a_drainer_within_timeout(pair: Pair) -> None:
     assert pair.target.rows("t", where="id = 1") == ["(1,xy)"]
 
 
+@pytest.mark.parametrize("statement", ["UPDATE t SET v = 'y' WHERE id = 1", "UPDATE t SET v = 'y'"])
+def test_a_writer_that_has_waited_for_ship_looks_at_the_status_again(pair: Pair, statement: str) -> None:
+    """Who has held it has paused the target, or begun to copy it."""
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY, v text)")
+    target_id = pair.add_target("t", mode="sync")
+    pair.source.sql("INSERT INTO t VALUES (1, 'x'), (2, 'x')")
+    pausing = pair.source.connect()
+    pausing.execute("BEGIN")
+    pausing.execute("SELECT tbl_repl.pause_target(%s)", [target_id])
+    writer = start(pair.source.connect(), statement)
+    wait_until(
+        lambda: pair.source.admin(
+            "SELECT pid FROM pg_stat_activity WHERE query LIKE 'UPDATE t%' AND wait_event = 'PgSleep'"
+        )
+    )
+    pausing.execute("COMMIT")
+    writer.result(5)
+    assert pair.status(target_id) == "paused"
+    assert pair.pending(target_id) > 0
+    assert pair.target.rows("t") == ["(1,x)", "(2,x)"]
+    pair.call("resume_target", target_id=target_id)
+    pair.drain()
+    pair.assert_same("t")
+
+
 def test_a_drainer_that_dies_after_the_remote_commit_ships_again(pair: Pair, tolerant: int) -> None:
     """Its position has not moved; the same once more is right, also when the row has changed since."""
     pair.call("pause_target", target_id=tolerant)

@@ -314,3 +314,15 @@ def test_readers_see_no_row_contents(tables: Pair) -> None:
         with pytest.raises(psycopg.errors.InsufficientPrivilege):
             tables.source.sql(query, user=reader)
     tables.source.sql("SELECT at, target_id, key, sqlstate FROM tbl_repl.error_log", user=reader)
+
+
+def test_figures_of_backends_that_have_ended_are_kept_in_one_row(pair: Pair) -> None:
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY)")
+    target = pair.add_target("t", mode="sync")
+    for n in range(64):  # one in sixteen clears up, by its process id
+        pair.source.fresh(f"INSERT INTO t VALUES ({n})")
+    assert status(pair, target, "rows_shipped") == (64,)
+    assert pair.source.admin("SELECT count(*) < 64, bool_or(pid = 0) FROM tbl_repl.shipped") == [(True, True)]
+    pair.source.sql("SELECT tbl_repl._sum_up_shipped()")
+    assert pair.source.admin("SELECT count(*) <= 2 FROM tbl_repl.shipped") == [(True,)]
+    assert status(pair, target, "rows_shipped") == (64,)

@@ -1112,6 +1112,29 @@ def test_a_target_is_dropped_beside_a_drainer(pair: Pair) -> None:
     assert pair.source.sql("SELECT * FROM tbl_repl.target_status") == []
 
 
+@pytest.mark.once
+def test_nobody_waits_for_a_drop_that_waits_for_a_drainer(pair: Pair) -> None:
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY, v text)")
+    target_id = pair.add_target("t", mode="async", timeout="1 s")
+    with transaction(pair.source) as drainer, pair.source.connect() as other, pair.source.connect() as writer:
+        drainer.execute("SELECT pg_advisory_lock(tbl_repl._lock_ship(), %s)", [target_id])
+        dropping = start(other, f"SELECT tbl_repl.drop_target({target_id})")
+        waits_for_a_lock(pair.source, "SELECT tbl_repl.drop_target%")
+        writer.execute("SET lock_timeout = 1000; BEGIN; INSERT INTO t VALUES (1, 'x')")
+        drainer.execute("SELECT pg_advisory_unlock(tbl_repl._lock_ship(), %s)", [target_id])
+        # now it waits for the writer; the next batch comes first, and is a long one
+        waits_for_a_lock(pair.source, "SELECT tbl_repl.drop_target%")
+        drainer.execute("SELECT pg_advisory_lock(tbl_repl._lock_ship(), %s)", [target_id])
+        writer.execute("COMMIT")
+        with pytest.raises(psycopg.errors.LockNotAvailable) as caught:
+            dropping.result(10)
+        assert "stop the worker" in (caught.value.diag.message_hint or "")
+        pair.source.sql("INSERT INTO t VALUES (2, 'x')")
+        drainer.execute("SELECT pg_advisory_unlock(tbl_repl._lock_ship(), %s)", [target_id])
+    pair.drain()
+    pair.assert_same("t")
+
+
 @pytest.mark.parametrize("mode", ["tolerant", "async"])
 def test_rows_that_a_policy_hides_are_not_taken_for_deleted(pair: Pair, mode: str) -> None:
     """FORCE ROW LEVEL SECURITY comes later, so add_target has not refused it."""

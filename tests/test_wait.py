@@ -242,3 +242,15 @@ def test_readers_may_wait_and_others_may_not(pair: Pair) -> None:
     assert conn.execute("SELECT tbl_repl.wait_for(%s, %s, '0 s')", [target, at]).fetchone() == (True,)
     with pytest.raises(errors.InsufficientPrivilege):
         pair.source.sql("SELECT tbl_repl.wait_for(1, 'x')", user="writer")
+
+
+def test_a_copy_in_the_background_is_waited_for(pair: Pair) -> None:
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY, v text)")
+    pair.source.sql("INSERT INTO t SELECT g, 'x' FROM generate_series(1, 100) AS g")
+    target = pair.add_target("t", mode="async", initial_copy="background")
+    at = token(pair.source)
+    assert not arrived(pair, target, at)
+    pair.source.sql("SELECT tbl_repl.replay(max_rows => 60)")
+    assert not arrived(pair, target, at)
+    pair.drain()
+    assert arrived(pair, target, at)

@@ -15,7 +15,7 @@ from support import Node, Pair, Proxy, wait_until
 from support.background import in_background
 from support.programs import WorkerProcess, dsn_of, tbl_repl
 from tbl_repl import failpoint
-from tbl_repl.worker import LONGEST_RETRY_SECONDS, retry_after
+from tbl_repl.worker import LONGEST_PAUSE_SECONDS, LONGEST_RETRY_SECONDS, pause_after, retry_after
 
 TABLE = "CREATE TABLE t (id integer PRIMARY KEY, v text)"
 NEVER = ("--poll-seconds", "3600")  # who does not hear a NOTIFY waits an hour
@@ -325,7 +325,7 @@ def test_replay_leaves_a_copy_alone_that_is_being_made_in_pieces(pair: Pair) -> 
     target = pair.add_target("t", mode="async", initial_copy="background")
     with pair.source.connect() as copier:
         copier.execute("SELECT pg_advisory_lock(tbl_repl._lock_copy(), %s)", [target])
-        copier.execute("SELECT tbl_repl._copy_begin(%s, 20, true)", [target])
+        assert pair.begin_copy(target, 20) == 3
         pair.drain()
         assert count(pair.target) == 0
         assert pair.source.one("SELECT count(*) FROM tbl_repl.piece") == 3
@@ -457,6 +457,25 @@ def test_another_server_is_served_while_one_is_at_work(trio: Pair) -> None:
             trio.source.sql("INSERT INTO u VALUES (%s)", [i])
             arrives(trio.target, i, "u")
             has_settled(trio.source, trio.server)
+
+
+def test_batches_under_load_begin_further_apart_up_to_a_bound() -> None:
+    pauses = [pause_after(streak) for streak in range(1, 3000)]
+    assert pauses == sorted(pauses)
+    assert (pauses[0], pauses[-1]) == (0, LONGEST_PAUSE_SECONDS)
+
+
+@pytest.mark.once
+def test_a_load_that_never_ends_does_not_end_the_drainer(pair: Pair, queue: int) -> None:
+    """More batches without a rest than a float has powers of two."""
+    pair.source.sql("DO $$BEGIN FOR i IN 1..1100 LOOP INSERT INTO t VALUES (i, 'x'); COMMIT; END LOOP; END$$")
+    with WorkerProcess(
+        pair.source, options=("--batch-rows", "1"), constants={"LONGEST_PAUSE_SECONDS": 0.001}
+    ) as worker:
+        drained(pair, 60)
+        assert len(worker.events("batch")) > 1024
+        assert worker.events("drainer failed") == []
+    pair.assert_same("t")
 
 
 # --- what fails

@@ -32,7 +32,7 @@ BEGIN
             WHERE f.pronamespace = 'tbl_repl'::regnamespace
               -- not those generated for tables and targets
               AND f.proname !~ '_[0-9]+$'
-              AND f.proname <> ALL ('{grant_access,set_node_name,_flush,_cancel_connecting}'::name[])
+              AND f.proname <> ALL ('{grant_access,set_node_name,_flush}'::name[])
         LOOP
             EXECUTE format('GRANT EXECUTE ON ROUTINE %s TO %s', item.signature, grantee);
         END LOOP;

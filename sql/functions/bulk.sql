@@ -17,7 +17,7 @@ AS $function$
     FROM tbl_repl.target AS t
     JOIN tbl_repl.target_state AS st USING (target_id)
     CROSS JOIN LATERAL tbl_repl._pending_rows(t.target_id) AS p
-    WHERE t.server = _bulk_lanes.server AND st.status IN ('ok', 'queueing') AND st.copy_after IS NULL
+    WHERE t.server = _bulk_lanes.server AND tbl_repl._takes_bulk(st)
     GROUP BY t.owner, t.timeout
     HAVING sum(p.rows) >= min_rows
        AND bool_and(t.operations @> '{insert,update,delete,truncate}')
@@ -32,7 +32,17 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._bulk_lanes(name, bigint) IS
     'targets of a server with a backlog worth a COPY';
 
--- _bulk_jobs(targets): for the snapshot of this statement, what to read here and what to run there.
+CREATE OR REPLACE FUNCTION tbl_repl._takes_bulk(state tbl_repl.target_state)
+RETURNS boolean
+LANGUAGE sql IMMUTABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT state.status IN ('ok', 'queueing') AND state.copy_after IS NULL
+$function$;
+COMMENT ON FUNCTION tbl_repl._takes_bulk(tbl_repl.target_state) IS 'whether the worker may ship to a target by COPY now';
+
+-- _bulk_jobs(targets): for the snapshot of this statement, what to read here and what to run there; none for a target
+-- that was paused, or begun to be copied, while ship was waited for.
 --   is_binary: whether both sides have the same types, so that COPY need not look inside
 --   rows_query: run here as the target's owner: rows that may go straight into the table, by COPY
 --   batch_query: the same for rows that go into a temporary table first, and keys whose rows are gone; NULL: straight
@@ -72,7 +82,8 @@ DECLARE
     amount  bigint;
     single  record;
 BEGIN
-    FOR target IN SELECT t.* FROM tbl_repl.target AS t WHERE t.target_id = ANY (targets) ORDER BY t.target_id LOOP
+    FOR target IN SELECT t.* FROM tbl_repl.target AS t JOIN tbl_repl.target_state AS st USING (target_id)
+                  WHERE t.target_id = ANY (targets) AND tbl_repl._takes_bulk(st) ORDER BY t.target_id LOOP
         SELECT * INTO STRICT source FROM tbl_repl.source AS s WHERE s.source_id = target.source_id;
         pending := tbl_repl._pending_from(target, tbl_repl._position(target.target_id));
         EXECUTE format('SELECT array_agg(DISTINCT CASE WHEN c.op = ''T'' AND c.keys IS NOT NULL THEN ''t'' ELSE c.op::text END), '
@@ -173,10 +184,9 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._may_copy_binary(tbl_repl.target, tbl_repl.source) IS
     'whether source and target have the same types in the same major version';
 
--- _bulk_done(targets, snapshot, counts): the batch that was read in the snapshot is committed on the target;
--- counts: {"target_id": rows}.  The caller holds ship of the targets.
+-- _bulk_done(snapshot, counts): the batch that was read in the snapshot is committed on the target;
+-- counts: {"target_id": rows}, of every job.  The caller holds ship of the targets.
 CREATE OR REPLACE FUNCTION tbl_repl._bulk_done(
-    targets  integer[],
     snapshot pg_snapshot,
     counts   jsonb
 )
@@ -186,12 +196,12 @@ SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 AS $function$
 BEGIN
-    PERFORM tbl_repl._advance(t, coalesce((counts ->> t::text)::bigint, 0), snapshot) FROM unnest(targets) AS t;
-    PERFORM tbl_repl._back_to_ok(t) FROM unnest(targets) AS t;
+    PERFORM tbl_repl._advance(c.key::integer, c.value::bigint, snapshot) FROM jsonb_each_text(counts) AS c ORDER BY c.key::integer;
+    PERFORM tbl_repl._back_to_ok(c::integer) FROM jsonb_object_keys(counts) AS c ORDER BY c::integer;
     PERFORM tbl_repl._rotate();
 END
 $function$;
-COMMENT ON FUNCTION tbl_repl._bulk_done(integer[], pg_snapshot, jsonb) IS
+COMMENT ON FUNCTION tbl_repl._bulk_done(pg_snapshot, jsonb) IS
     'moves the positions after a batch that went by COPY';
 
 -- _bulk_session(timeout): application_name and settings of the worker's own connection to the

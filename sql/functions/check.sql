@@ -238,6 +238,7 @@ BEGIN
                 FROM (VALUES (format('render_%s', target.target_id), tbl_repl._render_sql(target.target_id)),
                              (format('page_%s', target.target_id), tbl_repl._page_sql(target.target_id)),
                              (format('connect_%s', target.target_id), tbl_repl._connect_sql(target.target_id)),
+                             (format('row_%s', target.target_id), tbl_repl._row_sql(target.target_id)),
                              (format('digest_%s', target.target_id), tbl_repl._digest_sql(target.target_id))) AS g (name, statement)
                 CROSS JOIN LATERAL tbl_repl._generated_problem(g.name::name, g.statement) AS p;
         END IF;

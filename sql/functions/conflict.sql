@@ -722,6 +722,9 @@ BEGIN
     IF noted THEN
         PERFORM tbl_repl._trim_conflicts();
     END IF;
+    IF policy = 'newest' THEN
+        PERFORM tbl_repl._purge_tombstones();
+    END IF;
     IF cardinality(refused) > 0 THEN
         PERFORM tbl_repl._send_back(local_table, refused);
     END IF;
@@ -983,19 +986,22 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._settle_newest(regclass, jsonb, text, boolean, text, text, text, text, text, text, text, text, text) IS
     'settles one value under newest';
 
--- Those that a target of this node has not got yet are kept longer.
+-- Those that a target of this node has not got yet are kept longer.  Called by every replay and by who settles values: some
+-- nodes only send, others only take, and mostly there is none.  SKIP LOCKED: others clear up the same rows, to their commit.
 CREATE OR REPLACE FUNCTION tbl_repl._purge_tombstones()
 RETURNS void
 LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp
 AS $function$
 BEGIN
-    -- asked after every batch, and mostly there is none
     IF EXISTS (SELECT FROM tbl_repl.tombstone AS b WHERE b.at < clock_timestamp() - tbl_repl._tombstone_retention()) THEN
         DELETE FROM tbl_repl.tombstone AS b
-        WHERE b.at < clock_timestamp() - tbl_repl._tombstone_retention()
-          AND NOT EXISTS (SELECT FROM tbl_repl.source AS s JOIN tbl_repl.target AS t USING (source_id)
-                          WHERE s.source_table = b.local_table AND t.on_conflict = 'newest' AND tbl_repl._has_pending(t.target_id));
+        WHERE b.ctid = ANY (ARRAY(
+            SELECT x.ctid FROM tbl_repl.tombstone AS x
+            WHERE x.at < clock_timestamp() - tbl_repl._tombstone_retention()
+              AND x.local_table NOT IN (SELECT s.source_table FROM tbl_repl.source AS s JOIN tbl_repl.target AS t USING (source_id)
+                                        WHERE t.on_conflict = 'newest' AND tbl_repl._has_pending(t.target_id))
+            ORDER BY x.at LIMIT 10000 FOR UPDATE SKIP LOCKED));
     END IF;
 END
 $function$;

@@ -130,8 +130,7 @@ DECLARE
     lane      text := left(md5(regexp_replace(conn, '_[0-9]+$', '')), 4);
     own_name  text := format('tbl_repl %s %s.%s.%s', node, pg_backend_pid(), started, lane);
     conninfo  text;
-    lock_key  integer := hashtext(regexp_replace(conn, '_[0-9]+_[0-9]+$', ''));
-    holder    integer;
+    lock_key  integer := tbl_repl._connect_key(conn);
     older     text;
     answer    text;
     left_over text;
@@ -154,11 +153,7 @@ BEGIN
         BEGIN
             WHILE NOT pg_try_advisory_xact_lock(tbl_repl._lock_connect(), lock_key) LOOP
                 IF clock_timestamp() > deadline THEN
-                    SELECT l.pid INTO holder FROM pg_locks AS l
-                    WHERE l.locktype = 'advisory' AND l.granted
-                      AND l.database = (SELECT d.oid FROM pg_database AS d WHERE d.datname = current_database())
-                      AND l.classid = tbl_repl._lock_connect()::oid AND l.objid = (lock_key::bigint & 4294967295)::oid;
-                    PERFORM tbl_repl._cancel_connecting(holder);
+                    PERFORM tbl_repl._cancel_connecting(lock_key);
                     EXIT;
                 END IF;
                 PERFORM pg_sleep(0.002);
@@ -239,8 +234,9 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._open(text, name, interval, timestamptz, timestamptz) IS
     'opens a connection to a target, pins its settings, ends older sessions of this writer';
 
--- SECURITY DEFINER: a writer who waits for a connector that hangs may be another role than that one.
-CREATE OR REPLACE FUNCTION tbl_repl._cancel_connecting(pid integer)
+-- SECURITY DEFINER: a writer who waits for a connector that hangs may be another role than that one; it reaches only
+-- sessions that are connecting.
+CREATE OR REPLACE FUNCTION tbl_repl._cancel_connecting(lock_key bigint)
 RETURNS void
 LANGUAGE plpgsql VOLATILE
 SECURITY DEFINER
@@ -249,14 +245,26 @@ AS $function$
 BEGIN
     -- Up to 15 connect_timeout ends it, and a cancel would hit what comes after the connecting.
     IF current_setting('server_version_num')::integer >= 160000 THEN
-        PERFORM pg_cancel_backend(_cancel_connecting.pid);
+        PERFORM pg_cancel_backend(l.pid) FROM pg_locks AS l
+        WHERE l.locktype = 'advisory' AND l.granted
+          AND l.database = (SELECT d.oid FROM pg_database AS d WHERE d.datname = current_database())
+          AND l.classid = tbl_repl._lock_connect()::oid AND l.objid = (lock_key & 4294967295)::oid;
     END IF;
 EXCEPTION WHEN insufficient_privilege THEN
     NULL;  -- the extension's owner is no superuser: the connector waits until its own end
 END
 $function$;
-COMMENT ON FUNCTION tbl_repl._cancel_connecting(integer) IS
+COMMENT ON FUNCTION tbl_repl._cancel_connecting(bigint) IS
     'cancels a session that hangs while connecting to a target';
+
+-- One key for all connections of a role to a server, whatever their timeouts.
+CREATE OR REPLACE FUNCTION tbl_repl._connect_key(conn text) RETURNS integer
+LANGUAGE sql IMMUTABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT hashtext(regexp_replace(conn, '_[0-9]+_[0-9]+$', ''))
+$function$;
+COMMENT ON FUNCTION tbl_repl._connect_key(text) IS 'second part of the advisory lock connect';
 
 CREATE OR REPLACE FUNCTION tbl_repl._lock_ship() RETURNS integer
 LANGUAGE sql IMMUTABLE PARALLEL SAFE RETURN 1952607281;
@@ -328,7 +336,7 @@ DECLARE
     in_vain  text := coalesce(substring(current_setting('tbl_repl.spins_in_vain', true) FROM '^[0-9]{1,2}/[0-9]{1,2}$'), '0/0');
     rests    integer := split_part(in_vain, '/', 1);
     longest  integer := split_part(in_vain, '/', 2);
-    may_spin boolean := rests = 0 AND pg_try_advisory_lock(tbl_repl._lock_spin(), 0);
+    may_spin boolean := false;
     turns    integer := 0;
     canceled boolean := false;
     code     text;
@@ -340,12 +348,14 @@ BEGIN
     IF rests > 0 THEN
         PERFORM set_config('tbl_repl.spins_in_vain', format('%s/%s', rests - 1, longest), false);
     END IF;
-    IF at_commit AND NOT may_spin THEN
-        PERFORM pg_try_advisory_xact_lock_shared(tbl_repl._lock_spin(), 1);
-    END IF;
     LOOP
         LOOP
+            -- The lock is taken and given back in here: it would outlive the transaction otherwise, whatever ends the waiting.
             BEGIN
+                may_spin := rests = 0 AND turns = 0 AND pg_try_advisory_lock(tbl_repl._lock_spin(), 0);
+                IF at_commit AND NOT may_spin AND turns = 0 THEN
+                    PERFORM pg_try_advisory_xact_lock_shared(tbl_repl._lock_spin(), 1);
+                END IF;
                 WHILE tbl_repl._dblink_is_busy(conn) = 1 LOOP
                     turn := clock_timestamp();
                     IF turn > deadline THEN
@@ -370,19 +380,26 @@ BEGIN
                     turns := turns + 1;
                     previous := turn;
                 END LOOP;
+                IF may_spin THEN
+                    PERFORM pg_advisory_unlock(tbl_repl._lock_spin(), 0);
+                    may_spin := false;
+                    IF longest > 0 THEN
+                        PERFORM set_config('tbl_repl.spins_in_vain', '0/0', false);
+                    END IF;
+                END IF;
                 EXIT;
-            EXCEPTION WHEN query_canceled THEN
+            EXCEPTION WHEN query_canceled OR assert_failure OR OTHERS THEN
+                IF may_spin THEN
+                    PERFORM pg_advisory_unlock(tbl_repl._lock_spin(), 0);
+                END IF;
+                IF SQLSTATE <> '57014' THEN
+                    RAISE;
+                END IF;
                 canceled := true;
+                turns := turns + 1;  -- nobody spins after that
                 EXIT WHEN harmless;
             END;
         END LOOP;
-        IF may_spin THEN
-            may_spin := false;
-            PERFORM pg_advisory_unlock(tbl_repl._lock_spin(), 0);
-            IF longest > 0 THEN
-                PERFORM set_config('tbl_repl.spins_in_vain', '0/0', false);
-            END IF;
-        END IF;
         IF canceled AND harmless THEN
             PERFORM tbl_repl._dblink_disconnect(conn);
             EXIT;

@@ -4,25 +4,18 @@
 -- newer state.  So a piece may be read and applied at any time, twice too, as long as nothing else is shipped to the
 -- target: replay leaves a target alone that is being copied in pieces.
 
--- _copy_begin(target_id, piece_rows, background): sets the target to copying and divides the table; goes on with what an
--- interrupted copy has left.  Returns the number of pieces to do.  Whoever holds the lock copy works at them; when nobody does
--- any more, worker, replay and drain go on with it, as with every copy in the background (which it is: background says
--- only that none must be begun).  Locks ship, to wait for shippers in flight.
+-- _copy_begin(target_id, background): sets the target to copying, or goes on with a copy that was interrupted.  Whoever
+-- holds the lock copy works at it; when nobody does any more, worker, replay and drain go on with it, as with every copy
+-- in the background (which it is: background says only that none must be begun).  Locks ship, to wait for shippers in flight:
+-- so it is a transaction of its own, short, before _copy_divide.
 -- Errors: 55000 while the target is paused or failed; 0A000 where it has a conflict policy.
-CREATE OR REPLACE FUNCTION tbl_repl._copy_begin(
-    target_id  integer,
-    piece_rows integer,
-    background boolean DEFAULT false
-)
-RETURNS integer
+CREATE OR REPLACE FUNCTION tbl_repl._copy_begin(target_id integer, background boolean DEFAULT false)
+RETURNS void
 LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp
 AS $function$
 DECLARE
     state record;
-    last  text;
-    page  text[];
-    n     integer := 0;
 BEGIN
     IF (tbl_repl._own_target(target_id)).on_conflict <> 'overwrite' THEN
         RAISE EXCEPTION USING
@@ -31,9 +24,8 @@ BEGIN
             DETAIL  = 'Its rows are settled one by one on the target, by its conflict policy.',
             HINT    = format('Queue them: SELECT tbl_repl.resync_target(%s); then drain.', target_id);
     END IF;
-    UPDATE tbl_repl.piece AS p SET state = 'todo' WHERE p.target_id = _copy_begin.target_id AND p.state = 'running';
     IF EXISTS (SELECT FROM tbl_repl.piece AS p WHERE p.target_id = _copy_begin.target_id) THEN
-        RETURN (SELECT count(*) FROM tbl_repl.piece AS p WHERE p.target_id = _copy_begin.target_id AND p.state <> 'done');
+        RETURN;
     END IF;
     PERFORM pg_advisory_xact_lock(tbl_repl._lock_ship(), target_id);
     SELECT st.status, st.copy_after INTO state FROM tbl_repl.target_state AS st
@@ -45,12 +37,39 @@ BEGIN
             HINT    = format('First: SELECT tbl_repl.resume_target(%s);', target_id);
     END IF;
     IF background AND state.copy_after IS NULL THEN
-        RETURN 0;  -- replay has ended it meanwhile
+        RETURN;  -- replay has ended it meanwhile
     END IF;
     UPDATE tbl_repl.target_state AS st
     SET status = 'copying', copy_after = coalesce(st.copy_after, '{}'), rows_copied = CASE WHEN st.copy_after IS NULL THEN 0 ELSE st.rows_copied END
     WHERE st.target_id = _copy_begin.target_id;
-    last := state.copy_after[1];
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._copy_begin(integer, boolean) IS
+    'lets everything queue behind a copy that begins, or goes on with one';
+
+-- _copy_divide(target_id, piece_rows): divides what _copy_begin has begun, where it is not divided yet; returns the number of
+-- pieces to do, 0: nothing is being copied.
+CREATE OR REPLACE FUNCTION tbl_repl._copy_divide(target_id integer, piece_rows integer)
+RETURNS integer
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    copied tbl_repl.target_state.copy_after%TYPE;
+    last   text;
+    page   text[];
+    n      integer := 0;
+BEGIN
+    PERFORM tbl_repl._own_target(target_id);
+    SELECT st.copy_after INTO copied FROM tbl_repl.target_state AS st WHERE st.target_id = _copy_divide.target_id;
+    IF copied IS NULL THEN
+        RETURN 0;
+    END IF;
+    UPDATE tbl_repl.piece AS p SET state = 'todo' WHERE p.target_id = _copy_divide.target_id AND p.state = 'running';
+    IF EXISTS (SELECT FROM tbl_repl.piece AS p WHERE p.target_id = _copy_divide.target_id) THEN
+        RETURN (SELECT count(*) FROM tbl_repl.piece AS p WHERE p.target_id = _copy_divide.target_id AND p.state <> 'done');
+    END IF;
+    last := copied[1];
     LOOP
         EXECUTE format('SELECT tbl_repl.page_%s($1, $2)', target_id) INTO page USING last, piece_rows;
         EXIT WHEN page IS NULL;
@@ -62,7 +81,7 @@ BEGIN
     RETURN n;
 END
 $function$;
-COMMENT ON FUNCTION tbl_repl._copy_begin(integer, integer, boolean) IS
+COMMENT ON FUNCTION tbl_repl._copy_divide(integer, integer) IS
     'divides a table into pieces to copy, or goes on with those that are left';
 
 -- _copy_next(target_id): claims a piece; no row: none is left.

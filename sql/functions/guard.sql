@@ -335,7 +335,7 @@ AS $function$
 DECLARE
     conn text := tbl_repl._connection_name(target.server, target.owner, target.timeout);
 BEGIN
-    IF conn IS NULL THEN
+    IF conn IS NULL OR to_regrole(quote_ident(target.owner)) IS NULL THEN
         RAISE EXCEPTION USING
             ERRCODE = 'undefined_object',
             MESSAGE = format('server %I or role %I does not exist', target.server, target.owner),

@@ -62,6 +62,7 @@ BEGIN
             MESSAGE = format('server %I does not exist', _replay.server);
     END IF;
     PERFORM tbl_repl._check_positions();
+    PERFORM tbl_repl._purge_tombstones();
     PERFORM tbl_repl._resolve_receipts(server, retry);
     -- Those that failed last come last: one bad target must not keep the others waiting.  A failed one has
     -- a turn of its own, or its backlog would fill the batches of its neighbours.  Where nothing is queued,
@@ -1291,7 +1292,6 @@ DECLARE
     resting regclass;
     needed  boolean;
 BEGIN
-    PERFORM tbl_repl._purge_tombstones();
     FOR turn IN 1 .. 2 LOOP
         SELECT h.segment INTO head FROM tbl_repl.queue_head AS h;
         resting := format('tbl_repl.change_%s', 1 - head)::regclass;

@@ -346,8 +346,7 @@ BEGIN
     LOOP
         entered := tbl_repl._enter_queue(item.target_id);
         IF entered AND NOT item.has_failed AND NOT preparing AND NOT repeatable
-           AND (SELECT st.status = 'ok' FROM tbl_repl.target_state AS st WHERE st.target_id = item.target_id)
-           AND pg_try_advisory_xact_lock_shared(tbl_repl._lock_ship(), item.target_id)
+           AND tbl_repl._is_ok(item.target_id) AND tbl_repl._may_ship(item.target_id, 'ok', 'tolerant', NULL, false)
         THEN
             SELECT array_agg(ROW(t.target_id, t.source_id, t.server, tbl_repl._connection_name(t.server, t.owner, t.timeout),
                                  t.mode = 'sync', t.timeout, s.fk_rank, NULL, NULL, 0)::tbl_repl.parcel) INTO parcels
@@ -416,12 +415,15 @@ DECLARE
     deadline     timestamptz;
     lane         tbl_repl.lane;
     sending      boolean := false;
-    shipped      boolean := false;
     error_text   text;
     error_detail text;
     error_hint   text;
     context      text;
 BEGIN
+    -- ship first, then the status: who has held it may have changed that
+    IF NOT pg_try_advisory_xact_lock_shared(tbl_repl._lock_ship(), change.target_id) THEN
+        RETURN false;
+    END IF;
     SELECT t.source_id, t.server, t.timeout, t.mode = 'sync' AS sync, t.receipts,
            format('tbl_repl_%s_%s_%s_%s', f.oid, to_regrole(quote_ident(t.owner))::oid, ceil(extract(epoch FROM t.timeout) * 1000), f.xmin) AS conn
     INTO item
@@ -432,7 +434,6 @@ BEGIN
       AND NOT EXISTS (SELECT FROM tbl_repl.stash AS s WHERE s.txid = change.txid);
     IF NOT FOUND OR tbl_repl._is_preparing()
        OR NOT coalesce(item.conn = ANY (tbl_repl._dblink_connections()), false)
-       OR NOT pg_try_advisory_xact_lock_shared(tbl_repl._lock_ship(), change.target_id)
     THEN
         RETURN false;
     END IF;
@@ -514,7 +515,8 @@ COMMENT ON FUNCTION tbl_repl._rows_per_message() IS 'how many rows one message c
 
 -- May this transaction ship to the target directly?  Takes ship (shared) if so.
 -- A REPEATABLE READ writer sees the status of its snapshot: FOR SHARE fails (40001) when it has changed
--- since.  A sync writer that finds a drainer at work while the status is ok waits for it, bounded.
+-- since, and holds it from then on.  Others look once more when they have got ship: who has held it may have paused the
+-- target, or begun to copy it.  A sync writer that finds a drainer at work while the status is ok waits for it, bounded.
 CREATE OR REPLACE FUNCTION tbl_repl._may_ship(
     target_id  integer,
     status     text,
@@ -539,30 +541,41 @@ BEGIN
             RETURN false;
         END;
     END IF;
-    IF pg_try_advisory_xact_lock_shared(tbl_repl._lock_ship(), target_id) THEN
-        RETURN true;
-    ELSIF mode <> 'sync' THEN
-        RETURN false;
-    END IF;
-    deadline := clock_timestamp() + timeout;
-    LOOP
-        PERFORM pg_sleep(0.001);
-        IF pg_try_advisory_xact_lock_shared(tbl_repl._lock_ship(), target_id) THEN
-            RETURN true;
-        ELSIF NOT repeatable AND (SELECT st.status <> 'ok' FROM tbl_repl.target_state AS st WHERE st.target_id = _may_ship.target_id) THEN
+    IF NOT pg_try_advisory_xact_lock_shared(tbl_repl._lock_ship(), target_id) THEN
+        IF mode <> 'sync' THEN
             RETURN false;
-        ELSIF clock_timestamp() > deadline THEN
-            RAISE EXCEPTION USING
-                ERRCODE = 'lock_not_available',
-                MESSAGE = format('sync target %s is busy', target_id),
-                DETAIL  = 'A replay of its queue holds it.',
-                HINT    = 'Try again, or give the target a longer timeout.';
         END IF;
-    END LOOP;
+        deadline := clock_timestamp() + timeout;
+        LOOP
+            PERFORM pg_sleep(0.001);
+            EXIT WHEN pg_try_advisory_xact_lock_shared(tbl_repl._lock_ship(), target_id);
+            IF NOT repeatable AND NOT tbl_repl._is_ok(target_id) THEN
+                RETURN false;
+            ELSIF clock_timestamp() > deadline THEN
+                RAISE EXCEPTION USING
+                    ERRCODE = 'lock_not_available',
+                    MESSAGE = format('sync target %s is busy', target_id),
+                    DETAIL  = 'A replay of its queue holds it.',
+                    HINT    = 'Try again, or give the target a longer timeout.';
+            END IF;
+        END LOOP;
+    END IF;
+    RETURN repeatable OR tbl_repl._is_ok(target_id);
 END
 $function$;
 COMMENT ON FUNCTION tbl_repl._may_ship(integer, text, text, interval, boolean) IS
     'whether a writer may ship to a target directly; takes the lock ship if so';
+
+CREATE OR REPLACE FUNCTION tbl_repl._is_ok(target_id integer)
+RETURNS boolean
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+BEGIN
+    RETURN (SELECT st.status = 'ok' FROM tbl_repl.target_state AS st WHERE st.target_id = _is_ok.target_id);
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._is_ok(integer) IS 'whether the status of a target is ok now: VOLATILE, for a new snapshot';
 
 -- SKIP LOCKED: who holds the row is setting it as well, or has just brought the target back.
 CREATE OR REPLACE FUNCTION tbl_repl._set_queueing(target_id integer)
@@ -645,10 +658,36 @@ BEGIN
     IF NOT FOUND THEN
         INSERT INTO tbl_repl.shipped (target_id, pid, rows, shipped_at, txid, receipts)
         VALUES (target_id, pg_backend_pid(), rows, clock_timestamp(), pg_current_xact_id(), receipts) ON CONFLICT DO NOTHING;
+        -- who is new clears up after those that have gone, now and then
+        IF pg_backend_pid() % 16 = 0 AND current_setting('transaction_isolation') = 'read committed' THEN
+            PERFORM tbl_repl._sum_up_shipped();
+        END IF;
     END IF;
 END
 $function$;
 COMMENT ON FUNCTION tbl_repl._count_shipped(integer, bigint, integer) IS 'counts rows shipped at commit by this backend';
+
+-- What backends have counted that have ended goes into one row a target, that of pid 0.  One at a time, to his commit: the
+-- others do not wait for him.
+CREATE OR REPLACE FUNCTION tbl_repl._sum_up_shipped()
+RETURNS void
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+BEGIN
+    IF pg_try_advisory_xact_lock(tbl_repl._lock_spin(), 2) THEN
+        WITH gone AS (
+            DELETE FROM tbl_repl.shipped AS s
+            WHERE s.pid <> 0 AND s.pid NOT IN (SELECT a.pid FROM pg_stat_activity AS a)
+            RETURNING s.target_id, s.rows, s.shipped_at)
+        INSERT INTO tbl_repl.shipped AS s (target_id, pid, rows, shipped_at, txid, receipts)
+        SELECT g.target_id, 0, sum(g.rows), max(g.shipped_at), pg_current_xact_id(), 0 FROM gone AS g GROUP BY g.target_id
+        ON CONFLICT (target_id, pid, turn) DO UPDATE
+        SET rows = s.rows + excluded.rows, shipped_at = greatest(s.shipped_at, excluded.shipped_at);
+    END IF;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._sum_up_shipped() IS 'keeps the figures of backends that have ended in one row a target';
 
 CREATE OR REPLACE FUNCTION tbl_repl._raise_lane(lane tbl_repl.lane)
 RETURNS void

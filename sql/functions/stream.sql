@@ -214,6 +214,9 @@ BEGIN
     END IF;
     WHILE variants IS NOT NULL AND opened IS DISTINCT FROM variant LOOP
         FETCH variants INTO opened, portal;
+        IF NOT FOUND THEN
+            RAISE EXCEPTION 'no stream of variant %', variant;
+        END IF;
     END LOOP;
     LOOP
         FETCH portal INTO statement, rows, target_id;

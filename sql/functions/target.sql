@@ -978,6 +978,8 @@ BEGIN
             WHERE f.pronamespace = 'tbl_repl'::regnamespace AND f.proname = format('capture_%s', s.source_id)) AS captured
     INTO rel
     FROM tbl_repl.source AS s JOIN pg_class AS c ON c.oid = s.source_table WHERE s.source_id = target.source_id;
+    -- A batch at work may be a long one: it ends before anybody has to wait for us.
+    PERFORM pg_advisory_lock(tbl_repl._lock_ship(), target_id), pg_advisory_unlock(tbl_repl._lock_ship(), target_id);
     -- Writers in flight first: they may still refer to the target.
     IF rel.owned THEN
         EXECUTE format('LOCK TABLE %s IN SHARE ROW EXCLUSIVE MODE', rel.id);
@@ -985,7 +987,7 @@ BEGIN
         PERFORM tbl_repl._drop_capture(target.source_id);
     END IF;
     -- a drainer at work reads the table, and may yet log what the target says: nothing it needs is locked before it has ended
-    PERFORM pg_advisory_xact_lock(tbl_repl._lock_ship(), target_id);
+    PERFORM tbl_repl._wait_for_ship(target);
     DELETE FROM tbl_repl.target AS t WHERE t.target_id = drop_target.target_id;
     IF rel.owned AND NOT rel.captured THEN
         -- The function cannot be replaced by this role: it goes, and comes again as his.
@@ -1006,6 +1008,28 @@ BEGIN
 END
 $function$;
 COMMENT ON FUNCTION tbl_repl.drop_target(integer) IS 'ends the replication to a target';
+
+-- Takes ship exclusively, to the end of the transaction; 55P03 if a drainer keeps it for longer than twice the timeout,
+-- for whoever writes the table waits as well.
+CREATE OR REPLACE FUNCTION tbl_repl._wait_for_ship(target tbl_repl.target)
+RETURNS void
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    old_limit text := current_setting('lock_timeout');
+BEGIN
+    PERFORM set_config('lock_timeout', (ceil(extract(epoch FROM target.timeout) * 2000))::text, true);
+    PERFORM pg_advisory_xact_lock(tbl_repl._lock_ship(), target.target_id);
+    PERFORM set_config('lock_timeout', old_limit, true);
+EXCEPTION WHEN lock_not_available THEN
+    RAISE EXCEPTION USING
+        ERRCODE = 'lock_not_available',
+        MESSAGE = format('target %s is being shipped to', target.target_id),
+        HINT    = 'Try again when the batch has ended, or stop the worker meanwhile.';
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._wait_for_ship(tbl_repl.target) IS 'waits, bounded, until nothing is being shipped to a target';
 
 -- SECURITY DEFINER: they may belong to a role that the owner of the table is no member of.  Anybody may call it, for it
 -- drops only what nothing needs: functions of a target that is gone, a trigger function without triggers or targets.

@@ -1,7 +1,7 @@
 -- Wait: read your writes on another server.
 --
 -- change_token() names what has been written up to now, wait_for() waits until a target has it.  What a token
--- names is a set of transactions; a target has it when none of them has a row left in its queue.
+-- names is a set of transactions; a target has it when none of them has a row left in its queue, and its initial copy has ended.
 
 -- change_token(): everything that is committed and visible now, and the caller's own transaction if it has written.
 -- Its text: snapshot/own transaction/node.
@@ -82,7 +82,7 @@ BEGIN
         -- the transaction first: what it has queued is seen only by a statement that begins after its end
         waiting := coalesce(pg_xact_status(own) = 'in progress', false);
         -- no row when the target has been dropped, with what was queued for it
-        look := (SELECT format('SELECT EXISTS (SELECT FROM %s%s%s) FROM tbl_repl.target AS t WHERE t.target_id = %s',
+        look := (SELECT format('SELECT st.copy_after IS NOT NULL OR EXISTS (SELECT FROM %s%s%s) FROM tbl_repl.target_state AS st WHERE st.target_id = %s',
                                tbl_repl._pending_from(t, tbl_repl._position(t.target_id), greatest(pg_snapshot_xmax(named), own)), tbl_repl._wanted(t),
                                condition, t.target_id)
                  FROM tbl_repl.target AS t WHERE t.target_id = wait_for.target_id);

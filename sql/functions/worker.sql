@@ -76,7 +76,9 @@ RETURNS TABLE (pid integer, lock_key bigint, patience_seconds double precision)
 LANGUAGE sql STABLE
 SET search_path = pg_catalog, pg_temp
 AS $function$
-    SELECT l.pid, l.objid::bigint, (SELECT extract(epoch FROM max(t.timeout)) FROM tbl_repl.target AS t)
+    SELECT l.pid, l.objid::bigint,
+           (SELECT extract(epoch FROM max(t.timeout)) FROM tbl_repl.target AS t
+            WHERE tbl_repl._connect_key(tbl_repl._connection_name(t.server, t.owner, t.timeout))::bigint & 4294967295 = l.objid::bigint)
     FROM pg_locks AS l
     WHERE l.locktype = 'advisory' AND l.granted AND l.classid = tbl_repl._lock_connect()::oid
       AND l.database = (SELECT d.oid FROM pg_database AS d WHERE d.datname = current_database())

@@ -112,7 +112,7 @@ CREATE TABLE tbl_repl.progress (
 COMMENT ON TABLE tbl_repl.progress IS 'how far a target is: position and figures, written by every batch';
 SELECT pg_catalog.pg_extension_config_dump('tbl_repl.progress', '');
 
--- What direct shipping counts, one row per backend, so that writers do not meet on one row.
+-- What direct shipping counts, one row per backend, so that writers do not meet on one row; pid 0: those that have ended.
 -- Unlogged: a crash loses figures, never data.  txid, receipts: the transaction that shipped last, and how many
 -- receipts it has left; who can see them knows that it has committed.  turn: as in tbl_repl.progress;
 -- SERIALIZABLE transactions do not move it, for they would meet in the index.

@@ -96,9 +96,7 @@ def _ship_lane(source: Connection, server: str, lane: Row) -> int:
         finally:
             watchdog.stop()
         failpoint.reached("copy committed")
-        source.execute(
-            "SELECT tbl_repl._bulk_done(%s, %s::pg_snapshot, %s)", (targets, snapshot, json.dumps(counts))
-        )
+        source.execute("SELECT tbl_repl._bulk_done(%s::pg_snapshot, %s)", (snapshot, json.dumps(counts)))
         failpoint.reached("copy done")
     return sum(counts.values())
 

@@ -73,10 +73,9 @@ def copy(
         if lane is not None:
             with _target_of(source, lane):
                 pass  # nothing is begun for one that is out of reach
-        source.execute(
-            "SELECT tbl_repl._copy_begin(%s, %s, %s)",
-            (target_id, piece_rows or PIECE_ROWS, background),
-        )
+        source.execute("SELECT tbl_repl._copy_begin(%s, %s)", (target_id, background))
+        failpoint.reached("copy begun")
+        source.execute("SELECT tbl_repl._copy_divide(%s, %s)", (target_id, piece_rows or PIECE_ROWS))
         assert lane is not None
         failures: list[Exception] = []
 

@@ -70,6 +70,18 @@ def retry_after(failures: int) -> float:
     return longest * random.uniform(0.5, 1.0)
 
 
+def pause_after(streak: int) -> float:
+    """How far apart the next two small batches begin after so many in a row, in seconds.
+
+    Under load few batches of many rows cost less than many of few; who has waited for the first change after
+    a quiet time is not delayed.
+    """
+    if streak < 2:
+        return 0.0
+    longest: float = min(LONGEST_PAUSE_SECONDS, SHORTEST_LOOK_SECONDS * 2 ** min(streak, 12))
+    return longest
+
+
 @dataclass(frozen=True)
 class Batch:
     """What one call of replay has done."""
@@ -202,11 +214,7 @@ class Drainer(threading.Thread):
             if rows:
                 done += rows
                 streak += 1
-                if streak > 1:
-                    # Under load few batches of many rows cost less than many of few; who has waited for the
-                    # first change after a quiet time has not been delayed.
-                    pause = min(LONGEST_PAUSE_SECONDS, SHORTEST_LOOK_SECONDS * 2**streak)
-                    self.stop.wait(max(0.0, begun + pause - time.monotonic()))
+                self.stop.wait(max(0.0, begun + pause_after(streak) - time.monotonic()))
                 continue
             if retry:
                 self._quarantine_due = begun + QUARANTINE_SECONDS
@@ -577,7 +585,7 @@ class Watcher(threading.Thread):
                     drainer.cancel()
                 if not ours:
                     with suppress(psycopg.errors.InsufficientPrivilege):
-                        connection.execute("SELECT tbl_repl._cancel_connecting(%s)", (who[0],))
+                        connection.execute("SELECT tbl_repl._cancel_connecting(%s)", (who[1],))
         self._connecting = seen
 
     def _drainer(self, server: str) -> Drainer:

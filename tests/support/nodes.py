@@ -342,6 +342,11 @@ class Pair:
     def drain(self) -> None:
         self.source.sql("CALL tbl_repl.drain()")
 
+    def begin_copy(self, target_id: int, piece_rows: int) -> Any:
+        """As ``tbl-repl copy`` begins; the number of pieces."""
+        self.source.sql("SELECT tbl_repl._copy_begin(%s)", (target_id,))
+        return self.source.one("SELECT tbl_repl._copy_divide(%s, %s)", (target_id, piece_rows))
+
     def assert_same(
         self,
         table: str,
