@@ -25,9 +25,7 @@ AS $function$
        -- each row with its origin: only replay knows how
        AND bool_and(t.forward = 'local')
        AND bool_and(NOT EXISTS (SELECT FROM tbl_repl.quarantined AS q WHERE q.target_id = t.target_id))
-       AND bool_and(NOT EXISTS (SELECT FROM jsonb_array_elements(t.remote -> 'columns') AS c
-                                WHERE c ->> 'identity' = 'a' AND c ->> 'name' = ANY (t.sent_columns::text[])
-                                  AND c ->> 'name' <> ALL (t.dst_keys::text[])))
+       AND bool_and(cardinality(tbl_repl._always_columns(t)) = 0)
 $function$;
 COMMENT ON FUNCTION tbl_repl._bulk_lanes(name, bigint) IS
     'targets of a server with a backlog worth a COPY';
@@ -175,11 +173,9 @@ SET search_path = pg_catalog, pg_temp
 AS $function$
     SELECT (target.remote ->> 'version')::integer / 10000 = current_setting('server_version_num')::integer / 10000
        AND NOT EXISTS (
-           SELECT FROM unnest(target.sent_columns, target.sent_exprs) AS x (name, expr)
-           LEFT JOIN pg_attribute AS a ON a.attrelid = source.source_table AND x.expr = format('s.%I', a.attname)
-                                      AND a.attnum > 0 AND NOT a.attisdropped
+           SELECT FROM unnest(target.sent_columns, tbl_repl._sent_types(target, source.source_table)) AS x (name, type_id)
            LEFT JOIN LATERAL (SELECT c FROM jsonb_array_elements(target.remote -> 'columns') AS c WHERE c ->> 'name' = x.name::text) AS r ON true
-           WHERE a.atttypid IS NULL OR a.atttypid >= 16384 OR format_type(a.atttypid, -1) IS DISTINCT FROM r.c ->> 'type')
+           WHERE x.type_id = 0 OR x.type_id >= 16384 OR format_type(x.type_id, -1) IS DISTINCT FROM r.c ->> 'type')
 $function$;
 COMMENT ON FUNCTION tbl_repl._may_copy_binary(tbl_repl.target, tbl_repl.source) IS
     'whether source and target have the same types in the same major version';

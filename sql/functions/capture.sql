@@ -34,9 +34,7 @@ BEGIN
     FROM tbl_repl._key_parts(source.source_table, source.key_columns) AS p;
     SELECT tbl_repl._old_value_sql(t) AS old_s, CASE t.on_conflict WHEN 'newest' THEN 'NULL::text' ELSE '''''::text' END AS absent,
            tbl_repl._text_settings('{timestamptz}'::regtype[]::oid[] || ARRAY(SELECT p.type_id FROM tbl_repl._key_parts(source.source_table, source.key_columns) AS p)
-                                   || ARRAY(SELECT coalesce(a.atttypid, 0) FROM unnest(t.sent_exprs) AS e
-                                            LEFT JOIN pg_attribute AS a ON a.attrelid = source.source_table AND e = format('s.%I', a.attname)
-                                                                       AND a.attnum > 0 AND NOT a.attisdropped)) AS settings
+                                   || tbl_repl._sent_types(t, source.source_table)) AS settings
     INTO policy
     FROM tbl_repl.target AS t WHERE t.source_id = source.source_id AND t.on_conflict <> 'overwrite' ORDER BY t.target_id LIMIT 1;
     IF FOUND THEN

@@ -14,7 +14,7 @@ AS $function$
 DECLARE
     target  tbl_repl.target%ROWTYPE;
     item    record;
-    reached jsonb := '{}';  -- connection: why it could not be opened, '' where it could
+    reached jsonb := '{}';  -- connection: what _reach says of it
     conn    text;
     usable  boolean;
 BEGIN
@@ -39,20 +39,20 @@ BEGIN
             CONTINUE;
         END IF;
         IF NOT reached ? conn THEN
-            reached := jsonb_set(reached, ARRAY[conn], to_jsonb(tbl_repl._reach(target, conn)));
+            reached := jsonb_set(reached, ARRAY[conn], tbl_repl._reach(target, conn));
         END IF;
-        IF reached ->> conn <> '' THEN
+        IF reached -> conn <> '{}' THEN
             RETURN QUERY SELECT target.target_id, 'error', p.code, p.message, p.hint
-            FROM (VALUES (true, 'node_name_taken', format('server %I: %s', target.server, reached ->> conn),
+            FROM (VALUES (true, 'node_name_taken', format('server %I: %s', target.server, reached -> conn ->> 'error'),
                           'Name one of them: SELECT tbl_repl.set_node_name(''...'');'),
-                         (false, 'unreachable', format('server %I cannot be reached: %s', target.server, reached ->> conn),
+                         (false, 'unreachable', format('server %I cannot be reached: %s', target.server, reached -> conn ->> 'error'),
                           'See that it runs, and that the options of server and user mapping are right; what is queued is kept.')) AS p (same_name, code, message, hint)
-            WHERE p.same_name = (reached ->> conn LIKE 'the target has the name of this node%');
+            WHERE p.same_name = (reached -> conn ->> 'sqlstate' = '55000');  -- of _check_node
             CONTINUE;
         END IF;
         RETURN QUERY SELECT target.target_id, p.severity, p.code, p.message, p.hint FROM tbl_repl._remote_problems(target, conn) AS p;
         IF NOT tbl_repl._is_usable(conn) THEN
-            reached := jsonb_set(reached, ARRAY[conn], '"the connection was lost"');
+            reached := jsonb_set(reached, ARRAY[conn], '{"sqlstate": "08006", "error": "the connection was lost"}');
         END IF;
     END LOOP;
 END
@@ -60,9 +60,9 @@ $function$;
 COMMENT ON FUNCTION tbl_repl.check() IS
     'every problem of every target, here and on the other side, with what to do; no rows: all is well';
 
--- _reach(target, conn): '' or why there is no connection.
+-- _reach(target, conn): {}, or sqlstate and error where there is no connection.
 CREATE OR REPLACE FUNCTION tbl_repl._reach(target tbl_repl.target, conn text)
-RETURNS text
+RETURNS jsonb
 LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp
 AS $function$
@@ -71,13 +71,13 @@ DECLARE
 BEGIN
     PERFORM tbl_repl._connect(target.target_id, conn, clock_timestamp() + target.timeout);
     PERFORM tbl_repl._call(conn, 'SELECT 1', clock_timestamp() + target.timeout);
-    RETURN '';
+    RETURN '{}';
 EXCEPTION WHEN assert_failure OR OTHERS THEN
     GET STACKED DIAGNOSTICS error_detail = PG_EXCEPTION_DETAIL;
-    RETURN concat_ws(': ', SQLERRM, nullif(btrim(error_detail, E' \n'), ''));
+    RETURN jsonb_build_object('sqlstate', SQLSTATE, 'error', concat_ws(': ', SQLERRM, nullif(btrim(error_detail, E' \n'), '')));
 END
 $function$;
-COMMENT ON FUNCTION tbl_repl._reach(tbl_repl.target, text) IS 'tries the connection to a target';
+COMMENT ON FUNCTION tbl_repl._reach(tbl_repl.target, text) IS 'tries the connection to a target: what is wrong with it';
 
 CREATE OR REPLACE FUNCTION tbl_repl._node_problems()
 RETURNS TABLE (severity text, code text, message text, hint text)

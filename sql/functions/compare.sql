@@ -324,16 +324,10 @@ LANGUAGE plpgsql STABLE
 SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp%s%s
 AS %L$sql$,
-        format('digest_%s', t.target_id), E'\n' || nullif(tbl_repl._text_settings(y.types), ''),
+        format('digest_%s', t.target_id), E'\n' || nullif(tbl_repl._text_settings(tbl_repl._sent_types(t, s.source_table)
+            || ARRAY(SELECT p.type_id FROM tbl_repl._key_parts(s.source_table, s.key_columns) AS p)), ''),
         tbl_repl._literal_setting(b.body), b.body)
     FROM tbl_repl.target AS t JOIN tbl_repl.source AS s USING (source_id)
-    CROSS JOIN LATERAL (SELECT array_agg(x.type_id) AS types FROM (
-        -- 0 stands for an expression: any type
-        SELECT coalesce(a.atttypid, 0) AS type_id
-        FROM unnest(t.sent_exprs) AS e
-        LEFT JOIN pg_attribute AS a ON a.attrelid = s.source_table AND e = format('s.%I', a.attname)
-                                   AND a.attnum > 0 AND NOT a.attisdropped
-        UNION ALL SELECT p.type_id FROM tbl_repl._key_parts(s.source_table, s.key_columns) AS p) AS x) AS y
     CROSS JOIN LATERAL (SELECT tbl_repl._with_hidden_rows_refused(s.source_table, format($body$
 DECLARE
     bounds text := concat(CASE WHEN tbl_repl_after IS NOT NULL THEN %1$L END, CASE WHEN tbl_repl_upto IS NOT NULL THEN %2$L END, %3$L);

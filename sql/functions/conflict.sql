@@ -108,8 +108,7 @@ BEGIN
             MESSAGE = format('on_conflict => %L needs a key whose equal values look alike', target.on_conflict),
             DETAIL  = '1.0 and 1.00 are one key of type numeric.',
             HINT    = 'Use a key of integers, text, uuid or the like.';
-    ELSIF EXISTS (SELECT FROM jsonb_array_elements(target.remote -> 'columns') AS c
-                  WHERE c ->> 'identity' = 'a' AND c ->> 'name' = ANY (target.sent_columns::text[]) AND c ->> 'name' <> ALL (target.dst_keys::text[])) THEN
+    ELSIF cardinality(tbl_repl._always_columns(target)) > 0 THEN
         RAISE EXCEPTION USING
             ERRCODE = 'feature_not_supported',
             MESSAGE = format('on_conflict => %L needs columns that can be updated', target.on_conflict),

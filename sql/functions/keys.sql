@@ -376,6 +376,33 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._text_settings(oid[]) IS
     'SET clauses under which values of these types have one text form';
 
+-- _sent_types(target, source_table): the type of each expression that is sent, in order; 0, which stands for any type, where
+-- it is more than a column.
+CREATE OR REPLACE FUNCTION tbl_repl._sent_types(target tbl_repl.target, source_table regclass)
+RETURNS oid[]
+LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT array_agg(coalesce(a.atttypid, 0) ORDER BY e.n)
+    FROM unnest(target.sent_exprs) WITH ORDINALITY AS e (expression, n)
+    LEFT JOIN pg_attribute AS a ON a.attrelid = source_table AND a.attnum > 0 AND NOT a.attisdropped
+                               AND e.expression = format('s.%I', a.attname)
+$function$;
+COMMENT ON FUNCTION tbl_repl._sent_types(tbl_repl.target, regclass) IS 'types of the expressions that are sent, 0 for any';
+
+-- Identity columns GENERATED ALWAYS outside the key cannot be updated: the row has to be inserted anew.
+CREATE OR REPLACE FUNCTION tbl_repl._always_columns(target tbl_repl.target)
+RETURNS name[]
+LANGUAGE sql IMMUTABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT coalesce(array_agg((c ->> 'name')::name), '{}')
+    FROM jsonb_array_elements(target.remote -> 'columns') AS c
+    WHERE c ->> 'identity' = 'a' AND c ->> 'name' = ANY (target.sent_columns::text[]) AND c ->> 'name' <> ALL (target.dst_keys::text[])
+$function$;
+COMMENT ON FUNCTION tbl_repl._always_columns(tbl_repl.target) IS
+    'columns of the target''s table that are sent and cannot be updated';
+
 -- A literal with a backslash means something else while the writer's session has standard_conforming_strings off.
 CREATE OR REPLACE FUNCTION tbl_repl._literal_setting(body text)
 RETURNS text

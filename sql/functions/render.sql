@@ -160,20 +160,12 @@ DECLARE
 BEGIN
     SELECT * INTO STRICT target FROM tbl_repl.target AS t WHERE t.target_id = _render_sql.target_id;
     SELECT * INTO STRICT source FROM tbl_repl.source AS s WHERE s.source_id = target.source_id;
-    -- 0 stands for an expression: any type
-    SELECT array_agg(coalesce(a.atttypid, 0)) INTO types
-    FROM unnest(target.sent_exprs) AS e
-    LEFT JOIN pg_attribute AS a ON a.attrelid = source.source_table AND e = format('s.%I', a.attname)
-                               AND a.attnum > 0 AND NOT a.attisdropped;
+    types := tbl_repl._sent_types(target, source.source_table);
     parts := tbl_repl._upsert_parts(target);
     by_keys := tbl_repl._by_keys(target, 'gone');
     aside := tbl_repl._aside_assignments(target);
-    SELECT array_agg(c ->> 'name') INTO always
-    FROM jsonb_array_elements(target.remote -> 'columns') AS c
-    WHERE c ->> 'identity' = 'a' AND c ->> 'name' = ANY (target.sent_columns::text[])
-      AND c ->> 'name' <> ALL (target.dst_keys::text[]);
-    IF always IS NOT NULL THEN
-        -- An identity column ALWAYS cannot be updated: where it differs the row is inserted anew.
+    always := tbl_repl._always_columns(target);
+    IF cardinality(always) > 0 THEN
         mismatch := format($piece$
     IF rendered IS NOT NULL THEN
         SELECT concat_ws('; ', deletes, string_agg(format('DELETE FROM %%s AS d WHERE %%s AND (%%s)', %L,
@@ -467,10 +459,7 @@ SET enable_seqscan = off
 SET plan_cache_mode = force_generic_plan
 AS %4$L$sql$,
         format('row_%s', t.target_id),
-        E'\n' || nullif((SELECT tbl_repl._text_settings(array_agg(coalesce(a.atttypid, 0)))
-                         FROM unnest(t.sent_exprs) AS e
-                         LEFT JOIN pg_attribute AS a ON a.attrelid = s.source_table AND e = format('s.%I', a.attname)
-                                                    AND a.attnum > 0 AND NOT a.attisdropped), ''),
+        E'\n' || nullif(tbl_repl._text_settings(tbl_repl._sent_types(t, s.source_table)), ''),
         tbl_repl._literal_setting(b.body), b.body)
     FROM tbl_repl.target AS t JOIN tbl_repl.source AS s USING (source_id)
     CROSS JOIN LATERAL (SELECT tbl_repl._with_hidden_rows_refused(s.source_table, format($body$
