@@ -53,18 +53,29 @@ def pytest_report_header(config: pytest.Config) -> str:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "server" in metafunc.fixturenames:
         servers = _servers(metafunc.config)
-        if metafunc.definition.get_closest_marker("once"):
-            # by name, so that each version has its share
-            servers = [servers[zlib.crc32(metafunc.function.__name__.encode()) % len(servers)]]
         metafunc.parametrize("server", servers, ids=str, indirect=True, scope="session")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """In parallel, all tests of one server go to one process."""
+def _server_of(item: pytest.Item) -> str:
+    callspec = getattr(item, "callspec", None)
+    return str(callspec.params["server"]) if callspec and "server" in callspec.params else "none"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Each case of what is marked once goes to one server; in parallel, all tests of one server to one process."""
+    servers = [str(server) for server in _servers(config)]
+    elsewhere = []
     for item in items:
-        callspec = getattr(item, "callspec", None)
-        name = str(callspec.params["server"]) if callspec and "server" in callspec.params else "none"
+        name = _server_of(item)
         item.add_marker(pytest.mark.xdist_group(name))
+        if name in servers and item.get_closest_marker("once"):
+            # by its name, so that each version has its share
+            case = zlib.crc32(item.nodeid.replace(name, "", 1).encode())
+            if servers.index(name) != case % len(servers):
+                elsewhere.append(item)
+    if elsewhere:
+        config.hook.pytest_deselected(items=elsewhere)
+        items[:] = [item for item in items if item not in set(elsewhere)]
 
 
 @pytest.fixture(scope="session")

@@ -81,6 +81,7 @@ WRITES = {
 }
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("write", WRITES)
 def test_write_arrives(both: Replicated, write: str) -> None:
     statements = WRITES[write]

@@ -139,6 +139,7 @@ def test_replay_ships_what_is_queued(pair: Pair, target: int, proxy: Proxy) -> N
     assert verb(pair, "replay").startswith("0 rows in ")
 
 
+@pytest.mark.once
 def test_compare_and_repair(pair: Pair, target: int) -> None:
     pair.source.sql("INSERT INTO t SELECT i, 'x' FROM generate_series(1, 5) AS i")
     assert verb(pair, "compare", str(target)) == "equal\n"
@@ -162,6 +163,7 @@ def test_compare_and_repair(pair: Pair, target: int) -> None:
     assert verb(pair, "compare", str(target)) == "equal\n"
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", ["compare", "repair", "copy"])
 def test_progress_is_told_in_lines_on_stderr(pair: Pair, target: int, name: str) -> None:
     """A line a second; here every look is one."""
@@ -337,6 +339,7 @@ def test_a_pipe_gets_each_target_in_one_line(pair: Pair, target: int, proxy: Pro
     assert row.endswith("word  end")
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "args",
     [("status",), ("top", "--once"), ("check",), ("compare", "1"), ("repair", "1"), ("replay",)],

@@ -131,6 +131,7 @@ def test_rows_in_quarantine_are_differences(simple: Pair) -> None:
     assert differences(simple, target) == [("different", 2), ("missing_on_target", 30)]
 
 
+@pytest.mark.once
 def test_many_rows_in_several_chunks(simple: Pair) -> None:
     simple.source.sql("INSERT INTO t SELECT i, repeat('x', 50), i FROM generate_series(21, 5000) i")
     target = simple.add_target("t")
@@ -237,6 +238,7 @@ TYPES = {
 }
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", TYPES)
 def test_values_are_compared_in_the_form_of_the_target(pair: Pair, name: str) -> None:
     here, there, value, _equal, other = TYPES[name]
@@ -276,6 +278,7 @@ def test_what_the_target_cannot_hold_is_a_difference(pair: Pair) -> None:
     ]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("here", "there", "value", "extra"),
     [
@@ -602,6 +605,7 @@ def even(simple: Pair) -> Pair:
 EXTRA = [-1, 1, 1999, 2001, 4001, 9999, 10001, 20000]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("jobs", [1, 3])
 def test_pieces_find_what_the_function_finds(even: Pair, jobs: int) -> None:
     target = even.add_target("t")

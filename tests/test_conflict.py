@@ -169,6 +169,7 @@ def test_error_fails_a_sync_writer(two: Pair) -> None:
     assert content(two.source) == []
 
 
+@pytest.mark.once
 def test_overwrite_notes_what_it_overwrites_row_by_row_too(pair: Pair) -> None:
     """Partitioned tables are captured by row triggers; a long backlog must not be searched for each row."""
     pair.both(
@@ -242,6 +243,7 @@ def test_error_does_not_bring_back_what_was_deleted_on_the_target(two: Pair, mod
     assert two.source.sql("SELECT * FROM tbl_repl.quarantine") == []
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("new", ["keep", "error", "newest"])
 @pytest.mark.parametrize("old", ["overwrite", "keep", "newest"])
 def test_the_policy_changes_while_changes_are_queued(two: Pair, old: str, new: str) -> None:
@@ -378,6 +380,7 @@ def test_rows_that_refer_to_each_other_are_settled_in_any_order(two: Pair, polic
     assert content(two.target) == []
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("policy", ["newest", "keep", "error"])
 @pytest.mark.parametrize("mode", ["sync", "tolerant", "async"])
 def test_unique_values_wander_between_rows(two: Pair, mode: str, policy: str) -> None:

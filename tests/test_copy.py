@@ -140,6 +140,7 @@ def test_two_copies_of_one_target_do_not_meet(filled: Pair) -> None:
     assert "is being copied by another session" in said.stderr
 
 
+@pytest.mark.once
 def test_a_killed_copy_can_be_repeated(filled: Pair) -> None:
     target = filled.add_target("item", mode="sync", initial_copy="none")
     with filled.target.connect() as blocker, blocker.transaction():

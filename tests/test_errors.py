@@ -114,6 +114,7 @@ ADD = {
 }
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("case", ADD)
 def test_add_target_refuses(tables: Pair, case: str) -> None:
     code, options, hint = ADD[case]
@@ -128,6 +129,7 @@ ALTER = [
 ]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("case", ALTER)
 def test_alter_target_refuses(tables: Pair, case: str) -> None:
     code, options, hint = ADD[case]

@@ -247,6 +247,7 @@ CITEXT = "citext"
 FUZZY = "text COLLATE fuzzy"
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("here", "there"),
     [
@@ -290,6 +291,7 @@ def prepare_types(pair: Pair, *used: str) -> None:
     )
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("here", "there", "first", "second"),
     [

@@ -82,6 +82,7 @@ RING = [(0, 1), (1, 2), (2, 0)]
 STAR = [(0, 1), (1, 0), (0, 2), (2, 0)]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("mode", ["async", "tolerant", "sync"])
 @pytest.mark.parametrize(
     ("edges", "writers"), [(CHAIN, [0]), (CHAIN_BOTH, [0, 1, 2]), (RING, [0, 1, 2]), (STAR, [0, 1, 2])]
@@ -300,6 +301,7 @@ def test_newest_converges_whatever_the_order(
     history()
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("mode", ["async", "tolerant"])
 def test_newest_converges_under_a_storm(trio: Pair, nodes: list[Node], mode: str) -> None:
     """Writers on all three nodes and drainers everywhere at once, on few rows that move on."""

@@ -169,6 +169,7 @@ def test_errors_are_logged_and_what_is_queued_is_shown_as_sql(tables: Pair) -> N
     assert status(tables, target, "status") == ("ok",)
 
 
+@pytest.mark.once
 def test_the_error_log_is_bounded_and_nobody_waits_for_that(tables: Pair) -> None:
     target = tables.add_target(TABLE)
     fail = "SELECT count(tbl_repl._log_error(%s, NULL, '23514', n::text, NULL, NULL, NULL)) FROM generate_series(%s::int, %s::int) n"
@@ -246,6 +247,7 @@ def test_operations_that_are_not_replicated_are_not_pending(tables: Pair) -> Non
     assert tables.source.sql("TABLE tbl_repl.pending") == []
 
 
+@pytest.mark.once
 def test_status_of_a_target_that_waits(tables: Pair) -> None:
     target = tables.add_target(TABLE)
     tables.target.stop()

@@ -180,6 +180,7 @@ def test_a_target_without_the_extension_gets_none(pair: Pair) -> None:
 # --- the local transaction fails, or its session dies, between the two commits
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("how", ["raise", "terminate"])
 @pytest.mark.parametrize("mode", ["sync", "tolerant"])
 def test_what_does_not_commit_here_is_taken_back_there(pair: Pair, mode: str, how: str) -> None:
@@ -543,6 +544,7 @@ def test_a_target_that_is_no_longer_shipped_to_at_commit(pair: Pair, status: str
     assert_settled(pair, target)
 
 
+@pytest.mark.once
 def test_the_worker_heals_a_quiet_target(pair: Pair) -> None:
     target = replicate(pair, mode="sync")
     with WorkerProcess(pair.source):

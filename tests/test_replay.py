@@ -722,6 +722,7 @@ EMPTY_KEYS = {
 }
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", EMPTY_KEYS)
 @pytest.mark.parametrize("rows", [1, 2, 100])
 def test_a_background_copy_ends_where_a_page_ends_at_an_empty_key(pair: Pair, name: str, rows: int) -> None:
@@ -846,6 +847,7 @@ CREATE TRIGGER slow BEFORE INSERT OR UPDATE ON t FOR EACH ROW WHEN (NEW.v = 'slo
 """
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("mode", ["tolerant", "async"])
 def test_a_batch_too_slow_for_the_timeout_goes_in_smaller_messages(pair: Pair, mode: str) -> None:
     pair.both("CREATE TABLE t (id integer PRIMARY KEY, v text)")
@@ -858,6 +860,7 @@ def test_a_batch_too_slow_for_the_timeout_goes_in_smaller_messages(pair: Pair, m
     assert (pair.status(target_id), pair.pending(target_id)) == ("ok", 0)
 
 
+@pytest.mark.once
 def test_a_row_too_slow_for_the_timeout_goes_into_quarantine(pair: Pair) -> None:
     target_id = async_table(pair, timeout="0.3 s")
     pair.target.sql(SLOW.format(seconds=20))
@@ -878,6 +881,7 @@ def test_a_row_too_slow_for_the_timeout_goes_into_quarantine(pair: Pair) -> None
     pair.assert_same("t")
 
 
+@pytest.mark.once
 def test_rows_too_slow_are_tried_again_one_by_one(pair: Pair) -> None:
     async_table(pair, timeout="0.2 s")
     pair.target.sql(SLOW.format(seconds=20))
@@ -889,6 +893,7 @@ def test_rows_too_slow_are_tried_again_one_by_one(pair: Pair) -> None:
     assert sum(row[2] for row in quarantined(pair)) == before + 1
 
 
+@pytest.mark.once
 def test_a_target_too_slow_for_any_row_fails_and_its_neighbours_go_on(pair: Pair) -> None:
     target_id = async_table(pair, timeout="0.2 s")
     pair.both("CREATE TABLE n (id integer PRIMARY KEY)")
@@ -1517,6 +1522,7 @@ def test_truncate_of_a_leaf_leaves_the_other_partitions(pair: Pair) -> None:
     pair.assert_same("t")
 
 
+@pytest.mark.once
 def test_a_tree_in_one_table_is_filled_and_cleared(pair: Pair) -> None:
     """More rows than one message takes, parents with greater keys than their children."""
     async_table(pair, "id integer PRIMARY KEY, up integer REFERENCES t")

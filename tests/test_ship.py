@@ -238,6 +238,7 @@ ASSERT = """
 """
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("rows", [1, MANY])
 def test_a_failed_assertion_of_a_target_is_an_error_like_any_other(trio: Pair, rows: int) -> None:
     """PL/pgSQL's OTHERS does not catch it."""

@@ -271,6 +271,7 @@ def test_alter_target_changes_what_is_given(source: Pair) -> None:
     assert source.source.one("SELECT timeout = '7 s' FROM tbl_repl.target") is True
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("before", ["sync", "tolerant", "async"])
 @pytest.mark.parametrize("after", ["sync", "tolerant", "async"])
 def test_mode_can_be_changed_with_rows_queued(source: Pair, before: str, after: str) -> None:

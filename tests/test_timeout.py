@@ -274,6 +274,7 @@ def test_a_healthy_target_that_has_to_try_another_way_is_not_held_up_by_a_hung_o
     assert (trio.status(hung), trio.status(healthy)) == ("queueing", "ok")
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("rows", [1, 1500])
 @pytest.mark.parametrize("fault", ["hung", "locked", "hung and locked"])
 def test_the_waiting_for_several_bad_targets_does_not_add_up(trio: Pair, fault: str, rows: int) -> None:

@@ -233,6 +233,7 @@ KEYS = {
 }  # fmt: skip
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("composite", [False, True], ids=["single", "composite"])
 @pytest.mark.parametrize("mode", ["tolerant", "async"])
 def test_every_type_of_key_is_found_again(pair: Pair, composite: bool, mode: str) -> None:

@@ -164,6 +164,7 @@ def test_looking_at_a_large_queue_of_others_leaves_the_processor_alone(pair: Pai
 # --- refusals
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "bad",
     [

@@ -256,6 +256,7 @@ def test_a_copy_in_the_background_delays_no_neighbour(pair: Pair, queue: int) ->
         assert pair.status(target) == "copying"
 
 
+@pytest.mark.once
 def test_tables_that_refer_to_each_other_are_copied_in_order_while_writers_go_on(pair: Pair) -> None:
     pair.both("CREATE TABLE parent (id integer PRIMARY KEY)")
     pair.both("CREATE TABLE child (id integer PRIMARY KEY, parent integer NOT NULL REFERENCES parent)")
@@ -295,6 +296,7 @@ def test_tables_that_refer_to_each_other_are_copied_in_order_while_writers_go_on
         stop.set()
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("point", [name for name in failpoint.POINTS if name.startswith("piece")])
 @pytest.mark.parametrize("then", ["worker", "drain"])
 def test_killed_at_any_step_of_a_piece_the_tables_become_equal(pair: Pair, point: str, then: str) -> None:
@@ -788,6 +790,7 @@ def test_whatever_breaks_under_load_the_tables_become_equal(
         load.end()
 
 
+@pytest.mark.once
 def test_it_survives_the_end_of_its_sessions(pair: Pair, queue: int) -> None:
     with WorkerProcess(pair.source) as worker:
         for i in range(1, 4):
@@ -845,6 +848,7 @@ def test_killed_in_the_middle_of_a_batch_the_tables_become_equal(pair: Pair, que
         drained(pair)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("point", [name for name in failpoint.POINTS if name.startswith("copy")])
 def test_killed_at_any_step_of_a_copy_the_tables_become_equal(pair: Pair, queue: int, point: str) -> None:
     """A large batch; and nothing is applied over what is newer."""
