@@ -317,6 +317,20 @@ def test_what_is_left_goes_on_when_the_owner_of_the_table_drops_a_target(pair: P
     assert [n for (n,) in pair.source.admin(LEFT)] == [0] * 5
 
 
+def test_who_drops_the_last_target_when_the_owner_of_the_table_has_dropped_another(pair: Pair) -> None:
+    first, second = two_targets(pair, "definer", "new_owner")
+    pair.source.admin(
+        "ALTER TABLE t OWNER TO new_owner; ALTER TABLE t_1 OWNER TO new_owner; GRANT SELECT ON t TO definer"
+    )
+    pair.source.sql(f"SELECT tbl_repl.drop_target({first})", user="new_owner")
+    with pytest.raises(errors.InsufficientPrivilege, match="must be owner of table") as caught:
+        pair.source.sql(f"SELECT tbl_repl.drop_target({second})", user="definer")
+    assert caught.value.diag.message_hint == "Let role new_owner drop it."
+    pair.source.sql(f"SELECT tbl_repl.drop_target({second})", user="new_owner")
+    pair.source.sql("INSERT INTO t VALUES (1)", user="new_owner")
+    assert [n for (n,) in pair.source.admin(LEFT)] == [0] * 5
+
+
 def test_a_definer_that_is_no_member_of_the_owner_any_more_drops_his_target(pair: Pair) -> None:
     targets = two_targets(pair, "definer", "new_owner")
     pair.source.admin(

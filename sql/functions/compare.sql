@@ -665,7 +665,7 @@ COMMENT ON FUNCTION tbl_repl._unknown_to_all(tbl_repl.target, text, jsonb, jsonb
 -- A key there becomes a key here by the reverse of what assigning does: through numeric between number types,
 -- else by its text.  Where types differ it has to lead back to where it came from, or it is another key:
 -- the text '007' is not what the number 7 becomes.
--- Where this cannot be found out (other key columns, another owner) the target accounts for all of them.
+-- Where this cannot be found out (other key columns, another owner, a table that was dropped) the target accounts for all of them.
 CREATE OR REPLACE FUNCTION tbl_repl._unknown(
     target tbl_repl.target,
     names  name[],
@@ -696,6 +696,9 @@ BEGIN
         RETURN '[]';
     END IF;
     SELECT * INTO STRICT source FROM tbl_repl.source AS s WHERE s.source_id = target.source_id;
+    IF NOT EXISTS (SELECT FROM pg_class AS c WHERE c.oid = source.source_table) THEN
+        RETURN '[]';
+    END IF;
     SELECT array_agg(array_position(names, k.name) - 1 ORDER BY k.n) INTO positions
     FROM unnest(target.dst_keys) WITH ORDINALITY AS k (name, n);
     SELECT string_agg(format(CASE WHEN h.type <> t.type AND y.typcategory = 'N' AND c ->> 'category' = 'N'

@@ -385,15 +385,13 @@ SET search_path = pg_catalog, pg_temp
 AS $function$
 DECLARE
     lane      record;
-    item      record;
     batch     record;
     loads     tbl_repl.load[] := '{}';
-    retrying  boolean := false;
+    copied    record;
+    retrying  boolean;
     handled   bigint;
     old_limit text := current_setting('lock_timeout');
     failure   record;
-    pages     jsonb := '{}';
-    page      text[];
     locked    integer[];
     paged     integer[];
     small     record;
@@ -499,37 +497,13 @@ BEGIN
     loads := batch.loads;
     handled := coalesce(batch.rows, 0);
 
-    -- The initial copy in the background: the next page, what is queued comes after it.  Referenced tables first.
-    FOR item IN
-        SELECT t.target_id, st.copy_after, s.fk_rank, s.source_table
-        FROM tbl_repl.target AS t JOIN tbl_repl.target_state AS st USING (target_id) JOIN tbl_repl.source AS s USING (source_id)
-        WHERE t.target_id = ANY (targets) AND t.target_id = ANY (paged) AND st.copy_after IS NOT NULL
-          AND s.fk_rank = (SELECT min(so.fk_rank) FROM tbl_repl.target AS o JOIN tbl_repl.target_state AS os USING (target_id)
-                           JOIN tbl_repl.source AS so USING (source_id)
-                           WHERE o.target_id = ANY (targets) AND os.copy_after IS NOT NULL)
-    LOOP
-        EXECUTE format('SELECT tbl_repl.page_%s($1, $2)', item.target_id) INTO page USING item.copy_after[1], max_rows;
-        pages := jsonb_set(pages, ARRAY[item.target_id::text], to_jsonb(coalesce(page, '{}')));
-        handled := handled + coalesce(cardinality(page), 0);
-        IF page IS NOT NULL THEN
-            loads := array_append(loads, ROW(item.target_id, item.fk_rank, format(
-                'SELECT array_agg(e.k) AS keys FROM unnest(%L::text[]) WITH ORDINALITY AS e (k, n) GROUP BY (e.n - 1) / %s ORDER BY (e.n - 1) / %s',
-                page, tbl_repl._chunk_rows(item.source_table), tbl_repl._chunk_rows(item.source_table)), true, false, NULL)::tbl_repl.load);
-        END IF;
-    END LOOP;
-
+    copied := tbl_repl._next_pages(targets, paged, max_rows);
+    loads := loads || copied.loads;
+    handled := handled + copied.rows;
     -- Nothing else to do: what is in quarantine gets another chance.
-    IF retry AND cardinality(loads) = 0 AND batch.cut IS NULL THEN
-        SELECT coalesce(array_agg(ROW(q.target_id, s.fk_rank, format(
-                   'SELECT array_agg(q.key) AS keys FROM (SELECT key FROM tbl_repl.quarantined WHERE target_id = %s AND (sqlstate = ''57014'') = %L '
-                   'ORDER BY last_failed_at LIMIT %s) AS q HAVING count(*) > 0',
-                   -- together: they may be in each other's way; but those that take too long one by one, and in turn
-                   q.target_id, q.slow, CASE WHEN q.slow THEN 1 ELSE greatest(max_rows, tbl_repl._rows_per_message()) END), true, false, NULL)::tbl_repl.load), '{}')
-        INTO loads
-        FROM (SELECT DISTINCT ON (x.target_id) x.target_id, x.sqlstate = '57014' AS slow
-              FROM tbl_repl.quarantined AS x WHERE x.target_id = ANY (targets) ORDER BY x.target_id, x.last_failed_at) AS q
-        JOIN tbl_repl.target AS t USING (target_id) JOIN tbl_repl.source AS s USING (source_id);
-        retrying := true;
+    retrying := retry AND cardinality(loads) = 0 AND batch.cut IS NULL;
+    IF retrying THEN
+        loads := tbl_repl._quarantine_loads(targets, max_rows);
     END IF;
 
     SELECT '{}'::integer[] AS broken INTO failure;
@@ -568,17 +542,9 @@ BEGIN
         FROM (SELECT o::integer AS target_id FROM jsonb_object_keys(batch.ops) AS o) AS u
         WHERE u.target_id <> ALL (coalesce(failure.broken, '{}'));
     END IF;
-    FOR item IN SELECT p.key::integer AS target_id, jsonb_array_length(p.value) AS n, p.value ->> -1 AS last FROM jsonb_each(pages) AS p LOOP
-        CONTINUE WHEN item.target_id = ANY (coalesce(failure.broken, '{}'));
-        UPDATE tbl_repl.target_state AS st
-        SET copy_after = CASE WHEN item.n < max_rows THEN NULL ELSE ARRAY[item.last] END,
-            rows_copied = st.rows_copied + item.n,
-            status = CASE WHEN item.n < max_rows AND st.status = 'copying' THEN 'queueing' ELSE st.status END
-        WHERE st.target_id = item.target_id;
-        IF item.n < max_rows AND handled = 0 THEN
-            handled := 1;  -- the copy has ended; what was queued meanwhile is next
-        END IF;
-    END LOOP;
+    IF tbl_repl._note_pages(copied.pages, max_rows, failure.broken) AND handled = 0 THEN
+        handled := 1;  -- a copy has ended; what was queued meanwhile is next
+    END IF;
 
     IF coalesce(batch.complete, true) THEN
         PERFORM tbl_repl._back_to_ok(t) FROM unnest(targets) AS t
@@ -589,6 +555,89 @@ END
 $function$;
 COMMENT ON FUNCTION tbl_repl._replay_lane(integer[], boolean, integer, boolean, integer[], boolean) IS
     'ships one batch to the targets behind one connection';
+
+-- _next_pages(targets, paged, max_rows): the initial copy in the background, as far as it is made here (paged): the next
+-- page of each target, referenced tables first; what is queued comes after it.
+--   pages: {"target_id": [key, ...]}, for _note_pages; rows: how many keys
+CREATE OR REPLACE FUNCTION tbl_repl._next_pages(
+    targets  integer[],
+    paged    integer[],
+    max_rows integer,
+    OUT loads tbl_repl.load[],
+    OUT pages jsonb,
+    OUT rows  bigint
+)
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    item record;
+    page text[];
+BEGIN
+    loads := '{}';
+    pages := '{}';
+    rows := 0;
+    FOR item IN
+        SELECT t.target_id, st.copy_after, s.fk_rank, tbl_repl._chunk_rows(s.source_table) AS chunk
+        FROM tbl_repl.target AS t JOIN tbl_repl.target_state AS st USING (target_id) JOIN tbl_repl.source AS s USING (source_id)
+        WHERE t.target_id = ANY (targets) AND t.target_id = ANY (paged) AND st.copy_after IS NOT NULL
+          AND s.fk_rank = (SELECT min(so.fk_rank) FROM tbl_repl.target AS o JOIN tbl_repl.target_state AS os USING (target_id)
+                           JOIN tbl_repl.source AS so USING (source_id)
+                           WHERE o.target_id = ANY (targets) AND os.copy_after IS NOT NULL)
+    LOOP
+        EXECUTE format('SELECT tbl_repl.page_%s($1, $2)', item.target_id) INTO page USING item.copy_after[1], max_rows;
+        pages := jsonb_set(pages, ARRAY[item.target_id::text], to_jsonb(coalesce(page, '{}')));
+        IF page IS NOT NULL THEN
+            rows := rows + cardinality(page);
+            loads := array_append(loads, ROW(item.target_id, item.fk_rank, format(
+                'SELECT array_agg(e.k) AS keys FROM unnest(%L::text[]) WITH ORDINALITY AS e (k, n) GROUP BY (e.n - 1) / %s ORDER BY (e.n - 1) / %s',
+                page, item.chunk, item.chunk), true, false, NULL)::tbl_repl.load);
+        END IF;
+    END LOOP;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._next_pages(integer[], integer[], integer) IS 'what comes next of copies in the background';
+
+-- _note_pages(pages, max_rows, broken): the pages are on the target, but for those of broken targets; whether a copy has ended.
+CREATE OR REPLACE FUNCTION tbl_repl._note_pages(pages jsonb, max_rows integer, broken integer[])
+RETURNS boolean
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    item  record;
+    ended boolean := false;
+BEGIN
+    FOR item IN SELECT p.key::integer AS target_id, jsonb_array_length(p.value) AS n, p.value ->> -1 AS last FROM jsonb_each(pages) AS p LOOP
+        CONTINUE WHEN item.target_id = ANY (coalesce(broken, '{}'));
+        UPDATE tbl_repl.target_state AS st
+        SET copy_after = CASE WHEN item.n < max_rows THEN NULL ELSE ARRAY[item.last] END,
+            rows_copied = st.rows_copied + item.n,
+            status = CASE WHEN item.n < max_rows AND st.status = 'copying' THEN 'queueing' ELSE st.status END
+        WHERE st.target_id = item.target_id;
+        ended := ended OR item.n < max_rows;
+    END LOOP;
+    RETURN ended;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._note_pages(jsonb, integer, integer[]) IS 'notes how far copies in the background are';
+
+-- What is in quarantine, as something to ship.  Together, for rows may be in each other's way; but those that take too
+-- long one by one, and in turn.
+CREATE OR REPLACE FUNCTION tbl_repl._quarantine_loads(targets integer[], max_rows integer)
+RETURNS tbl_repl.load[]
+LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT coalesce(array_agg(ROW(q.target_id, s.fk_rank, format(
+               'SELECT array_agg(q.key) AS keys FROM (SELECT key FROM tbl_repl.quarantined WHERE target_id = %s AND (sqlstate = ''57014'') = %L '
+               'ORDER BY last_failed_at LIMIT %s) AS q HAVING count(*) > 0',
+               q.target_id, q.slow, CASE WHEN q.slow THEN 1 ELSE greatest(max_rows, tbl_repl._rows_per_message()) END), true, false, NULL)::tbl_repl.load), '{}')
+    FROM (SELECT DISTINCT ON (x.target_id) x.target_id, x.sqlstate = '57014' AS slow
+          FROM tbl_repl.quarantined AS x WHERE x.target_id = ANY (targets) ORDER BY x.target_id, x.last_failed_at) AS q
+    JOIN tbl_repl.target AS t USING (target_id) JOIN tbl_repl.source AS s USING (source_id)
+$function$;
+COMMENT ON FUNCTION tbl_repl._quarantine_loads(integer[], integer) IS 'another try of what targets have rejected';
 
 -- _small_batch(targets, max_rows): what is queued for some targets, when it is little and nothing special: the statements
 -- that bring it, for one message.  Nothing is planned anew, for most batches are small.

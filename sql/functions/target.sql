@@ -972,7 +972,7 @@ DECLARE
     rel    record;
     last   boolean := NOT EXISTS (SELECT FROM tbl_repl.target AS t WHERE t.source_id = target.source_id AND t.target_id <> drop_target.target_id);
 BEGIN
-    SELECT c.oid::regclass AS id, pg_has_role(current_user, c.relowner, 'USAGE') AS owned,
+    SELECT c.oid::regclass AS id, pg_get_userbyid(c.relowner) AS owner, pg_has_role(current_user, c.relowner, 'USAGE') AS owned,
            (SELECT pg_has_role(current_user, f.proowner, 'USAGE') FROM pg_proc AS f
             WHERE f.pronamespace = 'tbl_repl'::regnamespace AND f.proname = format('capture_%s', s.source_id)) AS captured
     INTO rel
@@ -982,6 +982,12 @@ BEGIN
     -- Writers in flight first: they may still refer to the target.
     IF rel.owned THEN
         EXECUTE format('LOCK TABLE %s IN SHARE ROW EXCLUSIVE MODE', rel.id);
+    ELSIF last AND NOT rel.captured AND NOT pg_has_role(current_user, tbl_repl._owner(), 'USAGE') THEN
+        -- its owner has dropped another target, and the trigger function is his since then
+        RAISE EXCEPTION USING
+            ERRCODE = 'insufficient_privilege',
+            MESSAGE = format('must be owner of table %s to drop its last target', rel.id),
+            HINT    = format('Let role %I drop it.', rel.owner);
     ELSIF last THEN
         PERFORM tbl_repl._drop_capture(target.source_id);
     END IF;
