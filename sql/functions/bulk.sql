@@ -39,6 +39,7 @@ COMMENT ON FUNCTION tbl_repl._bulk_lanes(name, bigint) IS
 --   whole: everything, after TRUNCATE
 --   stage, gone, remove, merge: statements for the target: create the temporary table; take the keys out of it, as many
 --   as rows are affected (NULL: not needed); delete their rows; write the others
+-- SECURITY DEFINER: works on the private tables, as replay does.
 CREATE OR REPLACE FUNCTION tbl_repl._bulk_jobs(targets integer[])
 RETURNS TABLE (
     target_id   integer,
@@ -175,6 +176,7 @@ COMMENT ON FUNCTION tbl_repl._may_copy_binary(tbl_repl.target, tbl_repl.source) 
 
 -- _bulk_done(targets, snapshot, counts): the batch that was read in the snapshot is committed on the target;
 -- counts: {"target_id": rows}.  The caller holds ship of the targets.
+-- SECURITY DEFINER: empties segments of the queue (_rotate), which takes their owner.
 CREATE OR REPLACE FUNCTION tbl_repl._bulk_done(
     targets  integer[],
     snapshot pg_snapshot,
