@@ -47,6 +47,7 @@ COMMENT ON FUNCTION tbl_repl._takes_bulk(tbl_repl.target_state) IS 'whether the 
 --   whole: everything, after TRUNCATE
 --   stage, gone, remove, merge: statements for the target: create the temporary table; take the keys out of it, as many
 --   as rows are affected (NULL: not needed); delete their rows; write the others
+-- SECURITY DEFINER: works on the private tables, as replay does.
 CREATE OR REPLACE FUNCTION tbl_repl._bulk_jobs(targets integer[])
 RETURNS TABLE (
     target_id   integer,
@@ -182,6 +183,7 @@ COMMENT ON FUNCTION tbl_repl._may_copy_binary(tbl_repl.target, tbl_repl.source) 
 
 -- _bulk_done(snapshot, counts): the batch that was read in the snapshot is committed on the target;
 -- counts: {"target_id": rows}, of every job.  The caller holds ship of the targets.
+-- SECURITY DEFINER: empties segments of the queue (_rotate), which takes their owner.
 CREATE OR REPLACE FUNCTION tbl_repl._bulk_done(
     snapshot pg_snapshot,
     counts   jsonb

@@ -120,6 +120,7 @@ FROM tbl_repl.conflict AS c;
 COMMENT ON VIEW tbl_repl.conflict_log IS 'conflicts between nodes that were settled here';
 
 -- Rows of the table are in it: it is for operators.
+-- SECURITY DEFINER: an operator himself may call render_N of his own targets only.
 CREATE OR REPLACE FUNCTION tbl_repl._pending_sql()
 RETURNS TABLE (id bigint, nsp_name name, table_name name, dst_server name, dst_query text, create_time timestamptz)
 LANGUAGE plpgsql STABLE

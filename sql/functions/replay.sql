@@ -197,7 +197,9 @@ END
 $function$;
 COMMENT ON FUNCTION tbl_repl._advance(integer, bigint, pg_snapshot) IS 'notes how far a target is after a batch';
 
--- Pending rows of a target, as what follows FROM: rows meant for it that are not in its position.
+-- Pending rows of a target, as what follows FROM: rows meant for it that are not in its position.  The rule is written
+-- out again where text would have to be planned anew each time, in _has_pending and, twice, in _small_batch, and in _rotate,
+-- which asks for all targets at once.  Who changes it here changes it there; test_pending.py compares them.
 CREATE OR REPLACE FUNCTION tbl_repl._pending_from(
     target   tbl_repl.target,
     passed   pg_snapshot,

@@ -164,7 +164,7 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._message(tbl_repl.parcel[], boolean) IS
     'the statements for one connection, in an order that foreign keys allow';
 
--- A message that commits ends with its lease: too late on the target''s clock, it undoes itself.
+-- A message that commits ends with its lease: too late on the target's clock, it undoes itself.
 CREATE OR REPLACE FUNCTION tbl_repl._lease(deadline timestamptz) RETURNS text
 LANGUAGE sql STABLE
 RETURN format('; EXECUTE tbl_repl_lease(%s)', extract(epoch FROM deadline)::numeric);

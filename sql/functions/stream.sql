@@ -1,8 +1,9 @@
 -- Stream: many rows to one connection, in one remote transaction, in messages of bounded size.
 --
--- Used by the flush for large transactions and whole tables, and by replay for everything.  All tables
--- are read in the snapshot of one statement, which is fetched from message by message: memory does not
--- grow with the number of rows.  While the target works on one message the next one is rendered.
+-- Used by the flush for large transactions and whole tables, and by replay for what is no small batch (_small_batch)
+-- and does not go by COPY (bulk.sql).  All tables are read in the snapshot of one statement, which is fetched from
+-- message by message: memory does not grow with the number of rows.  While the target works on one message the next one
+-- is rendered.
 
 -- How many rows of a table make a message of about two megabytes, a thousand at the most.  Pages and rows
 -- as last counted together: the present size over an old count would tell nothing.

@@ -203,9 +203,10 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._syntax_error(regclass, text) IS
     'the syntax error in an expression, in words that fit what was written';
 
--- _remote_facts(conn, schema, name, deadline): what the target's catalogs say of the table, as jsonb:
--- columns [{name, type, base, category, length, notnull, identity, generated, fuzzy, equals, has_default}], keys (unique
--- indexes an upsert may use), unique (column lists of all others), referenced, writable, oid, kind, version, extension, receipts.
+-- _remote_facts(conn, schema, name, deadline): what the target's catalogs say of the table, as jsonb: columns
+-- [{name, type, base, category, length, notnull, identity, generated, has_default, domain_of, fuzzy, equals, greater}], keys
+-- (unique indexes an upsert may use), unique (column lists of every unique index and exclusion constraint), referenced,
+-- writable, truncatable, user, oid, kind, version, extension, receipts.
 CREATE OR REPLACE FUNCTION tbl_repl._remote_facts(
     conn       text,
     dst_schema name,
@@ -1134,8 +1135,8 @@ END
 $function$;
 COMMENT ON FUNCTION tbl_repl.resume_target(integer) IS 'lets a paused or failed target go on';
 
--- explain_target(target_id, key): the statements that would be sent for a row, or for a made-up first
--- one; sends nothing.  The row's values are in it, so it takes the owner of the target.
+-- explain_target(target_id, key): the statements that would be sent for a row, without a key for the first one; a
+-- template where there is none.  Sends nothing.  The row's values are in it, so it takes the owner of the target.
 CREATE OR REPLACE FUNCTION tbl_repl.explain_target(target_id integer, key jsonb DEFAULT NULL)
 RETURNS SETOF text
 LANGUAGE plpgsql VOLATILE
