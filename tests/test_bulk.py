@@ -189,3 +189,31 @@ def test_domains_that_take_no_null(pair: Pair) -> None:
     pair.source.sql("DELETE FROM t WHERE id <= 10; UPDATE t SET v = 'z', \"W x\" = 'w' WHERE id > 40")
     assert ship(pair) == 20
     pair.assert_same("t")
+
+
+@pytest.mark.parametrize("binary", [True, False], ids=["binary", "text"])
+@pytest.mark.parametrize("encodings", [(None, "LATIN1"), ("LATIN1", None), ("LATIN1", "LATIN1")], ids=str)
+def test_databases_of_different_encodings(pair: Pair, binary: bool) -> None:
+    ddl = 'CREATE TABLE t (id integer PRIMARY KEY, "prix élevé" text, n {} DEFAULT 1)'
+    pair.source.sql(ddl.format("integer"))
+    pair.target.sql(ddl.format("integer" if binary else "bigint"))
+    pair.add_target("t", mode="async")
+    for statement in (
+        "INSERT INTO t SELECT g, 'à côté ' || g FROM generate_series(1, 50) g",
+        "UPDATE t SET \"prix élevé\" = 'üß' WHERE id <= 20; DELETE FROM t WHERE id > 40",
+        "TRUNCATE t; INSERT INTO t SELECT g, 'ÿ' FROM generate_series(1, 10) g",
+    ):
+        pair.source.sql(statement)
+        assert ship(pair)
+        pair.assert_same("t")
+
+
+@pytest.mark.parametrize("encodings", [(None, "LATIN1")], ids=str)
+def test_a_character_that_the_target_has_not_is_left_to_replay(pair: Pair) -> None:
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY, v text)")
+    pair.add_target("t", mode="async")
+    pair.source.sql("INSERT INTO t VALUES (1, 'é'), (2, '€'), (3, 'ê')")
+    assert ship(pair) is None
+    pair.drain()
+    pair.assert_same("t", where="id <> 2")
+    assert pair.source.sql("SELECT key, sqlstate FROM tbl_repl.quarantine") == [({"id": 2}, "22P05")]

@@ -712,3 +712,30 @@ def test_the_first_failure_of_a_job_ends_all(even: Pair) -> None:
     even.target.sql("ALTER TABLE t RENAME TO gone")
     with pytest.raises(psycopg.Error, match="does not exist"):
         in_pieces(even, target)
+
+
+@pytest.mark.parametrize("encodings", [(None, "LATIN1"), ("LATIN1", None)], ids=str)
+def test_databases_of_different_encodings(pair: Pair) -> None:
+    pair.both('CREATE TABLE "données" ("clé" text PRIMARY KEY, v text)')
+    pair.source.sql("INSERT INTO \"données\" SELECT 'é' || g, 'à côté' FROM generate_series(1, 20) g")
+    target = pair.add_target('"données"', mode="async")
+    pair.drain()
+    found: list[dict[str, Any]] = []
+
+    def run(**options: bool) -> int:
+        return compare.compare(dsn_of(pair.source), target, 2, 7, on_found=found.extend, **options)
+
+    run()
+    assert found == []
+    pair.target.sql("UPDATE \"données\" SET v = 'à coté' WHERE \"clé\" = 'é7'")
+    pair.target.sql(
+        "DELETE FROM \"données\" WHERE \"clé\" = 'é9'; INSERT INTO \"données\" VALUES ('è', 'extra')"
+    )
+    assert run(repair=True, delete_extra=True) == 3
+    assert sorted((row["difference"], row["key"]["clé"]) for row in found) == [
+        ("different", "é7"),
+        ("extra_on_target", "è"),
+        ("missing_on_target", "é9"),
+    ]
+    pair.drain()
+    pair.assert_same('"données"')

@@ -304,3 +304,15 @@ def test_names_with_a_dollar_sign(pair: Pair, key: str) -> None:
         query = pair.source.one("SELECT rows_query FROM tbl_repl._copy_next(%s)", [target])
         found += [int(row[0]) for row in pair.source.sql(query)]
     assert found == list(range(1, 11))
+
+
+@pytest.mark.parametrize("encodings", [(None, "LATIN1"), ("LATIN1", None)], ids=str)
+def test_databases_of_different_encodings(pair: Pair) -> None:
+    pair.both('CREATE TABLE "données" ("clé" text PRIMARY KEY, v text)')
+    pair.source.sql("INSERT INTO \"données\" SELECT 'é' || g, 'à côté' FROM generate_series(1, 50) g")
+    pair.target.sql("INSERT INTO \"données\" VALUES ('é5', 'old'), ('é45', 'old')")
+    target = pair.add_target('"données"', mode="async", initial_copy="none")
+    said = run(pair, "copy", str(target), "--piece-rows", "20")
+    assert said.returncode == 0, said.stderr
+    pair.drain()
+    pair.assert_same('"données"')

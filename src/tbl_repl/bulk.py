@@ -19,7 +19,7 @@ from psycopg import sql
 from psycopg.rows import tuple_row
 
 from tbl_repl import failpoint
-from tbl_repl.database import Connection, Row
+from tbl_repl.database import ENCODING, Connection, Row
 
 log = logging.getLogger("tbl_repl.bulk")
 
@@ -109,7 +109,9 @@ def open_target(conninfo: str, settings: str) -> Iterator[tuple[Target, float]]:
 
     The offset is rounded down: a lease may end early, never late.
     """
-    with psycopg.connect(conninfo, autocommit=True, row_factory=tuple_row) as target:
+    with psycopg.connect(
+        conninfo, autocommit=True, row_factory=tuple_row, client_encoding=ENCODING
+    ) as target:
         watchdog = Watchdog(target)
         try:
             target.execute(settings.encode())
