@@ -217,3 +217,24 @@ def test_a_character_that_the_target_has_not_is_left_to_replay(pair: Pair) -> No
     pair.drain()
     pair.assert_same("t", where="id <> 2")
     assert pair.source.sql("SELECT key, sqlstate FROM tbl_repl.quarantine") == [({"id": 2}, "22P05")]
+
+
+def test_a_filter_with_a_backslash_where_literals_do_not_conform(pair: Pair) -> None:
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY, code text)")
+    pair.add_target("t", mode="async", row_filter=r"code ~ '\d+'")
+    pair.source.admin(f"ALTER DATABASE {pair.source.dbname} SET standard_conforming_strings = off")
+    pair.source.sql(
+        "INSERT INTO t SELECT g, CASE WHEN g % 2 = 0 THEN 'd' ELSE '7' END FROM generate_series(1, 20) g"
+    )
+    assert ship(pair)
+    pair.assert_same("t", where="id % 2 = 1")
+
+
+def test_nulls_in_arrays_where_the_target_reads_them_as_words(pair: Pair) -> None:
+    pair.source.sql("CREATE TABLE t (id integer PRIMARY KEY, v text[])")
+    pair.target.sql("CREATE TABLE t (id bigint PRIMARY KEY, v text[])")
+    pair.add_target("t", mode="async")
+    pair.target.admin(f"ALTER ROLE owner IN DATABASE {pair.target.dbname} SET array_nulls = off")
+    pair.source.sql("INSERT INTO t VALUES (1, ARRAY[NULL, 'NULL'])")
+    assert ship(pair) == 1
+    assert pair.target.sql("SELECT v[1] IS NULL, v[2] FROM t") == [(True, "NULL")]

@@ -290,6 +290,7 @@ def test_what_the_target_cannot_hold_is_a_difference(pair: Pair) -> None:
         ("date", "timestamp", "'2026-01-02'", "'2026-01-02 12:00'"),
         ("timestamptz", "timestamptz", "'2026-01-02 12:00+3'", "'2026-01-02 12:00+2'"),
         ("float8", "float8", "0.1", "0.30000000000000004"),
+        ("text[]", "text[]", "ARRAY[NULL, 'a']", "ARRAY['b']"),
     ],
 )
 def test_extra_rows_are_found_where_key_types_differ(
@@ -297,7 +298,9 @@ def test_extra_rows_are_found_where_key_types_differ(
 ) -> None:
     pair.source.sql(f"CREATE TABLE t (id {here} PRIMARY KEY, v text)")
     pair.target.sql(f"CREATE TABLE t (id {there} PRIMARY KEY, v text)")
-    pair.source.sql("SET datestyle = 'German'; SET extra_float_digits = -3; SET timezone = 'Asia/Tokyo'")
+    pair.source.sql(
+        "SET datestyle = 'German'; SET extra_float_digits = -3; SET timezone = 'Asia/Tokyo'; SET array_nulls = off"
+    )
     pair.source.sql(f"INSERT INTO t VALUES ({value}, 'v')")
     target = pair.add_target("t")
     assert differences(pair, target) == []

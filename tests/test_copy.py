@@ -316,3 +316,13 @@ def test_databases_of_different_encodings(pair: Pair) -> None:
     assert said.returncode == 0, said.stderr
     pair.drain()
     pair.assert_same('"données"')
+
+
+def test_a_filter_with_a_backslash_where_literals_do_not_conform(pair: Pair) -> None:
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY, code text)")
+    pair.source.sql("INSERT INTO t VALUES (1, '7'), (2, 'd')")
+    target = pair.add_target("t", mode="async", row_filter=r"code ~ '\d+'", initial_copy="none")
+    pair.source.admin(f"ALTER DATABASE {pair.source.dbname} SET standard_conforming_strings = off")
+    said = run(pair, "copy", str(target))
+    assert said.returncode == 0, said.stderr
+    assert pair.target.rows("t") == ["(1,7)"]

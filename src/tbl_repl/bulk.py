@@ -216,12 +216,11 @@ def _move(source: Connection, target: Target, watchdog: Watchdog, lane: Row) -> 
 
 def as_owner(source: Connection, lane: Row) -> None:
     """For this transaction: the target's owner, and settings under which a value has one text form."""
+    row = source.execute("SELECT tbl_repl._text_session('LOCAL') AS settings").fetchone()
+    assert row is not None
     source.execute(sql.SQL("SET LOCAL ROLE {}").format(sql.Identifier(lane["owner"])))
-    source.execute(
-        "SET LOCAL search_path = pg_catalog, pg_temp; SET LOCAL row_security = off; "
-        "SET LOCAL datestyle = 'ISO, MDY'; SET LOCAL timezone = 'UTC'; SET LOCAL intervalstyle = 'postgres'; "
-        "SET LOCAL extra_float_digits = 1; SET LOCAL bytea_output = 'hex'; SET LOCAL lc_monetary = 'C'"
-    )
+    source.execute("SET LOCAL search_path = pg_catalog, pg_temp; SET LOCAL row_security = off")
+    source.execute(str(row["settings"]).encode())
 
 
 def _straight(source: Connection, target: Target, watchdog: Watchdog, job: Row) -> int:
