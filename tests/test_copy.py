@@ -3,38 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 import threading
-from pathlib import Path
 
 import pytest
 
 from support import Pair, wait_until
 from support.background import start
+from support.programs import dsn_of, started, tbl_repl
 
-ROOT = Path(__file__).parents[1]
 DDL = "CREATE TABLE item (id integer PRIMARY KEY, name text, price numeric(10,2))"
 
 
-def dsn_of(pair: Pair) -> str:
-    source = pair.source
-    return f"host=127.0.0.1 port={source.cluster.port} dbname={source.dbname} user=owner password=secret"
-
-
-def command(pair: Pair, *args: str) -> list[str]:
-    return [sys.executable, "-m", "tbl_repl", *args, "--dsn", dsn_of(pair)]
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT / "src"), "PYTHONIOENCODING": "utf-8"}
-
-
 def run(pair: Pair, *args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(pair, *args), capture_output=True, text=True, timeout=60, env=environment(), check=False
-    )
+    return tbl_repl(*args, "--dsn", dsn_of(pair.source))
 
 
 @pytest.fixture
@@ -132,10 +114,7 @@ def test_a_killed_copy_can_be_repeated(filled: Pair) -> None:
     target = filled.add_target("item", mode="sync", initial_copy="none")
     with filled.target.connect() as blocker, blocker.transaction():
         blocker.execute("LOCK TABLE item IN ACCESS EXCLUSIVE MODE")
-        process = subprocess.Popen(
-            command(filled, "copy", str(target), "--piece-rows", "500"),
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment(),
-        )  # fmt: skip
+        process = started("copy", str(target), "--piece-rows", "500", "--dsn", dsn_of(filled.source))
         wait_until(
             lambda: filled.source.one("SELECT count(*) FROM tbl_repl.piece WHERE state = 'running'") > 0
         )
@@ -179,10 +158,7 @@ def test_jobs_hold_the_lock_that_says_so(filled: Pair) -> None:
     target = filled.add_target("item", mode="async", initial_copy="none")
     with filled.target.connect() as blocker, blocker.transaction():
         blocker.execute("LOCK TABLE item IN ACCESS EXCLUSIVE MODE")
-        process = subprocess.Popen(
-            command(filled, "copy", str(target), "--piece-rows", "500"),
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment(),
-        )  # fmt: skip
+        process = started("copy", str(target), "--piece-rows", "500", "--dsn", dsn_of(filled.source))
         held = "SELECT count(*) FROM pg_locks WHERE classid = tbl_repl._lock_piece()::oid AND objid = %s AND granted"
         wait_until(lambda: filled.source.admin(held, [target]) == [(2,)])
     assert process.wait(60) == 0
