@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
 import psycopg
 import pytest
 
 from support import Pair
+from support.programs import dsn_of
 from tbl_repl import bulk, database
 
+# beside a row that fills a buffer
+SLOW_FILTER = """
+    CREATE FUNCTION passes(v text) RETURNS boolean LANGUAGE plpgsql AS $$
+    BEGIN IF v = 'slow' THEN PERFORM pg_sleep(1.6); END IF; RETURN v <> 'no'; END $$
+"""
 COMPOSITE = "CREATE TABLE t (a text, b integer, v text, PRIMARY KEY (b, a))"
 
 
 def ship(pair: Pair) -> int | None:
     """What is queued, by COPY; the number of keys."""
-    source = pair.source
-    dsn = f"host=127.0.0.1 port={source.cluster.port} dbname={source.dbname} user=owner password=secret"
-    with database.connect(dsn, "worker") as connection:
+    with database.connect(dsn_of(pair.source), "worker") as connection:
         return bulk.ship(connection, pair.server, 1)
 
 
@@ -172,10 +180,63 @@ def test_a_target_that_falls_silent_after_the_login_is_given_up(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bulk, "SILENCE_SECONDS", 0.2)
-    there = pair.target
-    dsn = f"host=127.0.0.1 port={there.cluster.port} dbname={there.dbname} user=owner password=secret"
-    with pytest.raises(psycopg.OperationalError), bulk.open_target(dsn, "SELECT pg_sleep(20)"):
+    with (
+        pytest.raises(psycopg.OperationalError),
+        bulk.open_target(dsn_of(pair.target), "SELECT pg_sleep(20)"),
+    ):
         pass
+
+
+def test_a_source_that_takes_long_for_its_rows_is_waited_for(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bulk, "SILENCE_SECONDS", 0.5)
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY, v text)")
+    pair.source.sql(SLOW_FILTER)
+    pair.add_target("t", mode="async", row_filter="public.passes(v)")
+    pair.source.sql("INSERT INTO t VALUES (1, repeat('x', 300000)), (2, 'slow'), (3, 'y')")
+    assert ship(pair) == 3
+    pair.assert_same("t")
+
+
+@pytest.mark.parametrize("step", ["stage", "rows", "commit"])
+def test_a_target_that_hangs_is_given_up(pair: Pair, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    """Its session stays, so that nothing but the watchdog can end the waiting."""
+    monkeypatch.setattr(bulk, "SILENCE_SECONDS", 0.5)
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY, v text)")
+    target = pair.add_target("t", mode="async", timeout="1 s")
+    pair.source.sql("INSERT INTO t SELECT g, repeat('x', 1000) FROM generate_series(1, 20000) g")
+    move, commit, pump = bulk._move, bulk.commit, bulk.pump
+    frozen = contextlib.ExitStack()
+
+    def freeze(call: Callable[..., Any]) -> Callable[..., Any]:
+        def frozen_first(*args: Any) -> Any:
+            frozen.enter_context(pair.target.frozen("tbl_repl %.b01d"))
+            return call(*args)
+
+        return frozen_first
+
+    name = {"stage": "_move", "rows": "pump", "commit": "commit"}[step]
+    monkeypatch.setattr(bulk, name, freeze({"stage": move, "rows": pump, "commit": commit}[step]))
+    with frozen:
+        assert ship(pair) is None
+    monkeypatch.undo()
+    pair.drain()
+    assert pair.pending(target) == 0
+    pair.assert_same("t")
+
+
+def test_a_role_that_may_not_use_the_mapping_leaves_it_to_replay(pair: Pair) -> None:
+    """The worker asks again after a while only."""
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY)")
+    pair.add_target("t", mode="async")
+    pair.source.sql("INSERT INTO t SELECT generate_series(1, 10)")
+    operator = pair.source.role("bulk_operator")
+    pair.source.sql(f"SELECT tbl_repl.grant_access('{operator}', 'operator')")
+    with database.connect(dsn_of(pair.source, operator), "worker") as connection:
+        assert bulk.ship(connection, pair.server, 1) is None
+    pair.drain()
+    pair.assert_same("t")
 
 
 def test_domains_that_take_no_null(pair: Pair) -> None:

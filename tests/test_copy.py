@@ -6,12 +6,19 @@ import json
 import subprocess
 import threading
 
+import psycopg
 import pytest
 
 from support import Pair, wait_until
 from support.background import start
 from support.programs import dsn_of, started, tbl_repl
+from tbl_repl import bulk, copy
 
+# beside a row that fills a buffer
+SLOW_FILTER = """
+    CREATE FUNCTION passes(v text) RETURNS boolean LANGUAGE plpgsql AS $$
+    BEGIN IF v = 'slow' THEN PERFORM pg_sleep(1.6); END IF; RETURN v <> 'no'; END $$
+"""
 DDL = "CREATE TABLE item (id integer PRIMARY KEY, name text, price numeric(10,2))"
 
 
@@ -148,6 +155,7 @@ def test_nothing_is_shipped_while_a_piece_is_on_its_way(filled: Pair) -> None:
         assert filled.status(target) == "copying"
         said = run(filled, "copy", str(target))
         assert "is being copied by another session" in said.stderr
+    wait_until(lambda: not filled.source.backends("tbl-repl copy%"))
     filled.drain()
     assert filled.status(target) == "ok"
     filled.assert_same("item")
@@ -302,3 +310,43 @@ def test_a_filter_with_a_backslash_where_literals_do_not_conform(pair: Pair) -> 
     said = run(pair, "copy", str(target))
     assert said.returncode == 0, said.stderr
     assert pair.target.rows("t") == ["(1,7)"]
+
+
+def test_a_source_that_takes_long_for_its_rows_is_waited_for(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bulk, "SILENCE_SECONDS", 0.5)
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY, v text)")
+    pair.source.sql(SLOW_FILTER)
+    pair.source.sql("INSERT INTO t VALUES (1, repeat('x', 300000)), (2, 'slow'), (3, 'y')")
+    target = pair.add_target("t", mode="async", row_filter="public.passes(v)", initial_copy="none")
+    assert copy.copy(dsn_of(pair.source), target, 1)
+    pair.assert_same("t")
+
+
+def test_the_first_error_of_a_piece_is_the_one_that_is_raised(
+    filled: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Although the target cannot be told any more."""
+    target = filled.add_target("item", mode="async", initial_copy="none")
+
+    def fail(*_: object) -> tuple[int, int]:
+        sessions = "tbl_repl %.b01d"
+        filled.target.admin(
+            "SELECT pg_terminate_backend(p) FROM unnest(%s) AS p", [filled.target.backends(sessions)]
+        )
+        wait_until(lambda: not filled.target.backends(sessions))
+        raise psycopg.errors.DataException("the first")
+
+    monkeypatch.setattr(bulk, "pump", fail)
+    with pytest.raises(psycopg.errors.DataException, match="the first"):
+        copy.copy(dsn_of(filled.source), target, 1)
+
+
+@pytest.mark.once
+def test_a_missing_right_on_the_server_is_told_as_such(filled: Pair) -> None:
+    target = filled.add_target("item", mode="async", initial_copy="none")
+    filled.source.admin(f"ALTER SERVER {filled.server} OWNER TO postgres")
+    said = run(filled, "copy", str(target))
+    assert said.returncode == 1
+    assert f"permission denied for foreign server {filled.server}" in said.stderr
