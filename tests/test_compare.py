@@ -742,3 +742,15 @@ def test_databases_of_different_encodings(pair: Pair) -> None:
     ]
     pair.drain()
     pair.assert_same('"données"')
+
+
+def test_a_piece_may_take_longer_than_statements_of_the_role(pair: Pair) -> None:
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY)")
+    pair.source.sql(
+        "CREATE FUNCTION slow(id integer) RETURNS boolean LANGUAGE plpgsql AS "
+        "$$BEGIN PERFORM pg_sleep(0.6); RETURN true; END$$; INSERT INTO t VALUES (1), (2)"
+    )
+    target = pair.add_target("t", mode="async", row_filter="public.slow(id)", timeout="30 s")
+    pair.drain()
+    pair.source.admin(f"ALTER ROLE owner IN DATABASE {pair.source.dbname} SET statement_timeout = '1 s'")
+    assert compare.compare(dsn_of(pair.source), target) == 0
