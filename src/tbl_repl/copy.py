@@ -27,8 +27,6 @@ class Progress:
     rows: int
     rows_planned: int
     bytes: int
-    pieces: int
-    pieces_done: int
 
 
 def progress(source: Connection, target_id: int) -> Progress | None:
@@ -36,10 +34,7 @@ def progress(source: Connection, target_id: int) -> Progress | None:
     row = source.execute("SELECT * FROM tbl_repl.copy_progress WHERE target_id = %s", (target_id,)).fetchone()
     if row is None:
         return None
-    return Progress(
-        int(row["rows_copied"]), int(row["rows_planned"]), int(row["bytes_copied"]),
-        int(row["pieces"]), int(row["pieces_done"]),
-    )  # fmt: skip
+    return Progress(int(row["rows_copied"]), int(row["rows_planned"]), int(row["bytes_copied"]))
 
 
 def copy(

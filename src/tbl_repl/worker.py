@@ -716,7 +716,6 @@ def drain_once(
 
 __all__ = [
     "Batch",
-    "CannotConnect",
     "Drainer",
     "Observer",
     "Options",
