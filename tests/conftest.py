@@ -96,9 +96,18 @@ def world(server: Server) -> Iterator[World]:
 
 
 @pytest.fixture
-def pair(world: World, request: pytest.FixtureRequest) -> Iterator[Pair]:
+def encodings() -> tuple[str | None, str | None]:
+    """Of source and target of ``pair``; None: that of the cluster.  To be parametrized."""
+    return None, None
+
+
+@pytest.fixture
+def pair(
+    world: World, request: pytest.FixtureRequest, encodings: tuple[str | None, str | None]
+) -> Iterator[Pair]:
     """A source and a target database with a foreign server between them."""
-    pair = Pair(world, plain_target=request.node.get_closest_marker("plain_target") is not None)
+    plain = request.node.get_closest_marker("plain_target") is not None
+    pair = Pair(world, plain_target=plain, encodings=encodings)
     try:
         yield pair
     finally:

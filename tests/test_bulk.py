@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
 import psycopg
 import pytest
 
 from support import Pair, wait_until
 from support.background import in_background
+from support.programs import dsn_of
 from tbl_repl import bulk, database
 
+# beside a row that fills a buffer
+SLOW_FILTER = """
+    CREATE FUNCTION passes(v text) RETURNS boolean LANGUAGE plpgsql AS $$
+    BEGIN IF v = 'slow' THEN PERFORM pg_sleep(1.6); END IF; RETURN v <> 'no'; END $$
+"""
 COMPOSITE = "CREATE TABLE t (a text, b integer, v text, PRIMARY KEY (b, a))"
 
 
 def ship(pair: Pair) -> int | None:
     """What is queued, by COPY; the number of keys."""
-    source = pair.source
-    dsn = f"host=127.0.0.1 port={source.cluster.port} dbname={source.dbname} user=owner password=secret"
-    with database.connect(dsn, "worker") as connection:
+    with database.connect(dsn_of(pair.source), "worker") as connection:
         return bulk.ship(connection, pair.server, 1)
 
 
@@ -173,10 +181,63 @@ def test_a_target_that_falls_silent_after_the_login_is_given_up(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bulk, "SILENCE_SECONDS", 0.2)
-    there = pair.target
-    dsn = f"host=127.0.0.1 port={there.cluster.port} dbname={there.dbname} user=owner password=secret"
-    with pytest.raises(psycopg.OperationalError), bulk.open_target(dsn, "SELECT pg_sleep(20)"):
+    with (
+        pytest.raises(psycopg.OperationalError),
+        bulk.open_target(dsn_of(pair.target), "SELECT pg_sleep(20)"),
+    ):
         pass
+
+
+def test_a_source_that_takes_long_for_its_rows_is_waited_for(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bulk, "SILENCE_SECONDS", 0.5)
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY, v text)")
+    pair.source.sql(SLOW_FILTER)
+    pair.add_target("t", mode="async", row_filter="public.passes(v)")
+    pair.source.sql("INSERT INTO t VALUES (1, repeat('x', 300000)), (2, 'slow'), (3, 'y')")
+    assert ship(pair) == 3
+    pair.assert_same("t")
+
+
+@pytest.mark.parametrize("step", ["stage", "rows", "commit"])
+def test_a_target_that_hangs_is_given_up(pair: Pair, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    """Its session stays, so that nothing but the watchdog can end the waiting."""
+    monkeypatch.setattr(bulk, "SILENCE_SECONDS", 0.5)
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY, v text)")
+    target = pair.add_target("t", mode="async", timeout="1 s")
+    pair.source.sql("INSERT INTO t SELECT g, repeat('x', 1000) FROM generate_series(1, 20000) g")
+    move, commit, pump = bulk._move, bulk.commit, bulk.pump
+    frozen = contextlib.ExitStack()
+
+    def freeze(call: Callable[..., Any]) -> Callable[..., Any]:
+        def frozen_first(*args: Any) -> Any:
+            frozen.enter_context(pair.target.frozen("tbl_repl %.b01d"))
+            return call(*args)
+
+        return frozen_first
+
+    name = {"stage": "_move", "rows": "pump", "commit": "commit"}[step]
+    monkeypatch.setattr(bulk, name, freeze({"stage": move, "rows": pump, "commit": commit}[step]))
+    with frozen:
+        assert ship(pair) is None
+    monkeypatch.undo()
+    pair.drain()
+    assert pair.pending(target) == 0
+    pair.assert_same("t")
+
+
+def test_a_role_that_may_not_use_the_mapping_leaves_it_to_replay(pair: Pair) -> None:
+    """The worker asks again after a while only."""
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY)")
+    pair.add_target("t", mode="async")
+    pair.source.sql("INSERT INTO t SELECT generate_series(1, 10)")
+    operator = pair.source.role("bulk_operator")
+    pair.source.sql(f"SELECT tbl_repl.grant_access('{operator}', 'operator')")
+    with database.connect(dsn_of(pair.source, operator), "worker") as connection:
+        assert bulk.ship(connection, pair.server, 1) is None
+    pair.drain()
+    pair.assert_same("t")
 
 
 def test_domains_that_take_no_null(pair: Pair) -> None:
@@ -216,3 +277,52 @@ def test_a_target_that_was_paused_while_the_batch_waited_is_left_alone(pair: Pai
     pair.call("resume_target", target_id=second)
     assert ship(pair) == 100
     pair.assert_same("u")
+
+
+@pytest.mark.parametrize("binary", [True, False], ids=["binary", "text"])
+@pytest.mark.parametrize("encodings", [(None, "LATIN1"), ("LATIN1", None), ("LATIN1", "LATIN1")], ids=str)
+def test_databases_of_different_encodings(pair: Pair, binary: bool) -> None:
+    ddl = 'CREATE TABLE t (id integer PRIMARY KEY, "prix élevé" text, n {} DEFAULT 1)'
+    pair.source.sql(ddl.format("integer"))
+    pair.target.sql(ddl.format("integer" if binary else "bigint"))
+    pair.add_target("t", mode="async")
+    for statement in (
+        "INSERT INTO t SELECT g, 'à côté ' || g FROM generate_series(1, 50) g",
+        "UPDATE t SET \"prix élevé\" = 'üß' WHERE id <= 20; DELETE FROM t WHERE id > 40",
+        "TRUNCATE t; INSERT INTO t SELECT g, 'ÿ' FROM generate_series(1, 10) g",
+    ):
+        pair.source.sql(statement)
+        assert ship(pair)
+        pair.assert_same("t")
+
+
+@pytest.mark.parametrize("encodings", [(None, "LATIN1")], ids=str)
+def test_a_character_that_the_target_has_not_is_left_to_replay(pair: Pair) -> None:
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY, v text)")
+    pair.add_target("t", mode="async")
+    pair.source.sql("INSERT INTO t VALUES (1, 'é'), (2, '€'), (3, 'ê')")
+    assert ship(pair) is None
+    pair.drain()
+    pair.assert_same("t", where="id <> 2")
+    assert pair.source.sql("SELECT key, sqlstate FROM tbl_repl.quarantine") == [({"id": 2}, "22P05")]
+
+
+def test_a_filter_with_a_backslash_where_literals_do_not_conform(pair: Pair) -> None:
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY, code text)")
+    pair.add_target("t", mode="async", row_filter=r"code ~ '\d+'")
+    pair.source.admin(f"ALTER DATABASE {pair.source.dbname} SET standard_conforming_strings = off")
+    pair.source.sql(
+        "INSERT INTO t SELECT g, CASE WHEN g % 2 = 0 THEN 'd' ELSE '7' END FROM generate_series(1, 20) g"
+    )
+    assert ship(pair)
+    pair.assert_same("t", where="id % 2 = 1")
+
+
+def test_nulls_in_arrays_where_the_target_reads_them_as_words(pair: Pair) -> None:
+    pair.source.sql("CREATE TABLE t (id integer PRIMARY KEY, v text[])")
+    pair.target.sql("CREATE TABLE t (id bigint PRIMARY KEY, v text[])")
+    pair.add_target("t", mode="async")
+    pair.target.admin(f"ALTER ROLE owner IN DATABASE {pair.target.dbname} SET array_nulls = off")
+    pair.source.sql("INSERT INTO t VALUES (1, ARRAY[NULL, 'NULL'])")
+    assert ship(pair) == 1
+    assert pair.target.sql("SELECT v[1] IS NULL, v[2] FROM t") == [(True, "NULL")]

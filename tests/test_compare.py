@@ -297,6 +297,7 @@ def test_what_the_target_cannot_hold_is_a_difference(pair: Pair) -> None:
         ("date", "timestamp", "'2026-01-02'", "'2026-01-02 12:00'"),
         ("timestamptz", "timestamptz", "'2026-01-02 12:00+3'", "'2026-01-02 12:00+2'"),
         ("float8", "float8", "0.1", "0.30000000000000004"),
+        ("text[]", "text[]", "ARRAY[NULL, 'a']", "ARRAY['b']"),
     ],
 )
 def test_extra_rows_are_found_where_key_types_differ(
@@ -304,7 +305,9 @@ def test_extra_rows_are_found_where_key_types_differ(
 ) -> None:
     pair.source.sql(f"CREATE TABLE t (id {here} PRIMARY KEY, v text)")
     pair.target.sql(f"CREATE TABLE t (id {there} PRIMARY KEY, v text)")
-    pair.source.sql("SET datestyle = 'German'; SET extra_float_digits = -3; SET timezone = 'Asia/Tokyo'")
+    pair.source.sql(
+        "SET datestyle = 'German'; SET extra_float_digits = -3; SET timezone = 'Asia/Tokyo'; SET array_nulls = off"
+    )
     pair.source.sql(f"INSERT INTO t VALUES ({value}, 'v')")
     target = pair.add_target("t")
     assert differences(pair, target) == []
@@ -720,3 +723,42 @@ def test_the_first_failure_of_a_job_ends_all(even: Pair) -> None:
     even.target.sql("ALTER TABLE t RENAME TO gone")
     with pytest.raises(psycopg.Error, match="does not exist"):
         in_pieces(even, target)
+
+
+@pytest.mark.parametrize("encodings", [(None, "LATIN1"), ("LATIN1", None)], ids=str)
+def test_databases_of_different_encodings(pair: Pair) -> None:
+    pair.both('CREATE TABLE "données" ("clé" text PRIMARY KEY, v text)')
+    pair.source.sql("INSERT INTO \"données\" SELECT 'é' || g, 'à côté' FROM generate_series(1, 20) g")
+    target = pair.add_target('"données"', mode="async")
+    pair.drain()
+    found: list[dict[str, Any]] = []
+
+    def run(**options: bool) -> int:
+        return compare.compare(dsn_of(pair.source), target, 2, 7, on_found=found.extend, **options)
+
+    run()
+    assert found == []
+    pair.target.sql("UPDATE \"données\" SET v = 'à coté' WHERE \"clé\" = 'é7'")
+    pair.target.sql(
+        "DELETE FROM \"données\" WHERE \"clé\" = 'é9'; INSERT INTO \"données\" VALUES ('è', 'extra')"
+    )
+    assert run(repair=True, delete_extra=True) == 3
+    assert sorted((row["difference"], row["key"]["clé"]) for row in found) == [
+        ("different", "é7"),
+        ("extra_on_target", "è"),
+        ("missing_on_target", "é9"),
+    ]
+    pair.drain()
+    pair.assert_same('"données"')
+
+
+def test_a_piece_may_take_longer_than_statements_of_the_role(pair: Pair) -> None:
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY)")
+    pair.source.sql(
+        "CREATE FUNCTION slow(id integer) RETURNS boolean LANGUAGE plpgsql AS "
+        "$$BEGIN PERFORM pg_sleep(0.6); RETURN true; END$$; INSERT INTO t VALUES (1), (2)"
+    )
+    target = pair.add_target("t", mode="async", row_filter="public.slow(id)", timeout="30 s")
+    pair.drain()
+    pair.source.admin(f"ALTER ROLE owner IN DATABASE {pair.source.dbname} SET statement_timeout = '1 s'")
+    assert compare.compare(dsn_of(pair.source), target) == 0

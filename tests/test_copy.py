@@ -3,38 +3,27 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 import threading
-from pathlib import Path
 
+import psycopg
 import pytest
 
 from support import Pair, wait_until
 from support.background import start
+from support.programs import dsn_of, started, tbl_repl
+from tbl_repl import bulk, copy
 
-ROOT = Path(__file__).parents[1]
+# beside a row that fills a buffer
+SLOW_FILTER = """
+    CREATE FUNCTION passes(v text) RETURNS boolean LANGUAGE plpgsql AS $$
+    BEGIN IF v = 'slow' THEN PERFORM pg_sleep(1.6); END IF; RETURN v <> 'no'; END $$
+"""
 DDL = "CREATE TABLE item (id integer PRIMARY KEY, name text, price numeric(10,2))"
 
 
-def dsn_of(pair: Pair) -> str:
-    source = pair.source
-    return f"host=127.0.0.1 port={source.cluster.port} dbname={source.dbname} user=owner password=secret"
-
-
-def command(pair: Pair, *args: str) -> list[str]:
-    return [sys.executable, "-m", "tbl_repl", *args, "--dsn", dsn_of(pair)]
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT / "src"), "PYTHONIOENCODING": "utf-8"}
-
-
 def run(pair: Pair, *args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(pair, *args), capture_output=True, text=True, timeout=60, env=environment(), check=False
-    )
+    return tbl_repl(*args, "--dsn", dsn_of(pair.source))
 
 
 @pytest.fixture
@@ -145,10 +134,7 @@ def test_a_killed_copy_can_be_repeated(filled: Pair) -> None:
     target = filled.add_target("item", mode="sync", initial_copy="none")
     with filled.target.connect() as blocker, blocker.transaction():
         blocker.execute("LOCK TABLE item IN ACCESS EXCLUSIVE MODE")
-        process = subprocess.Popen(
-            command(filled, "copy", str(target), "--piece-rows", "500"),
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment(),
-        )  # fmt: skip
+        process = started("copy", str(target), "--piece-rows", "500", "--dsn", dsn_of(filled.source))
         wait_until(
             lambda: filled.source.one("SELECT count(*) FROM tbl_repl.piece WHERE state = 'running'") > 0
         )
@@ -182,6 +168,7 @@ def test_nothing_is_shipped_while_a_piece_is_on_its_way(filled: Pair) -> None:
         assert filled.status(target) == "copying"
         said = run(filled, "copy", str(target))
         assert "is being copied by another session" in said.stderr
+    wait_until(lambda: not filled.source.backends("tbl-repl copy%"))
     filled.drain()
     assert filled.status(target) == "ok"
     filled.assert_same("item")
@@ -192,10 +179,7 @@ def test_jobs_hold_the_lock_that_says_so(filled: Pair) -> None:
     target = filled.add_target("item", mode="async", initial_copy="none")
     with filled.target.connect() as blocker, blocker.transaction():
         blocker.execute("LOCK TABLE item IN ACCESS EXCLUSIVE MODE")
-        process = subprocess.Popen(
-            command(filled, "copy", str(target), "--piece-rows", "500"),
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment(),
-        )  # fmt: skip
+        process = started("copy", str(target), "--piece-rows", "500", "--dsn", dsn_of(filled.source))
         held = "SELECT count(*) FROM pg_locks WHERE classid = tbl_repl._lock_piece()::oid AND objid = %s AND granted"
         wait_until(lambda: filled.source.admin(held, [target]) == [(2,)])
     assert process.wait(60) == 0
@@ -317,3 +301,65 @@ def test_names_with_a_dollar_sign(pair: Pair, key: str) -> None:
         query = pair.source.one("SELECT rows_query FROM tbl_repl._copy_next(%s)", [target])
         found += [int(row[0]) for row in pair.source.sql(query)]
     assert found == list(range(1, 11))
+
+
+@pytest.mark.parametrize("encodings", [(None, "LATIN1"), ("LATIN1", None)], ids=str)
+def test_databases_of_different_encodings(pair: Pair) -> None:
+    pair.both('CREATE TABLE "données" ("clé" text PRIMARY KEY, v text)')
+    pair.source.sql("INSERT INTO \"données\" SELECT 'é' || g, 'à côté' FROM generate_series(1, 50) g")
+    pair.target.sql("INSERT INTO \"données\" VALUES ('é5', 'old'), ('é45', 'old')")
+    target = pair.add_target('"données"', mode="async", initial_copy="none")
+    said = run(pair, "copy", str(target), "--piece-rows", "20")
+    assert said.returncode == 0, said.stderr
+    pair.drain()
+    pair.assert_same('"données"')
+
+
+def test_a_filter_with_a_backslash_where_literals_do_not_conform(pair: Pair) -> None:
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY, code text)")
+    pair.source.sql("INSERT INTO t VALUES (1, '7'), (2, 'd')")
+    target = pair.add_target("t", mode="async", row_filter=r"code ~ '\d+'", initial_copy="none")
+    pair.source.admin(f"ALTER DATABASE {pair.source.dbname} SET standard_conforming_strings = off")
+    said = run(pair, "copy", str(target))
+    assert said.returncode == 0, said.stderr
+    assert pair.target.rows("t") == ["(1,7)"]
+
+
+def test_a_source_that_takes_long_for_its_rows_is_waited_for(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bulk, "SILENCE_SECONDS", 0.5)
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY, v text)")
+    pair.source.sql(SLOW_FILTER)
+    pair.source.sql("INSERT INTO t VALUES (1, repeat('x', 300000)), (2, 'slow'), (3, 'y')")
+    target = pair.add_target("t", mode="async", row_filter="public.passes(v)", initial_copy="none")
+    assert copy.copy(dsn_of(pair.source), target, 1)
+    pair.assert_same("t")
+
+
+def test_the_first_error_of_a_piece_is_the_one_that_is_raised(
+    filled: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Although the target cannot be told any more."""
+    target = filled.add_target("item", mode="async", initial_copy="none")
+
+    def fail(*_: object) -> tuple[int, int]:
+        sessions = "tbl_repl %.b01d"
+        filled.target.admin(
+            "SELECT pg_terminate_backend(p) FROM unnest(%s) AS p", [filled.target.backends(sessions)]
+        )
+        wait_until(lambda: not filled.target.backends(sessions))
+        raise psycopg.errors.DataException("the first")
+
+    monkeypatch.setattr(bulk, "pump", fail)
+    with pytest.raises(psycopg.errors.DataException, match="the first"):
+        copy.copy(dsn_of(filled.source), target, 1)
+
+
+@pytest.mark.once
+def test_a_missing_right_on_the_server_is_told_as_such(filled: Pair) -> None:
+    target = filled.add_target("item", mode="async", initial_copy="none")
+    filled.source.admin(f"ALTER SERVER {filled.server} OWNER TO postgres")
+    said = run(filled, "copy", str(target))
+    assert said.returncode == 1
+    assert f"permission denied for foreign server {filled.server}" in said.stderr

@@ -347,3 +347,8 @@ def test_keys_are_ordered_by_the_default_operators_of_their_type(node: Node) -> 
     assert node.sql("SELECT equals, greater FROM tbl_repl._key_parts('t', '{id}')") == [
         ("OPERATOR(pg_catalog.=)", "OPERATOR(pg_catalog.>)")
     ]
+
+
+def test_a_typed_key_means_the_same_in_every_session(node: Node) -> None:
+    node.sql("CREATE TABLE t (id text[] PRIMARY KEY); SET array_nulls = off")
+    assert node.one("""SELECT tbl_repl._key_from_json('t', '{id}', '{"id": "{NULL}"}')""") == "{NULL}"

@@ -133,6 +133,25 @@ def test_every_server_of_every_database_is_drained(trio: Pair) -> None:
         arrives(trio.source, 1, "back")
 
 
+def test_the_session_for_a_server_without_targets_ends(pair: Pair, queue: int) -> None:
+    session = f"tbl-repl worker {pair.server}"
+    with WorkerProcess(pair.source, options=("--poll-seconds", "0.1")) as worker:
+        pair.source.sql("INSERT INTO t VALUES (1, 'x')")
+        arrives(pair.target, 1)
+        assert pair.source.backends(session)
+        pair.call("drop_target", target_id=queue)
+        pair.source.sql(f"DROP SERVER {pair.server} CASCADE")
+        wait_until(lambda: not pair.source.backends(session))
+        pair.join(pair.source, pair.target, pair.server)
+        pair.add_target("t", mode="async")
+        pair.source.sql("INSERT INTO t VALUES (2, 'x')")
+        arrives(pair.target, 2)
+        assert pair.source.backends(session)
+        assert not worker.events("drainer failed")
+        worker.send(signal.SIGTERM)
+        assert worker.ended() == 0
+
+
 def test_a_hung_server_delays_no_other(trio: Pair) -> None:
     assert trio.third is not None
     trio.both(TABLE)

@@ -677,7 +677,7 @@ RETURNS jsonb
 LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp
 SET datestyle = 'ISO, MDY' SET intervalstyle = 'postgres' SET timezone = 'UTC'
-SET extra_float_digits = 1 SET bytea_output = 'hex' SET lc_monetary = 'C'
+SET extra_float_digits = 1 SET bytea_output = 'hex' SET lc_monetary = 'C' SET array_nulls = on
 AS $function$
 DECLARE
     source    tbl_repl.source%ROWTYPE;

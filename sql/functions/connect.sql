@@ -172,10 +172,7 @@ BEGIN
         -- What shapes text is pinned, and what bounds waiting; never the search_path, which the
         -- target's own triggers may need.
         answer := tbl_repl._call(conn, format($message$
-            SET application_name = %L; SET statement_timeout = %s; SET lock_timeout = %s;
-            SET datestyle = 'ISO, MDY'; SET intervalstyle = 'postgres'; SET timezone = 'UTC';
-            SET extra_float_digits = 1; SET bytea_output = 'hex'; SET lc_monetary = 'C';
-            SET standard_conforming_strings = on; SET xmloption = 'content'; SET array_nulls = on;
+            SET application_name = %L; SET statement_timeout = %s; SET lock_timeout = %s; %s;
             SET default_transaction_isolation = 'read committed'; SET tbl_repl.origin = %L;
             SELECT pg_catalog.json_build_object(
                 'extension', EXISTS (SELECT FROM pg_catalog.pg_namespace AS n WHERE n.nspname = 'tbl_repl'),
@@ -186,7 +183,7 @@ BEGIN
                           WHERE a.datname = pg_catalog.current_database() AND a.usename = current_user
                             AND a.pid <> pg_catalog.pg_backend_pid()
                             AND pg_catalog.starts_with(a.application_name, %L)))
-            $message$, own_name, ceil(lease_ms * 0.9), ceil(lease_ms * 0.8), node, tbl_repl._may_leave_receipts(),
+            $message$, own_name, ceil(lease_ms * 0.9), ceil(lease_ms * 0.8), tbl_repl._text_session(), node, tbl_repl._may_leave_receipts(),
             format('tbl_repl %s ', node)), deadline);
         -- Rounded down: the lease may end early, never late.
         PERFORM tbl_repl._call(conn, format(

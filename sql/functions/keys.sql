@@ -316,7 +316,7 @@ RETURNS text
 LANGUAGE plpgsql STABLE
 SET search_path = pg_catalog, pg_temp
 SET datestyle = 'ISO, MDY' SET intervalstyle = 'postgres' SET timezone = 'UTC'
-SET extra_float_digits = 1 SET bytea_output = 'hex'
+SET extra_float_digits = 1 SET bytea_output = 'hex' SET lc_monetary = 'C' SET array_nulls = on
 AS $function$
 DECLARE
     missing name;
@@ -402,6 +402,20 @@ AS $function$
 $function$;
 COMMENT ON FUNCTION tbl_repl._always_columns(tbl_repl.target) IS
     'columns of the target''s table that are sent and cannot be updated';
+
+-- For sessions that carry rows of any types: all of these, and what shapes how literals are read.  scope: SESSION or LOCAL.
+CREATE OR REPLACE FUNCTION tbl_repl._text_session(scope text DEFAULT 'SESSION')
+RETURNS text
+LANGUAGE sql IMMUTABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT string_agg(format('SET %s %s = %L', scope, s.name, s.value), '; ')
+    FROM (VALUES ('datestyle', 'ISO, MDY'), ('timezone', 'UTC'), ('intervalstyle', 'postgres'), ('extra_float_digits', '1'),
+                 ('bytea_output', 'hex'), ('lc_monetary', 'C'), ('array_nulls', 'on'), ('xmloption', 'content'),
+                 ('standard_conforming_strings', 'on')) AS s (name, value)
+$function$;
+COMMENT ON FUNCTION tbl_repl._text_session(text) IS
+    'statements after which a session reads and writes every value in one text form';
 
 -- A literal with a backslash means something else while the writer's session has standard_conforming_strings off.
 CREATE OR REPLACE FUNCTION tbl_repl._literal_setting(body text)

@@ -9,17 +9,23 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import os
+import socket
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
 
 import psycopg
 from psycopg import sql
+from psycopg.abc import Buffer
 from psycopg.rows import tuple_row
 
 from tbl_repl import failpoint
-from tbl_repl.database import Connection, Row
+from tbl_repl.database import ENCODING, Connection, Row
 
 log = logging.getLogger("tbl_repl.bulk")
 
@@ -33,15 +39,17 @@ SILENCE_SECONDS = 60.0
 MERGE_SECONDS = 3600.0
 """How long one statement over a whole batch may take."""
 
-Target = psycopg.Connection[tuple[object, ...]]
-
 
 class Watchdog:
-    """Closes a connection that has made no progress: a hung target must not hold the locks."""
+    """Ends a connection whose peer is waited for too long: a hung target must not hold the locks.
 
-    def __init__(self, connection: Target) -> None:
-        self._connection = connection
-        self._due = time.monotonic() + SILENCE_SECONDS
+    What is waited for elsewhere meanwhile, as for the source's rows, does not count.
+    """
+
+    def __init__(self, connection: psycopg.Connection[Any]) -> None:
+        # libpq takes one thread for a connection, so this one has the socket alone, by a number of its own
+        self._socket = socket.socket(fileno=os.dup(connection.fileno()))
+        self._due = math.inf
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         self._thread.start()
@@ -50,16 +58,45 @@ class Watchdog:
         """The next step may take so long; as long as one buffer may, if nothing is said."""
         self._due = time.monotonic() + (SILENCE_SECONDS if seconds is None else seconds)
 
+    def rest(self) -> None:
+        """Nothing is expected until further notice."""
+        self._due = math.inf
+
+    @contextmanager
+    def waiting(self, seconds: float | None = None) -> Iterator[None]:
+        """``expect`` and ``rest`` around one step."""
+        self.expect(seconds)
+        try:
+            yield
+        finally:
+            self.rest()
+
     def stop(self) -> None:
         self._done.set()
         self._thread.join()
+        self._socket.close()
 
     def _run(self) -> None:
         while not self._done.wait(0.5):
             if time.monotonic() > self._due:
                 log.warning("target does not answer, connection closed")
-                self._connection.pgconn.finish()
+                with suppress(OSError):
+                    self._socket.shutdown(socket.SHUT_RDWR)
                 return
+
+
+@dataclass(frozen=True)
+class Target:
+    """A connection to a target; offset: of its clock, in seconds."""
+
+    connection: psycopg.Connection[tuple[object, ...]]
+    watchdog: Watchdog
+    offset: float
+
+    def execute(self, statement: str, seconds: float | None = None) -> psycopg.Cursor[tuple[object, ...]]:
+        """Within so many seconds, SILENCE_SECONDS if nothing is said."""
+        with self.watchdog.waiting(seconds):
+            return self.connection.execute(statement.encode())
 
 
 def ship(source: Connection, server: str, min_rows: int = MIN_ROWS) -> int | None:
@@ -68,33 +105,35 @@ def ship(source: Connection, server: str, min_rows: int = MIN_ROWS) -> int | Non
     ``source`` is in autocommit.  Holds the locks ``ship`` of the targets meanwhile.
     """
     lanes = source.execute("SELECT * FROM tbl_repl._bulk_lanes(%s, %s)", (server, min_rows)).fetchall()
-    total = 0
+    total, left = 0, False
     for lane in lanes:
         try:
-            total += _ship_lane(source, server, lane)
+            rows = _ship_lane(source, server, lane)
         except psycopg.Error as error:
             if source.closed or source.broken:
                 raise
             log.info("left to replay server=%s sqlstate=%s", server, error.sqlstate)
             return total or None
-    return total
+        if rows is None:
+            log.info("left to replay server=%s reason=mapping of role %s", server, lane["owner"])
+            left = True
+        else:
+            total += rows
+    return total or (None if left else 0)
 
 
-def _ship_lane(source: Connection, server: str, lane: Row) -> int:
+def _ship_lane(source: Connection, server: str, lane: Row) -> int | None:
+    """None where this role may not use the owner's mapping."""
     targets: list[int] = lane["targets"]
     conninfo, settings = way_to(source, server, lane)
     if conninfo is None:
-        return 0
-    with _locked(source, targets, lane), open_target(conninfo, settings) as (target, offset):
+        return None
+    with _locked(source, targets, lane), open_target(conninfo, settings) as target:
         failpoint.reached("copy locked")
-        watchdog = Watchdog(target)
-        try:
-            snapshot, counts = _move(source, target, watchdog, lane)
-            failpoint.reached("copy moved")
-            if counts:
-                commit(target, watchdog, offset, float(lane["timeout"].total_seconds()))
-        finally:
-            watchdog.stop()
+        snapshot, counts = _move(source, target, lane)
+        failpoint.reached("copy moved")
+        if counts:
+            commit(target, float(lane["timeout"].total_seconds()))
         failpoint.reached("copy committed")
         source.execute("SELECT tbl_repl._bulk_done(%s::pg_snapshot, %s)", (snapshot, json.dumps(counts)))
         failpoint.reached("copy done")
@@ -102,31 +141,31 @@ def _ship_lane(source: Connection, server: str, lane: Row) -> int:
 
 
 @contextmanager
-def open_target(conninfo: str, settings: str) -> Iterator[tuple[Target, float]]:
-    """A connection to a target, and the offset of its clock in seconds.
+def open_target(conninfo: str, settings: str) -> Iterator[Target]:
+    """A connection to a target; whatever is not committed at the end is rolled back by its closing.
 
-    The offset is rounded down: a lease may end early, never late.
+    The offset of its clock is rounded down: a lease may end early, never late.
     """
-    with psycopg.connect(conninfo, autocommit=True, row_factory=tuple_row) as target:
-        watchdog = Watchdog(target)
+    connection = psycopg.connect(conninfo, autocommit=True, row_factory=tuple_row, client_encoding=ENCODING)
+    with closing(connection):
+        watchdog = Watchdog(connection)
         try:
-            target.execute(settings.encode())
-            now = target.execute("SELECT extract(epoch FROM clock_timestamp())::float8").fetchone()
+            with watchdog.waiting():
+                connection.execute(settings.encode())
+                now = connection.execute("SELECT extract(epoch FROM clock_timestamp())::float8").fetchone()
+            yield Target(connection, watchdog, float(str(now[0])) - time.time() if now else 0.0)
         finally:
             watchdog.stop()
-        yield target, (float(str(now[0])) - time.time() if now else 0.0)
 
 
-def commit(target: Target, watchdog: Watchdog, offset: float, timeout: float) -> None:
+def commit(target: Target, timeout: float) -> None:
     """Commit within the lease; a message whose fate is unknown is outlived before the error is raised."""
     deadline = time.time() + timeout
-    watchdog.expect(timeout)
     try:
         target.execute(
-            sql.SQL(
-                "SET CONSTRAINTS ALL IMMEDIATE; "
-                "SELECT 1 / (extract(epoch FROM clock_timestamp()) < {})::int; COMMIT"
-            ).format(sql.Literal(deadline + offset))
+            "SET CONSTRAINTS ALL IMMEDIATE; "
+            f"SELECT 1 / (extract(epoch FROM clock_timestamp()) < {deadline + target.offset})::int; COMMIT",
+            timeout,
         )
     except psycopg.OperationalError:
         time.sleep(max(0.0, deadline - time.time()))
@@ -140,9 +179,9 @@ def way_to(source: Connection, server: str, lane: Row) -> tuple[str | None, str]
     """
     row = source.execute("SELECT * FROM tbl_repl._bulk_session(%s)", (lane["timeout"],)).fetchone()
     assert row is not None
+    source.execute("SELECT tbl_repl._bulk_connect(%s)", (lane["targets"][0],))
     try:
         with source.transaction():
-            source.execute("SELECT tbl_repl._bulk_connect(%s)", (lane["targets"][0],))
             source.execute(sql.SQL("SET LOCAL ROLE {}").format(sql.Identifier(lane["owner"])))
             info = source.execute(
                 "SELECT tbl_repl._conninfo(%s, %s, %s) AS conninfo",
@@ -172,7 +211,7 @@ def _locked(source: Connection, targets: list[int], lane: Row) -> Iterator[None]
                 source.execute("SELECT pg_advisory_unlock(tbl_repl._lock_ship(), %s)", (target,))
 
 
-def _move(source: Connection, target: Target, watchdog: Watchdog, lane: Row) -> tuple[str, dict[int, int]]:
+def _move(source: Connection, target: Target, lane: Row) -> tuple[str, dict[int, int]]:
     """Read in one snapshot and apply in one remote transaction, which is left open."""
     counts: dict[int, int] = {}
     with source.transaction():
@@ -185,89 +224,99 @@ def _move(source: Connection, target: Target, watchdog: Watchdog, lane: Row) -> 
         if not jobs:
             return str(row["snapshot"]), counts
         as_owner(source, lane)
-        watchdog.expect(MERGE_SECONDS)
         target.execute("BEGIN; SET CONSTRAINTS ALL DEFERRED")
         emptied = ", ".join(str(job["dst_table"]) for job in jobs if job["whole"])
         if emptied:
-            target.execute(f"TRUNCATE {emptied}".encode())
+            target.execute(f"TRUNCATE {emptied}")
         for job in jobs:
-            target.execute(str(job["stage"]).encode())
+            target.execute(str(job["stage"]))
         by_rank = sorted(jobs, key=lambda job: int(job["fk_rank"]))
         staged = [job for job in by_rank if job["batch_query"] is not None]
         for job in staged:
             into = f"pg_temp.tbl_repl_rows_{job['target_id']}"
-            rows, _ = pump(source, target, watchdog, str(job["batch_query"]), into, bool(job["is_binary"]))
+            rows, _ = pump(source, target, str(job["batch_query"]), into, bool(job["is_binary"]))
             counts[int(job["target_id"])] = rows
         for job in reversed(staged):
-            watchdog.expect(MERGE_SECONDS)
-            if job["gone"] is None or target.execute(str(job["gone"]).encode()).rowcount:
-                target.execute(str(job["remove"]).encode())
+            if job["gone"] is None or target.execute(str(job["gone"]), MERGE_SECONDS).rowcount:
+                target.execute(str(job["remove"]), MERGE_SECONDS)
         for job in by_rank:
             if job in staged:
-                _merge(target, watchdog, job)
+                target.execute(str(job["merge"]), MERGE_SECONDS)
             else:
-                counts[int(job["target_id"])] = _straight(source, target, watchdog, job)
+                counts[int(job["target_id"])] = _straight(source, target, job)
     return str(row["snapshot"]), counts
 
 
 def as_owner(source: Connection, lane: Row) -> None:
     """For this transaction: the target's owner, and settings under which a value has one text form."""
+    row = source.execute("SELECT tbl_repl._text_session('LOCAL') AS settings").fetchone()
+    assert row is not None
     source.execute(sql.SQL("SET LOCAL ROLE {}").format(sql.Identifier(lane["owner"])))
-    source.execute(
-        "SET LOCAL search_path = pg_catalog, pg_temp; SET LOCAL row_security = off; "
-        "SET LOCAL datestyle = 'ISO, MDY'; SET LOCAL timezone = 'UTC'; SET LOCAL intervalstyle = 'postgres'; "
-        "SET LOCAL extra_float_digits = 1; SET LOCAL bytea_output = 'hex'; SET LOCAL lc_monetary = 'C'"
-    )
+    source.execute("SET LOCAL search_path = pg_catalog, pg_temp; SET LOCAL row_security = off")
+    source.execute(str(row["settings"]).encode())
 
 
-def _straight(source: Connection, target: Target, watchdog: Watchdog, job: Row) -> int:
+def _straight(source: Connection, target: Target, job: Row) -> int:
     """COPY rows into the table itself; by way of a temporary one if the target has some of them already."""
     query, binary = str(job["rows_query"]), bool(job["is_binary"])
     target.execute("SAVEPOINT tbl_repl")
     try:
-        into = f"{job['dst_table']} ({job['dst_columns']})"
-        return pump(source, target, watchdog, query, into, binary)[0]
+        return pump(source, target, query, f"{job['dst_table']} ({job['dst_columns']})", binary)[0]
     except psycopg.errors.UniqueViolation:
         target.execute("ROLLBACK TO tbl_repl")
     into = f"pg_temp.tbl_repl_rows_{job['target_id']} ({job['dst_columns']})"
-    rows, _ = pump(source, target, watchdog, query, into, binary)
-    _merge(target, watchdog, job)
+    rows, _ = pump(source, target, query, into, binary)
+    target.execute(str(job["merge"]), MERGE_SECONDS)
     return rows
 
 
-def _merge(target: Target, watchdog: Watchdog, job: Row) -> None:
-    watchdog.expect(MERGE_SECONDS)
-    target.execute(str(job["merge"]).encode())
-
-
-def pump(
-    source: Connection, target: Target, watchdog: Watchdog, query: str, into: str, binary: bool
-) -> tuple[int, int]:
+def pump(source: Connection, target: Target, query: str, into: str, binary: bool) -> tuple[int, int]:
     """COPY a query's rows into a table; the number of rows and of bytes."""
     form = " (FORMAT binary)" if binary else ""
-    with source.cursor() as reading, target.cursor() as writing:
+    with source.cursor() as reading, target.connection.cursor() as writing:
         with (
             reading.copy(f"COPY ({query}) TO STDOUT{form}".encode()) as rows,
-            writing.copy(f"COPY {into} FROM STDIN{form}".encode()) as copy,
+            _copying(writing, f"COPY {into} FROM STDIN{form}", target.watchdog) as write,
         ):
             buffer, size = bytearray(), 0
             for row in rows:
                 if len(row) >= BUFFER_BYTES:
                     # as it is: a huge row is not copied once more
                     size += len(buffer) + len(row)
-                    copy.write(bytes(buffer))
+                    write(bytes(buffer))
                     buffer.clear()
-                    watchdog.expect()
-                    copy.write(row)
+                    write(row)
                     continue
                 buffer += row
                 if len(buffer) >= BUFFER_BYTES:
-                    watchdog.expect()
                     size += len(buffer)
-                    copy.write(bytes(buffer))
+                    write(bytes(buffer))
                     buffer.clear()
-            watchdog.expect(MERGE_SECONDS)
             size += len(buffer)
-            copy.write(bytes(buffer))
+            write(bytes(buffer))
         # "COPY 500000"
         return int((writing.statusmessage or "COPY 0").split()[-1]), size
+
+
+@contextmanager
+def _copying(
+    cursor: psycopg.Cursor[tuple[object, ...]], statement: str, watchdog: Watchdog
+) -> Iterator[Callable[[Buffer], None]]:
+    """COPY FROM STDIN, watched over while it begins, is written to and ends."""
+
+    def write(data: Buffer) -> None:
+        with watchdog.waiting():
+            copy.write(data)
+
+    try:
+        watchdog.expect()
+        with cursor.copy(statement.encode()) as copy:
+            watchdog.rest()
+            try:
+                yield write
+            except BaseException:
+                watchdog.expect()
+                raise
+            watchdog.expect(MERGE_SECONDS)
+    finally:
+        watchdog.rest()

@@ -21,7 +21,6 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 import psycopg
-from psycopg import sql as pgsql
 from psycopg.conninfo import make_conninfo
 
 from tbl_repl.errors import ServerError
@@ -217,9 +216,6 @@ class Cluster:
         for lock in (self.data / "postmaster.pid", *self.socket_dir.glob(".s.PGSQL.*")):
             lock.unlink(missing_ok=True)
 
-    def reload(self) -> None:
-        self._run("pg_ctl", "reload", "-s", "-D", str(self.data))
-
     def running(self) -> bool:
         pid = self.postmaster_pid()
         return pid is not None and _alive(pid)
@@ -280,23 +276,6 @@ class Cluster:
         """Run one query (or, without params, several) on a connection of its own; the last one's rows."""
         with self.connect(dbname, user) as conn:
             return rows_of(conn, query, params)
-
-    def configure(self, *, restart: bool = False, **settings: str | None) -> None:
-        """Change settings by ALTER SYSTEM (None: back to the default) and make them hold."""
-        with self.connect() as conn:
-            for name, value in settings.items():
-                if value is None:
-                    conn.execute(pgsql.SQL("ALTER SYSTEM RESET {}").format(pgsql.Identifier(name)))
-                else:
-                    conn.execute(
-                        pgsql.SQL("ALTER SYSTEM SET {} = {}").format(
-                            pgsql.Identifier(name), pgsql.Literal(value)
-                        )
-                    )
-        if restart:
-            self.restart()
-        else:
-            self.reload()
 
     def psql(self, *args: str, dbname: str = "postgres", user: str = SUPERUSER) -> str:
         """Run the server's own psql; what it printed."""

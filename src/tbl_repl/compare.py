@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from tbl_repl.database import Connection, Row, connect
+from tbl_repl.database import Connection, Row, connect, settle
 
 PIECE_ROWS = 20_000
 
@@ -24,7 +24,6 @@ class Progress:
 
     rows: int
     rows_planned: int
-    differences: int
 
 
 @dataclass
@@ -35,7 +34,6 @@ class _Work:
     next_after: str | None = None
     handed_out: bool = False  # every piece has been
     rows: int = 0
-    differences: int = 0
     ordered: bool = True
     ranges: dict[str | None, str] = field(default_factory=dict)  # not equal: after -> upto
     extra: list[Range] = field(default_factory=list)
@@ -61,7 +59,7 @@ def compare(
     piece by piece in no particular order, and is called by one thread at a time.  Raises what the first job
     to fail has raised.
     """
-    with connect(dsn, f"compare {target_id}") as source:
+    with settle(connect(dsn, f"compare {target_id}")) as source:
         row = source.execute("SELECT tbl_repl._compare_begin(%s) AS rows", (target_id,)).fetchone()
     work = _Work(int(row["rows"] or 0) if row else 0)
     queued = 0
@@ -78,7 +76,6 @@ def compare(
         if repair and keys:
             source.execute("SELECT tbl_repl._queue_found(%s, %s)", (target_id, keys))
         with work.lock:
-            work.differences += len(found)
             queued += len(keys) if repair else 0
             on_found(found)
 
@@ -111,7 +108,7 @@ def compare(
             )
 
     def report() -> None:
-        on_progress(Progress(work.rows, work.rows_planned, work.differences))
+        on_progress(Progress(work.rows, work.rows_planned))
 
     _in_parallel(dsn, target_id, jobs, first_pass, work, report)
     # Bounds that do not ascend on the target say nothing about what lies between them.
@@ -164,7 +161,7 @@ def _in_parallel(
 
     def job() -> None:
         try:
-            with connect(dsn, f"compare {target_id}") as source:
+            with settle(connect(dsn, f"compare {target_id}")) as source:
                 run(source)
         except Exception as error:
             work.failures.append(error)

@@ -27,8 +27,6 @@ class Progress:
     rows: int
     rows_planned: int
     bytes: int
-    pieces: int
-    pieces_done: int
 
 
 def progress(source: Connection, target_id: int) -> Progress | None:
@@ -36,10 +34,7 @@ def progress(source: Connection, target_id: int) -> Progress | None:
     row = source.execute("SELECT * FROM tbl_repl.copy_progress WHERE target_id = %s", (target_id,)).fetchone()
     if row is None:
         return None
-    return Progress(
-        int(row["rows_copied"]), int(row["rows_planned"]), int(row["bytes_copied"]),
-        int(row["pieces"]), int(row["pieces_done"]),
-    )  # fmt: skip
+    return Progress(int(row["rows_copied"]), int(row["rows_planned"]), int(row["bytes_copied"]))
 
 
 def copy(
@@ -125,15 +120,15 @@ def _take_lock(source: Connection, target_id: int, milliseconds: int) -> None:
 
 
 @contextmanager
-def _target_of(source: Connection, lane: Row) -> Iterator[tuple[bulk.Target, float]]:
+def _target_of(source: Connection, lane: Row) -> Iterator[bulk.Target]:
     conninfo, settings = bulk.way_to(source, str(lane["server"]), lane)
     if conninfo is None:
         raise TblReplError(
             f"the user mapping of role {lane['owner']} cannot be read",
             f"Connect as {lane['owner']}, or as a member of that role.",
         )
-    with bulk.open_target(conninfo, settings) as opened:
-        yield opened
+    with bulk.open_target(conninfo, settings) as target:
+        yield target
 
 
 def _leave(source: Connection, target_id: int, error: Exception) -> None:
@@ -149,7 +144,7 @@ def _job(dsn: str, lane: Row, stopped: Callable[[], bool]) -> None:
     target_id = int(lane["targets"][0])
     with (
         settle(connect(dsn, f"copy {target_id}")) as source,
-        _target_of(source, lane) as (target, offset),
+        _target_of(source, lane) as target,
     ):
         # to the end of the session: nothing else is shipped to the target while a piece is on its way
         source.execute("SELECT pg_advisory_lock_shared(tbl_repl._lock_piece(), %s)", (target_id,))
@@ -158,38 +153,27 @@ def _job(dsn: str, lane: Row, stopped: Callable[[], bool]) -> None:
             piece = source.execute("SELECT * FROM tbl_repl._copy_next(%s)", (target_id,)).fetchone()
             if piece is None:
                 return
-            rows, size = _copy_piece(source, target, offset, lane, piece)
+            rows, size = _copy_piece(source, target, lane, piece)
             failpoint.reached("piece committed")
             source.execute("SELECT tbl_repl._copy_done(%s, %s, %s, %s)", (target_id, piece["n"], rows, size))
             failpoint.reached("piece done")
 
 
-def _copy_piece(
-    source: Connection, target: bulk.Target, offset: float, lane: Row, piece: Row
-) -> tuple[int, int]:
-    watchdog = bulk.Watchdog(target)
-    try:
-        with source.transaction():
-            bulk.as_owner(source, lane)
-            target.execute("BEGIN; SET CONSTRAINTS ALL DEFERRED; SAVEPOINT tbl_repl")
-            query, binary = str(piece["rows_query"]), bool(piece["is_binary"])
-            try:
-                moved = bulk.pump(
-                    source, target, watchdog, query, f"{piece['dst_table']} ({piece['dst_columns']})", binary
-                )
-            except psycopg.errors.UniqueViolation:
-                # rows that are there already: of an earlier copy, or of this one before it was interrupted
-                target.execute("ROLLBACK TO tbl_repl")
-                target.execute(str(piece["stage"]).encode())
-                moved = bulk.pump(source, target, watchdog, query, "pg_temp.tbl_repl_rows", binary)
-                watchdog.expect(bulk.MERGE_SECONDS)
-                target.execute(str(piece["merge"]).encode())
-        failpoint.reached("piece moved")
-        bulk.commit(target, watchdog, offset, float(lane["timeout"].total_seconds()))
-    except BaseException:
-        if not target.closed:
-            target.execute("ROLLBACK")
-        raise
-    finally:
-        watchdog.stop()
+def _copy_piece(source: Connection, target: bulk.Target, lane: Row, piece: Row) -> tuple[int, int]:
+    """The number of rows and of bytes."""
+    with source.transaction():
+        bulk.as_owner(source, lane)
+        target.execute("BEGIN; SET CONSTRAINTS ALL DEFERRED; SAVEPOINT tbl_repl")
+        query, binary = str(piece["rows_query"]), bool(piece["is_binary"])
+        try:
+            into = f"{piece['dst_table']} ({piece['dst_columns']})"
+            moved = bulk.pump(source, target, query, into, binary)
+        except psycopg.errors.UniqueViolation:
+            # rows that are there already: of an earlier copy, or of this one before it was interrupted
+            target.execute("ROLLBACK TO tbl_repl")
+            target.execute(str(piece["stage"]))
+            moved = bulk.pump(source, target, query, "pg_temp.tbl_repl_rows", binary)
+            target.execute(str(piece["merge"]), bulk.MERGE_SECONDS)
+    failpoint.reached("piece moved")
+    bulk.commit(target, float(lane["timeout"].total_seconds()))
     return moved

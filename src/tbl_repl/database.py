@@ -16,6 +16,8 @@ from tbl_repl.errors import CannotConnect, TblReplError, UsageError
 Row = dict[str, Any]
 Connection = psycopg.Connection[Row]
 
+ENCODING = "UTF8"
+"""Of every connection, whatever that of the database: bytes go from one to the other as they are."""
 
 _FORM = (
     "The form of a DSN: https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-CONNSTRING; "
@@ -73,7 +75,7 @@ def connect(dsn: str, what: str = "cli", seconds: int = 10) -> Connection:
     }
     given = conninfo_to_dict(dsn)
     missing = {name: value for name, value in bounds.items() if name not in given}
-    conninfo = make_conninfo(dsn, application_name=f"tbl-repl {what}", **missing)
+    conninfo = make_conninfo(dsn, application_name=f"tbl-repl {what}", client_encoding=ENCODING, **missing)
     try:
         connection = psycopg.connect(conninfo, autocommit=True, row_factory=dict_row)
     except psycopg.OperationalError as error:

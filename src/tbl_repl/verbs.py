@@ -278,7 +278,7 @@ def _copy(args: argparse.Namespace) -> int:
 
     dsn = resolve_dsn(args.dsn)
     begun = time.monotonic()
-    last = Progress(0, 0, 0, 0, 0)
+    last = Progress(0, 0, 0)
     with _toward(args), progress(args.target, args.json) as tick:
 
         def seen(now: Progress) -> None:

@@ -136,6 +136,7 @@ class Drainer(threading.Thread):
         self._copies = copies
         self._settled = settled or threading.Event()
         self._failures = 0
+        self._retired = False
         self._due = False
         self._fruitless = 0
         self._quarantine_due = 0.0
@@ -150,10 +151,15 @@ class Drainer(threading.Thread):
         return not self.busy and time.monotonic() >= self.rest_until
 
     def wake(self, due: bool = False) -> None:
-        """Something may be queued; due: something is.  Called by one thread only."""
+        """Something may be queued; due: something is.  Called by the watcher, and by whoever stops it."""
         self._due = due
         self.busy_since = time.monotonic()
         self.busy = True
+        self._wanted.set()
+
+    def retire(self) -> None:
+        """End it, which is idle."""
+        self._retired = True
         self._wanted.set()
 
     def cancel(self) -> None:
@@ -169,7 +175,7 @@ class Drainer(threading.Thread):
         while True:
             self._wanted.wait()
             self._wanted.clear()
-            if self.stop.is_set():
+            if self.stop.is_set() or self._retired:
                 break
             try:
                 self.drain()
@@ -508,9 +514,11 @@ class Watcher(threading.Thread):
         if everybody:
             self._everybody_due = time.monotonic() + self.options.poll_seconds
         wait = self._everybody_due - time.monotonic()
-        busy = [drainer.server for drainer in self.drainers.values() if not drainer.ready]
+        idle = {drainer.server for drainer in self.drainers.values() if drainer.ready}
+        busy = [server for server in self.drainers if server not in idle]
         for row in connection.execute("SELECT * FROM tbl_repl._servers_to_replay(%s::name[])", (busy,)):
             due = row["wait_seconds"] == 0
+            idle.discard(str(row["server"]))
             if row["copies"] is not None:
                 self._copy(str(row["server"]), row["copies"])
                 due = due or not self._left_to_replay.isdisjoint(row["copies"])
@@ -521,6 +529,10 @@ class Watcher(threading.Thread):
                 wait = 0
             elif row["wait_seconds"] is not None:
                 wait = min(wait, float(row["wait_seconds"]))
+        for server in idle:  # without targets by now
+            drainer = self.drainers.pop(server)
+            self._broken = self._broken or drainer.broken
+            drainer.retire()
         return wait
 
     def _copy(self, server: str, targets: list[int]) -> None:
@@ -712,7 +724,6 @@ def drain_once(
 
 __all__ = [
     "Batch",
-    "CannotConnect",
     "Drainer",
     "Observer",
     "Options",

@@ -86,21 +86,26 @@ def _prepare(cluster: Cluster) -> None:
             conn.execute(f"CREATE ROLE {role} {attributes} PASSWORD '{PASSWORD}'")
         for template in (WITHOUT_EXTENSION, WITH_EXTENSION):
             conn.execute(f"CREATE DATABASE {template} OWNER owner")
-    for template in (WITHOUT_EXTENSION, WITH_EXTENSION):
-        if template == WITH_EXTENSION:
-            with cluster.connect(template) as conn:
-                conn.execute("CREATE EXTENSION dblink")
-                conn.execute("CREATE EXTENSION postgres_fdw")
-                conn.execute("GRANT USAGE ON FOREIGN DATA WRAPPER dblink_fdw, postgres_fdw TO owner")
-            with cluster.connect(template, "owner") as conn:
-                conn.execute("CREATE EXTENSION tbl_repl")
+    _create_extension(cluster, WITH_EXTENSION)
     cluster.sql("CHECKPOINT")
+
+
+def _create_extension(cluster: Cluster, dbname: str) -> None:
+    with cluster.connect(dbname) as conn:
+        conn.execute("CREATE EXTENSION dblink")
+        conn.execute("CREATE EXTENSION postgres_fdw")
+        conn.execute("GRANT USAGE ON FOREIGN DATA WRAPPER dblink_fdw, postgres_fdw TO owner")
+    with cluster.connect(dbname, "owner") as conn:
+        conn.execute("CREATE EXTENSION tbl_repl")
 
 
 class Node:
     """One database of one test."""
 
-    def __init__(self, cluster: Cluster, *, extension: bool = True, user: str = "owner") -> None:
+    def __init__(
+        self, cluster: Cluster, *, extension: bool = True, user: str = "owner", encoding: str | None = None
+    ) -> None:
+        """encoding: of the database, if it is not to be that of the cluster."""
         self.cluster = cluster
         self.user = user
         self.dbname = f"t_{os.getpid()}_{next(_numbers)}"
@@ -115,8 +120,15 @@ class Node:
             dbname=self.dbname,
             template_dbname=WITH_EXTENSION if extension else WITHOUT_EXTENSION,
         )
-        self._janitor.init()
-        cluster.sql(f"ALTER DATABASE {self.dbname} OWNER TO owner")
+        if encoding is None:
+            self._janitor.init()
+            cluster.sql(f"ALTER DATABASE {self.dbname} OWNER TO owner")
+        else:
+            cluster.sql(
+                f"CREATE DATABASE {self.dbname} ENCODING '{encoding}' TEMPLATE template0 LOCALE 'C' OWNER owner"
+            )
+            if extension:
+                _create_extension(cluster, self.dbname)
 
     # --- SQL
 
@@ -257,14 +269,16 @@ class Pair:
         with_third: bool = False,
         plain_target: bool = False,
         plain_source: bool = False,  # then there is no foreign server either: dblink is missing
+        encodings: tuple[str | None, str | None] = (None, None),
     ) -> None:
         self.world = world
         self.major = world.server.major
         self.server = "target_server"
         self.third_server = "third_server"
         self._proxies: list[Proxy] = []
-        self.source = Node(world.cluster("source"), extension=not plain_source)
-        self.target = Node(world.cluster("target"), extension=not plain_target)
+        ours, theirs = encodings
+        self.source = Node(world.cluster("source"), extension=not plain_source, encoding=ours)
+        self.target = Node(world.cluster("target"), extension=not plain_target, encoding=theirs)
         self.third = Node(world.cluster("third"), extension=not plain_target) if with_third else None
         if not plain_source:
             self.join(self.source, self.target, self.server)

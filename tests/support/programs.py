@@ -46,6 +46,17 @@ def tbl_repl(*args: str, env: dict[str, str] | None = None) -> subprocess.Comple
     )
 
 
+def started(*args: str) -> subprocess.Popen[bytes]:
+    """``tbl-repl ...`` that goes on while a test does; what it says is not kept."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "tbl_repl", *args],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=environment(),
+    )
+
+
 class WorkerProcess:
     """``tbl-repl worker`` for these nodes, in JSON lines unless said otherwise; killed at the end.
 
