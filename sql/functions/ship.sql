@@ -420,8 +420,9 @@ DECLARE
     error_hint   text;
     context      text;
 BEGIN
-    -- ship first, then the status: who has held it may have changed that
-    IF NOT pg_try_advisory_xact_lock_shared(tbl_repl._lock_ship(), change.target_id) THEN
+    -- ship first, then the status: who has held it may have changed that.  Not for a transaction that is being prepared: it
+    -- would keep it.
+    IF tbl_repl._is_preparing() OR NOT pg_try_advisory_xact_lock_shared(tbl_repl._lock_ship(), change.target_id) THEN
         RETURN false;
     END IF;
     SELECT t.source_id, t.server, t.timeout, t.mode = 'sync' AS sync, t.receipts,
@@ -432,9 +433,7 @@ BEGIN
     JOIN pg_foreign_server AS f ON f.srvname = t.server
     WHERE t.target_id = change.target_id AND t.mode <> 'async'
       AND NOT EXISTS (SELECT FROM tbl_repl.stash AS s WHERE s.txid = change.txid);
-    IF NOT FOUND OR tbl_repl._is_preparing()
-       OR NOT coalesce(item.conn = ANY (tbl_repl._dblink_connections()), false)
-    THEN
+    IF NOT FOUND OR NOT coalesce(item.conn = ANY (tbl_repl._dblink_connections()), false) THEN
         RETURN false;
     END IF;
     BEGIN
