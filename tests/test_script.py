@@ -19,7 +19,13 @@ PINNED = re.compile(r"\bSET search_path = pg_catalog, pg_temp\b")
 ROUTINE = re.compile(r"^CREATE (FUNCTION|PROCEDURE) (tbl_repl\.\w+)\s*\(", re.IGNORECASE)
 # A procedure that commits must have no SET clause; the other two resolve the names in filters and
 # maps by the caller's path.
-UNPINNED = {"tbl_repl.drain", "tbl_repl.add_target", "tbl_repl.alter_target", "tbl_repl._settle"}
+UNPINNED = {
+    "tbl_repl.drain",
+    "tbl_repl.add_target",
+    "tbl_repl.alter_target",
+    "tbl_repl._settle",
+    "tbl_repl._is_type",
+}
 # What only a superuser may do, and what the rules of the project exclude.
 FORBIDDEN = (
     r"\bEVENT TRIGGER\b",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import psycopg
 import pytest
+from psycopg import errors
 
 from support import Pair
 
@@ -336,3 +337,77 @@ def test_initial_copy(source: Pair, initial_copy: str, mode: str) -> None:
         assert source.call("resync_target", target_id=target) == 2499
         source.drain()
     source.assert_same("t")
+
+
+TYPES = {
+    "date to timestamp": ("date", "timestamp", "'2026-03-04'", "'2026-03-04 12:00:01'"),
+    "timestamp to timestamptz": ("timestamp", "timestamptz", "'2026-03-04 1:00'", "'2026-03-05 1:00'"),
+    "char to text": ("char(5)", "text", "'ab'", "'cd  '"),
+    "text to date": ("text", "date USING c::date", "'2026-03-04'", "'05/06/2026'"),
+    "integer to float": ("integer", "float8", "1", "3.14159265358979"),
+}
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("mode", ["sync", "tolerant", "async"])
+def test_a_column_of_another_type_is_no_other_value(pair: Pair, mode: str, name: str) -> None:
+    """Until alter_target it is an error, at commit or when it is shipped, whatever the session's settings."""
+    was, becomes, first, then = TYPES[name]
+    pair.both(f"CREATE TABLE t (id integer PRIMARY KEY, c {was})")
+    pair.source.sql(f"INSERT INTO t VALUES (1, {first}), (2, {first})")
+    target = pair.add_target("t", mode=mode)
+    pair.both(f"ALTER TABLE t ALTER c TYPE {becomes}")
+    session = pair.source.connect()
+    session.execute("SET datestyle = 'SQL, DMY'; SET timezone = 'Asia/Tokyo'; SET extra_float_digits = -10")
+    for statement in (f"INSERT INTO t VALUES (3, {then})", f"UPDATE t SET c = {then} WHERE id < 3"):
+        if mode == "sync":
+            with pytest.raises(errors.UndefinedFunction) as caught:
+                session.execute(statement)
+            assert f"alter_target({target})" in (caught.value.diag.message_hint or "")
+        else:
+            session.execute(statement)
+    pair.source.sql("SELECT tbl_repl.replay()")
+    assert pair.target.one("SELECT count(*) FROM t") == 2
+    pair.source.sql(f"SELECT tbl_repl.alter_target({target})")
+    session.execute(f"INSERT INTO t VALUES (4, {then})")
+    pair.drain()
+    pair.assert_same("t")
+    assert pair.pending(target) == 0
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    "name", ["date to timestamp", "timestamp to timestamptz", "char to text", "text to date"]
+)
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_a_key_of_another_type_is_not_taken_for_another_key(pair: Pair, mode: str, name: str) -> None:
+    was, becomes, first, then = TYPES[name]
+    pair.both(f"CREATE TABLE t (c {was} PRIMARY KEY, v text)")
+    pair.source.sql(f"INSERT INTO t VALUES ({first})")
+    target = pair.add_target("t", mode=mode)
+    pair.both(f"ALTER TABLE t ALTER c TYPE {becomes}")
+    for statement in (f"INSERT INTO t VALUES ({then})", f"UPDATE t SET c = {then}", "DELETE FROM t"):
+        with pytest.raises(errors.UndefinedFunction, match="_is_(text|type)"):
+            pair.source.sql(statement)
+    pair.source.sql(f"SELECT tbl_repl.alter_target({target})")
+    pair.source.sql(f"INSERT INTO t VALUES ({then}, 'x'); UPDATE t SET v = 'y'")
+    pair.drain()
+    pair.assert_same("t")
+
+
+@pytest.mark.parametrize("mode", ["tolerant", "async"])
+def test_an_integer_key_may_become_a_larger_one(pair: Pair, mode: str) -> None:
+    """Writers go on, and what does not fit what is known waits for alter_target."""
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY, v text)")
+    pair.source.sql("INSERT INTO t VALUES (1, 'x'), (2, 'x')")
+    target = pair.add_target("t", mode=mode)
+    pair.both("ALTER TABLE t ALTER id TYPE bigint")
+    pair.source.sql("INSERT INTO t VALUES (3000000000, 'x')")
+    pair.source.sql(
+        "UPDATE t SET v = 'y'; UPDATE t SET id = 4000000000 WHERE id = 1; DELETE FROM t WHERE id = 2"
+    )
+    pair.source.sql(f"SELECT tbl_repl.alter_target({target})")
+    pair.drain()
+    pair.assert_same("t")
+    assert (pair.pending(target), pair.status(target)) == (0, "ok")

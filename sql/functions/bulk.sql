@@ -97,11 +97,11 @@ BEGIN
         whole := 'T' = ANY (ops) AND NOT by_key;
         is_binary := tbl_repl._may_copy_binary(target, source);
         columns := tbl_repl._sent_list(target, is_binary);
-        matches := tbl_repl._key_match(source.source_table, source.key_columns) || coalesce(' AND (' || target.filter_expr || ')', '');
+        matches := tbl_repl._row_match(target, source) || coalesce(' AND (' || target.filter_expr || ')', '');
         keys := format('SELECT unnest(c.keys) AS tbl_repl_key FROM %s AND c.op = ANY (%L)', pending,
                        CASE WHEN by_key THEN '{I,U,K,D,T}' ELSE '{I,U,K,D}' END);
         -- rows that were only inserted come in the order in which they were, which the target's index likes, and once each
-        rows_query := CASE WHEN whole THEN format('SELECT %s FROM %s AS s%s', columns, source.source_table, ' WHERE ' || target.filter_expr)
+        rows_query := CASE WHEN whole THEN format('SELECT %s FROM %s AS s WHERE %s%s', columns, source.source_table, tbl_repl._sent_as_known(target, source), ' AND (' || target.filter_expr || ')')
                            ELSE format('SELECT %s FROM (%s) AS u JOIN %s AS s ON %s', columns, keys, source.source_table, matches) END;
         -- DISTINCT by sorting, as in _loads
         SELECT string_agg(format('r.c%s', n), ', ' ORDER BY n) INTO listing FROM generate_series(1, cardinality(target.sent_columns)) AS n;

@@ -113,9 +113,9 @@ BEGIN
     dst_table := tbl_repl._dst_table(target);
     dst_columns := tbl_repl._dst_columns(target);
     is_binary := tbl_repl._may_copy_binary(target, source);
-    rows_query := format('SELECT %s FROM %s AS s WHERE %s%s%s',
-        tbl_repl._sent_list(target, is_binary), source.source_table,
-        coalesce('(' || target.filter_expr || ')', 'true'),
+    rows_query := format('SELECT %s FROM %s AS s WHERE %s%s%s%s',
+        tbl_repl._sent_list(target, is_binary), source.source_table, tbl_repl._sent_as_known(target, source),
+        ' AND (' || target.filter_expr || ')',
         CASE WHEN piece.after IS NOT NULL THEN format(' AND (%s)', tbl_repl._key_after(source.source_table, source.key_columns, quote_literal(piece.after))) END,
         format(' AND (%s)', tbl_repl._key_until(source.source_table, source.key_columns, quote_literal(piece.upto))));
     stage := format('CREATE TEMP TABLE tbl_repl_rows ON COMMIT DROP AS SELECT %s FROM %s WITH NO DATA', dst_columns, dst_table);

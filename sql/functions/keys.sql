@@ -390,6 +390,63 @@ AS $function$
 $function$;
 COMMENT ON FUNCTION tbl_repl._sent_types(tbl_repl.target, regclass) IS 'types of the expressions that are sent, 0 for any';
 
+-- What is generated for a target knows the types of the columns: which settings their text needs, and what a key is cast to.
+-- One that has another type since then has to be an error, not another value: these calls fail to resolve (42883) as soon as
+-- the statement is planned anew, and cost nothing else, for they are inlined.
+CREATE OR REPLACE FUNCTION tbl_repl._is_integer(value bigint) RETURNS boolean
+LANGUAGE sql IMMUTABLE PARALLEL SAFE RETURN true;
+COMMENT ON FUNCTION tbl_repl._is_integer(bigint) IS 'resolves only for integers of any size';
+
+CREATE OR REPLACE FUNCTION tbl_repl._is_text(value text) RETURNS boolean
+LANGUAGE sql IMMUTABLE PARALLEL SAFE RETURN true;
+COMMENT ON FUNCTION tbl_repl._is_text(text) IS 'resolves only for text, varchar and char';
+
+-- Not pinned, or it would not be inlined; it names nothing.
+CREATE OR REPLACE FUNCTION tbl_repl._is_type(value anyelement, type anyelement)
+RETURNS boolean
+LANGUAGE sql IMMUTABLE PARALLEL SAFE
+AS $function$
+    SELECT true
+$function$;
+COMMENT ON FUNCTION tbl_repl._is_type(anyelement, anyelement) IS 'resolves only for values of one type';
+
+CREATE OR REPLACE FUNCTION tbl_repl._same_types(source_table regclass, columns name[])
+RETURNS text
+LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT string_agg(CASE WHEN a.atttypid = ANY ('{int2,int4,int8}'::regtype[]::oid[]) THEN format('tbl_repl._is_integer(s.%I)', a.attname)
+                           WHEN a.atttypid = ANY ('{text,varchar}'::regtype[]::oid[]) THEN format('tbl_repl._is_text(s.%I)', a.attname)
+                           ELSE format('tbl_repl._is_type(s.%I, NULL::%s)', a.attname, format_type(a.atttypid, -1)) END, ' AND ' ORDER BY a.attnum)
+    FROM pg_attribute AS a
+    WHERE a.attrelid = source_table AND a.attnum > 0 AND NOT a.attisdropped AND a.attname = ANY (columns)
+$function$;
+COMMENT ON FUNCTION tbl_repl._same_types(regclass, name[]) IS
+    'SQL condition: these columns of row s have the types that they have now';
+
+-- _row_match(target, source): which row s a target is sent for a key.
+CREATE OR REPLACE FUNCTION tbl_repl._row_match(target tbl_repl.target, source tbl_repl.source)
+RETURNS text
+LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT concat_ws(' AND ', tbl_repl._key_match(source.source_table, source.key_columns), tbl_repl._sent_as_known(target, source))
+$function$;
+COMMENT ON FUNCTION tbl_repl._row_match(tbl_repl.target, tbl_repl.source) IS
+    'SQL condition: row s has the key u.tbl_repl_key, and columns of the types that are known';
+
+CREATE OR REPLACE FUNCTION tbl_repl._sent_as_known(target tbl_repl.target, source tbl_repl.source)
+RETURNS text
+LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT tbl_repl._same_types(source.source_table, source.key_columns || ARRAY(
+        SELECT a.attname FROM pg_attribute AS a
+        WHERE a.attrelid = source.source_table AND a.attnum > 0 AND NOT a.attisdropped AND format('s.%I', a.attname) = ANY (target.sent_exprs)))
+$function$;
+COMMENT ON FUNCTION tbl_repl._sent_as_known(tbl_repl.target, tbl_repl.source) IS
+    'SQL condition: the columns of row s that are sent have the types that they have now';
+
 -- Identity columns GENERATED ALWAYS outside the key cannot be updated: the row has to be inserted anew.
 CREATE OR REPLACE FUNCTION tbl_repl._always_columns(target tbl_repl.target)
 RETURNS name[]

@@ -227,7 +227,7 @@ $body$,
                            FROM unnest(target.sent_exprs) WITH ORDINALITY AS e (e, n))),
                    CASE WHEN target.filter_expr IS NOT NULL THEN ' END' END),
             source.source_table,
-            tbl_repl._key_match(source.source_table, source.key_columns),
+            tbl_repl._row_match(target, source),
             tbl_repl._execute_delete(target, 'gone[1]', '''infinity'''),
             format('DELETE FROM %s AS d', tbl_repl._dst_table(target)),
             replace(by_keys.from_expression, '{clause}', '''USING'''),
@@ -303,7 +303,7 @@ AS $function$
         tbl_repl._row_text_sql(target),
         CASE WHEN target.version_column IS NULL THEN 'NULL::text' ELSE format('s.%I::text', target.version_column) END,
         source.source_table,
-        tbl_repl._key_match(source.source_table, source.key_columns),
+        tbl_repl._row_match(target, source),
         ' AND (' || target.filter_expr || ')',
         CASE WHEN target.on_conflict = 'newest'
              THEN format('LEFT JOIN tbl_repl.tombstone AS x ON x.local_table = %L::regclass AND x.key = u.tbl_repl_key', source.source_table::oid)
@@ -478,7 +478,7 @@ $body$, format(CASE WHEN t.filter_expr IS NULL THEN '%s' ELSE 'CASE WHEN %2$s TH
                       (SELECT string_agg(format('quote_nullable((%s)::text)', e), ', ' ORDER BY n)
                        FROM unnest(t.sent_exprs) WITH ORDINALITY AS e (e, n))), t.filter_expr),
             s.source_table,
-            replace(tbl_repl._key_match(s.source_table, s.key_columns), 'u.tbl_repl_key', format('row_%s.tbl_repl_key', t.target_id)),
+            replace(tbl_repl._row_match(t, s), 'u.tbl_repl_key', format('row_%s.tbl_repl_key', t.target_id)),
             tbl_repl._execute_delete(t, 'tbl_repl_key', 'tbl_repl_deadline'),
             format('EXECUTE tbl_repl_u%s_%s (%%s, %%s)', t.target_id, t.generation))) AS body) AS b
     WHERE t.target_id = _row_sql.target_id

@@ -700,10 +700,26 @@ BEGIN
         DETAIL  = coalesce(lane.detail, format('Sync target on server %I.', (lane.parcels[1]).server)),
         HINT    = coalesce(lane.hint, CASE WHEN lane.code IN ('55P03', '57014')
                                THEN 'Somebody holds the row on the target, perhaps a writer there who waits for this one. The local transaction is rolled back: try it again.'
-                               ELSE 'The local transaction is rolled back, because a target of mode sync failed.' END);
+                               ELSE 'The local transaction is rolled back: what a sync target, or an initial copy, cannot take is not committed here.' END);
 END
 $function$;
 COMMENT ON FUNCTION tbl_repl._raise_lane(tbl_repl.lane) IS 'fails the transaction with what a sync target said';
+
+CREATE OR REPLACE FUNCTION tbl_repl._raise_unreadable(parcel tbl_repl.parcel, code text, message text, detail text)
+RETURNS void
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+BEGIN
+    RAISE EXCEPTION USING
+        ERRCODE = code,
+        MESSAGE = message,
+        DETAIL  = coalesce(nullif(detail, ''), format('What sync target %s on server %I is to be sent could not be read here.', parcel.target_id, parcel.server)),
+        HINT    = format('Where the table, or a right on it, has changed since the target was defined: SELECT tbl_repl.alter_target(%s);', parcel.target_id);
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._raise_unreadable(tbl_repl.parcel, text, text, text) IS
+    'fails the transaction because rows could not be read for a sync target';
 
 -- _ship_small(parcels, own, mine): one message a connection; sent to all, then waited for together.
 -- Returns the targets that failed and may (tolerant); raises what a sync one says.
@@ -730,6 +746,7 @@ DECLARE
     first_bad tbl_repl.lane;
     bad       boolean := false;
     finished  integer[] := '{}';
+    error_detail text;
     n         integer;
 BEGIN
     FOREACH parcel IN ARRAY parcels LOOP
@@ -744,7 +761,8 @@ BEGIN
         EXCEPTION WHEN assert_failure OR OTHERS THEN
             -- a filter or map that fails on a row, a column that is gone: the target's own business
             IF parcel.sync THEN
-                RAISE;
+                GET STACKED DIAGNOSTICS error_detail = PG_EXCEPTION_DETAIL;
+                PERFORM tbl_repl._raise_unreadable(parcel, SQLSTATE, SQLERRM, error_detail);
             END IF;
             PERFORM tbl_repl._log_error(parcel.target_id, NULL, SQLSTATE, SQLERRM, NULL, NULL, NULL);
             failed := array_append(failed, parcel.target_id);
