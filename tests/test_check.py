@@ -313,6 +313,50 @@ def test_children_by_inheritance(well: Pair) -> None:
     assert codes(well) == ["inheritance"]
 
 
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_a_table_that_becomes_a_partition(well: Pair, mode: str) -> None:
+    target = well.add_target("t", mode=mode)
+    well.source.sql("CREATE TABLE root (LIKE t INCLUDING ALL) PARTITION BY RANGE (id)")
+    well.source.sql("ALTER TABLE root ATTACH PARTITION t DEFAULT")
+    assert ("error", "became_partition", target) in problems(well)
+    mend(well, "became_partition")
+    well.source.sql(
+        "INSERT INTO root VALUES (1, 'x'), (2, 'x'); UPDATE root SET v = 'y'; DELETE FROM root WHERE id = 2"
+    )
+    well.drain()
+    well.assert_same("t")
+    assert problems(well) == []
+
+
+def test_a_table_that_gets_a_parent_or_a_child(well: Pair) -> None:
+    target = well.add_target("t", mode="async")
+    well.source.sql("CREATE TABLE parent (id integer NOT NULL, v text); ALTER TABLE t INHERIT parent")
+    assert problems(well) == [("error", "inheritance", target)]
+    well.source.sql("ALTER TABLE t NO INHERIT parent; CREATE TABLE child () INHERITS (t)")
+    assert problems(well) == [("error", "inheritance", target)]
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_a_partition_that_was_detached_is_a_table_of_its_own(well: Pair, mode: str) -> None:
+    well.both("CREATE TABLE p (id integer PRIMARY KEY) PARTITION BY RANGE (id)")
+    well.both("CREATE TABLE p_1 PARTITION OF p DEFAULT")
+    target = well.add_target("p", mode=mode)
+    well.source.sql("INSERT INTO p VALUES (1), (2)")
+    well.drain()
+    well.source.sql("ALTER TABLE p DETACH PARTITION p_1")
+    assert problems(well) == [("warning", "trigger_left", target)]
+    well.source.sql("TRUNCATE p_1")
+    well.drain()
+    assert well.target.rows("p") == ["(1)", "(2)"]
+    mend(well, "trigger_left")
+    assert (
+        well.source.sql(
+            "SELECT tgname FROM pg_trigger WHERE tgrelid = 'p_1'::regclass AND tgname LIKE '%tbl_repl%'"
+        )
+        == []
+    )
+
+
 @pytest.mark.parametrize("name", ["capture", "render", "page", "connect", "row", "digest"])
 def test_generated_functions_that_were_changed_or_dropped(well: Pair, name: str) -> None:
     target = well.add_target("t", mode="async")
@@ -366,7 +410,7 @@ def test_a_failed_target(well: Pair) -> None:
 def test_queueing_after_an_error(well: Pair) -> None:
     target = well.add_target("t")
     lock = well.target.connect()
-    well.source.sql(f"SELECT tbl_repl.alter_target({target}, timeout => '200 ms')")
+    well.source.sql(f"SELECT tbl_repl.alter_target({target}, timeout => '500 ms')")
     with lock.transaction():
         lock.execute("LOCK TABLE t IN SHARE MODE")
         well.source.sql("INSERT INTO t VALUES (1, 'x')")

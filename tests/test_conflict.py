@@ -271,6 +271,35 @@ def test_other_columns_are_sent_while_changes_are_queued_under_keep(two: Pair) -
     two.assert_same("t")
 
 
+@pytest.mark.parametrize("policy", ["keep", "error", "newest"])
+@pytest.mark.parametrize("change", ["RENAME v TO w", "DROP v", "RENAME at TO changed_at"])
+@pytest.mark.parametrize("shape", ["ordinary", "partitioned"])
+@pytest.mark.once
+def test_writers_go_on_where_a_column_is_gone_that_a_policy_looks_at(
+    two: Pair, policy: str, change: str, shape: str
+) -> None:
+    table = "u"
+    two.target.sql("CREATE TABLE u (id integer PRIMARY KEY, v text, at timestamptz)")
+    two.source.sql(
+        "CREATE TABLE u (id integer PRIMARY KEY, v text, at timestamptz)"
+        + (
+            " PARTITION BY RANGE (id); CREATE TABLE u_1 PARTITION OF u DEFAULT"
+            if shape == "partitioned"
+            else ""
+        )
+    )
+    version = "at" if policy == "newest" else None
+    target = two.add_target(table, mode="async", on_conflict=policy, version_column=version)
+    two.source.sql("INSERT INTO u VALUES (1, 'x', now()), (2, 'x', now()), (3, 'x', now())")
+    two.drain()
+    two.source.sql(f"ALTER TABLE u {change}")
+    two.source.sql(
+        "UPDATE u SET id = 4 WHERE id = 1; DELETE FROM u WHERE id = 2; INSERT INTO u (id) VALUES (5)"
+    )
+    two.source.sql("UPDATE u SET id = id; TRUNCATE u")
+    assert two.pending(target) > 0
+
+
 def test_overwrite_notes_what_it_overwrites(two: Pair) -> None:
     both_ways(two, mode="async")
     two.source.sql("INSERT INTO t VALUES (1, 'ours', '2020-01-01')")

@@ -24,6 +24,8 @@ DECLARE
     quick     integer := tbl_repl._quick_target(source_id);
     native    text;
     old_s     text;  -- what a conflict policy needs of the old row
+    with_olds text;
+    looks     text[];  -- which rows a TRUNCATE removes
     absent    text;  -- and where there was none
     policy    record;
     carries   boolean := tbl_repl._carries(source_id);
@@ -89,30 +91,7 @@ BEGIN
     store := replace(replace(store, '{c}', CASE WHEN old_s IS NULL THEN '' ELSE ', olds' END),
                      '{v}', CASE WHEN old_s IS NULL THEN '' ELSE ', {olds}' END);
 
-    IF old_s IS NOT NULL AND source.capture = 'statement' THEN
-        body := format($body$    IF TG_OP = 'INSERT' THEN
-        SELECT array_agg(%1$s), array_agg(%3$s) INTO changed, olds FROM new_rows AS s;
-    ELSIF TG_OP = 'DELETE' THEN
-        SELECT array_agg(%1$s), array_agg(%2$s) INTO changed, olds FROM old_rows AS s;
-    ELSE
-        SELECT array_agg(n.k), array_agg(coalesce(o.v, %3$s)) INTO changed, olds
-        FROM (SELECT %1$s AS k FROM new_rows AS s) AS n LEFT JOIN (SELECT %1$s AS k, %2$s AS v FROM old_rows AS s) AS o ON o.k = n.k;
-        SELECT array_agg(o.k), array_agg(o.v) INTO former, former_olds
-        FROM (SELECT %1$s AS k, %2$s AS v FROM old_rows AS s) AS o LEFT JOIN unnest(changed) AS n (k) ON n.k = o.k WHERE n.k IS NULL;
-    END IF;$body$, key_s, old_s, absent);
-    ELSIF old_s IS NOT NULL THEN
-        body := format($body$    IF TG_OP <> 'DELETE' THEN
-        SELECT ARRAY[%1$s], ARRAY[%3$s] INTO changed, olds FROM (SELECT (NEW).*) AS s;
-    END IF;
-    IF TG_OP <> 'INSERT' THEN
-        SELECT ARRAY[%1$s], ARRAY[%2$s] INTO former, former_olds FROM (SELECT (OLD).*) AS s;
-        IF TG_OP = 'DELETE' OR former = changed THEN
-            changed := former;
-            olds := former_olds;
-            former := NULL;
-        END IF;
-    END IF;$body$, key_s, old_s, absent);
-    ELSIF source.capture = 'statement' THEN
+    IF source.capture = 'statement' THEN
         body := concat(
             E'    IF TG_OP = ''INSERT'' THEN\n        ', tbl_repl._collect_sql(format('array_agg(%s)', key_s), 'changed', 'new_rows', filter),
             E'\n    ELSIF TG_OP = ''DELETE'' THEN\n        ', tbl_repl._collect_sql(format('array_agg(%s)', key_s), 'changed', 'old_rows', filter),
@@ -139,18 +118,56 @@ BEGIN
             E'\n        IF TG_OP = ''DELETE'' THEN\n            changed := former;\n            former := NULL;\n',
             E'        ELSIF former = changed THEN\n            former := NULL;\n        END IF;\n    END IF;');
     END IF;
+    IF old_s IS NOT NULL AND source.capture = 'statement' THEN
+        with_olds := format($body$    IF TG_OP = 'INSERT' THEN
+        SELECT array_agg(%1$s), array_agg(%3$s) INTO changed, olds FROM new_rows AS s;
+    ELSIF TG_OP = 'DELETE' THEN
+        SELECT array_agg(%1$s), array_agg(%2$s) INTO changed, olds FROM old_rows AS s;
+    ELSE
+        SELECT array_agg(n.k), array_agg(coalesce(o.v, %3$s)) INTO changed, olds
+        FROM (SELECT %1$s AS k FROM new_rows AS s) AS n LEFT JOIN (SELECT %1$s AS k, %2$s AS v FROM old_rows AS s) AS o ON o.k = n.k;
+        SELECT array_agg(o.k), array_agg(o.v) INTO former, former_olds
+        FROM (SELECT %1$s AS k, %2$s AS v FROM old_rows AS s) AS o LEFT JOIN unnest(changed) AS n (k) ON n.k = o.k WHERE n.k IS NULL;
+    END IF;$body$, key_s, old_s, absent);
+    ELSIF old_s IS NOT NULL THEN
+        with_olds := format($body$    IF TG_OP <> 'DELETE' THEN
+        SELECT ARRAY[%1$s], ARRAY[%3$s] INTO changed, olds FROM (SELECT (NEW).*) AS s;
+    END IF;
+    IF TG_OP <> 'INSERT' THEN
+        SELECT ARRAY[%1$s], ARRAY[%2$s] INTO former, former_olds FROM (SELECT (OLD).*) AS s;
+        IF TG_OP = 'DELETE' OR former = changed THEN
+            changed := former;
+            olds := former_olds;
+            former := NULL;
+        END IF;
+    END IF;$body$, key_s, old_s, absent);
+    END IF;
+    IF old_s IS NOT NULL THEN
+        -- where a column that a policy looks at is gone, changes are kept without what it was
+        body := concat(E'    BEGIN\n', with_olds, E'\n    EXCEPTION WHEN assert_failure OR OTHERS THEN\n        olds := NULL;\n        former_olds := NULL;\n',
+                       body, E'\n    END;');
+    END IF;
 
     -- Where a target shares its table with others, or sees only some rows, TRUNCATE means these keys;
     -- so it does for a single partition.  The root adds the rows of partitions that have no such trigger yet.
+    SELECT array_agg(format(E'EXECUTE format(CASE WHEN EXISTS (SELECT FROM pg_class AS c WHERE c.oid = TG_RELID AND c.relkind = ''p'')\n'
+               '                                THEN %L ELSE %L END, TG_RELID::regclass, TG_NAME) INTO changed, olds;\n',
+               format('SELECT array_agg(%s), %s FROM %%s AS s WHERE NOT EXISTS (SELECT FROM pg_trigger AS g WHERE g.tgrelid = s.tableoid AND g.tgname = %%L)', k.listing, o.listing),
+               format('SELECT array_agg(%s), %s FROM ONLY %%s AS s', k.listing, o.listing)) ORDER BY o.n)
+    INTO looks
+    FROM unnest(ARRAY[format('array_agg(%s)', replace(old_s, '%', '%%')), 'NULL::text[]']) WITH ORDINALITY AS o (listing, n), replace(key_s, '%', '%%') AS k (listing)
+    WHERE o.n = 2 OR old_s IS NOT NULL;
+    IF old_s IS NOT NULL THEN
+        looks[1] := concat(E'BEGIN\n                ', looks[1], E'            EXCEPTION WHEN assert_failure OR OTHERS THEN\n                ', looks[2], E'            END;\n');
+    END IF;
     truncated := concat(
         E'    IF TG_OP = ''TRUNCATE'' THEN\n',
         E'        IF TG_WHEN = ''BEFORE'' THEN\n',
-        format(E'            EXECUTE format(CASE WHEN EXISTS (SELECT FROM pg_class AS c WHERE c.oid = TG_RELID AND c.relkind = ''p'')\n'
-               '                                THEN %L ELSE %L END, TG_RELID::regclass, TG_NAME) INTO changed, olds;\n',
-               format('SELECT array_agg(%s)%s FROM %%s AS s WHERE NOT EXISTS (SELECT FROM pg_trigger AS g WHERE g.tgrelid = s.tableoid AND g.tgname = %%L)',
-                      replace(key_s, '%', '%%'), CASE WHEN old_s IS NULL THEN ', NULL::text[]' ELSE format(', array_agg(%s)', replace(old_s, '%', '%%')) END),
-               format('SELECT array_agg(%s)%s FROM ONLY %%s AS s', replace(key_s, '%', '%%'),
-                      CASE WHEN old_s IS NULL THEN ', NULL::text[]' ELSE format(', array_agg(%s)', replace(old_s, '%', '%%')) END)),
+        -- one that was a partition is somebody else's table
+        format(E'            IF NOT EXISTS (SELECT FROM tbl_repl.source AS s WHERE s.source_id = %s AND (s.source_table = TG_RELID\n'
+               '                           OR s.source_table IN (SELECT a.relid FROM pg_partition_ancestors(TG_RELID) AS a))) THEN\n'
+               '                RETURN NULL;\n            END IF;\n', source.source_id),
+        E'            ', looks[1],
         E'            IF changed IS NULL THEN RETURN NULL; END IF;\n',
         E'        END IF;\n        ',
         concat_ws(E'\n        ', replace(replace(replace(replace(store, '{op}', '''T'''), '{keys}', 'changed'), '{olds}', 'olds'), E'\n', E'\n        '),
@@ -333,6 +350,11 @@ AS $function$
 DECLARE
     item record;
 BEGIN
+    IF NOT only_function THEN
+        -- it may have become a partition
+        UPDATE tbl_repl.source AS s SET capture = 'row'
+        WHERE s.source_id = _rebuild_capture.source_id AND s.capture = 'statement' AND tbl_repl._capture_kind(s.source_table) = 'row';
+    END IF;
     EXECUTE tbl_repl._capture_sql(source_id);
     EXECUTE format('REVOKE ALL ON FUNCTION tbl_repl.%I() FROM PUBLIC', format('capture_%s', source_id));
     EXECUTE format('COMMENT ON FUNCTION tbl_repl.%I() IS %L', format('capture_%s', source_id),
@@ -347,13 +369,13 @@ BEGIN
     LOOP
         EXECUTE item.statement;
     END LOOP;
-    PERFORM tbl_repl._drop_triggers(source_id, (SELECT array_agg(w.trigger_name) FROM tbl_repl._trigger_sql(source_id) AS w));
+    PERFORM tbl_repl._drop_triggers(source_id, false);
 END
 $function$;
 COMMENT ON FUNCTION tbl_repl._rebuild_capture(integer, boolean) IS
     'makes trigger function and triggers of a replicated table what the catalog says';
 
-CREATE OR REPLACE FUNCTION tbl_repl._drop_triggers(source_id integer, keep name[])
+CREATE OR REPLACE FUNCTION tbl_repl._drop_triggers(source_id integer, everything boolean)
 RETURNS void
 LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp
@@ -362,17 +384,38 @@ DECLARE
     item record;
 BEGIN
     FOR item IN
-        SELECT g.tgrelid::regclass AS rel, g.tgname
-        FROM pg_trigger AS g JOIN pg_proc AS f ON f.oid = g.tgfoid
-        WHERE f.pronamespace = 'tbl_repl'::regnamespace AND f.proname = format('capture_%s', source_id)
-          AND g.tgparentid = 0 AND NOT coalesce(g.tgname = ANY (keep), false)
+        SELECT * FROM tbl_repl._capture_triggers(source_id) AS h
+        WHERE everything OR NOT EXISTS (SELECT FROM tbl_repl._trigger_sql(source_id) AS w WHERE w.table_name = h.rel AND w.trigger_name = h.tgname)
     LOOP
         EXECUTE format('DROP TRIGGER %I ON %s', item.tgname, item.rel);
     END LOOP;
 END
 $function$;
-COMMENT ON FUNCTION tbl_repl._drop_triggers(integer, name[]) IS
-    'drops the capture triggers of a table, except those named';
+COMMENT ON FUNCTION tbl_repl._drop_triggers(integer, boolean) IS
+    'drops the capture triggers of a table that it need not have, or all';
+
+-- Without the clones that PostgreSQL makes for partitions; with those that a partition kept when it was detached.
+CREATE OR REPLACE FUNCTION tbl_repl._capture_triggers(source_id integer)
+RETURNS TABLE (rel regclass, tgname name)
+LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT g.tgrelid::regclass, g.tgname
+    FROM pg_trigger AS g JOIN pg_proc AS f ON f.oid = g.tgfoid
+    WHERE f.pronamespace = 'tbl_repl'::regnamespace AND f.proname = format('capture_%s', source_id) AND g.tgparentid = 0
+    ORDER BY g.tgrelid::regclass::text, g.tgname
+$function$;
+COMMENT ON FUNCTION tbl_repl._capture_triggers(integer) IS 'the capture triggers that a table and its partitions have';
+
+-- Statement triggers of a partition do not fire for what is written through its parent, nor those of a parent for its partitions.
+CREATE OR REPLACE FUNCTION tbl_repl._capture_kind(source_table regclass)
+RETURNS text
+LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT CASE WHEN c.relkind = 'p' OR c.relispartition THEN 'row' ELSE 'statement' END FROM pg_class AS c WHERE c.oid = source_table
+$function$;
+COMMENT ON FUNCTION tbl_repl._capture_kind(regclass) IS 'which triggers see every change of a table';
 
 -- With its triggers, for which no right on the table is needed; whoever has written it is waited for.
 CREATE OR REPLACE FUNCTION tbl_repl._drop_capture(source_id integer)

@@ -134,9 +134,15 @@ BEGIN
                    (SELECT string_agg(quote_ident(k), ', ') FROM unnest(source.key_columns) AS k), source.source_table);
         RETURN;  -- nothing generated can be compared
     END;
-    IF source.capture = 'statement' AND EXISTS (SELECT FROM pg_inherits AS i WHERE i.inhparent = source.source_table) THEN
-        RETURN QUERY SELECT 'error', 'inheritance', format('table %s has got children, whose rows are not captured', source.source_table),
-            'Use declarative partitioning, or replicate the children one by one.'::text;
+    IF source.capture = 'statement' AND tbl_repl._capture_kind(source.source_table) = 'row' THEN
+        RETURN QUERY SELECT 'error', 'became_partition', format('table %s is a partition now: what is written through its parent is not captured', source.source_table),
+            format('Capture row by row: %s Then compare: SELECT * FROM tbl_repl.compare_target(%s);', rebuild, any_target);
+    ELSIF source.capture = 'statement' AND EXISTS (SELECT FROM pg_inherits AS i WHERE source.source_table IN (i.inhparent, i.inhrelid)) THEN
+        RETURN QUERY SELECT 'error', 'inheritance',
+            format(CASE WHEN EXISTS (SELECT FROM pg_inherits AS i WHERE i.inhparent = source.source_table)
+                        THEN 'table %s has got children, whose rows are not captured'
+                        ELSE 'table %s has got a parent: what is written through it is not captured' END, source.source_table),
+            'Use declarative partitioning, or replicate tables without parents and children.'::text;
     END IF;
     RETURN QUERY
         SELECT 'error', 'trigger_missing',
@@ -146,6 +152,11 @@ BEGIN
         FROM tbl_repl._trigger_sql(source.source_id) AS w
         WHERE NOT EXISTS (SELECT FROM pg_trigger AS g JOIN pg_proc AS f ON f.oid = g.tgfoid
                           WHERE g.tgrelid = w.table_name AND g.tgname = w.trigger_name AND f.pronamespace = 'tbl_repl'::regnamespace);
+    RETURN QUERY
+        SELECT 'warning', 'trigger_left', format('trigger %I is left on table %s, which is no partition of %s any more', h.tgname, h.rel, source.source_table),
+               format('Take it away: %s', rebuild)
+        FROM tbl_repl._capture_triggers(source.source_id) AS h
+        WHERE h.rel <> source.source_table AND NOT EXISTS (SELECT FROM pg_partition_tree(source.source_table) AS t WHERE t.relid = h.rel);
     RETURN QUERY
         SELECT 'error', 'trigger_disabled', format('trigger %I of table %s is disabled', g.tgname, g.tgrelid::regclass),
                format('ALTER TABLE %s ENABLE TRIGGER %I; Then compare: SELECT * FROM tbl_repl.compare_target(%s);', g.tgrelid::regclass, g.tgname, any_target)

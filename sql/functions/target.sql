@@ -551,7 +551,7 @@ BEGIN
     IF NOT FOUND THEN
         INSERT INTO tbl_repl.source (source_table, key_columns, key_numbers, capture)
         SELECT source_table, k.names, tbl_repl._column_numbers(source_table, k.names),
-               CASE WHEN rel.relkind = 'p' OR rel.relispartition THEN 'row' ELSE 'statement' END
+               tbl_repl._capture_kind(source_table)
         FROM tbl_repl._find_key(source_table, key_columns) AS k (names)
         RETURNING * INTO source;
     ELSE
@@ -997,7 +997,7 @@ BEGIN
     DELETE FROM tbl_repl.target AS t WHERE t.target_id = drop_target.target_id;
     IF rel.owned AND NOT rel.captured THEN
         -- The function cannot be replaced by this role: it goes, and comes again as his.
-        PERFORM tbl_repl._drop_triggers(target.source_id, NULL);
+        PERFORM tbl_repl._drop_triggers(target.source_id, true);
     END IF;
     PERFORM tbl_repl._drop_orphans(target.target_id, target.source_id);
     DELETE FROM tbl_repl.stash AS s WHERE s.target_id = drop_target.target_id;
