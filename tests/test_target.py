@@ -411,3 +411,26 @@ def test_an_integer_key_may_become_a_larger_one(pair: Pair, mode: str) -> None:
     pair.drain()
     pair.assert_same("t")
     assert (pair.pending(target), pair.status(target)) == (0, "ok")
+
+
+@pytest.mark.parametrize("path", ["other", "''", '"$user", other, public'])
+def test_an_expression_keeps_its_meaning_when_something_else_is_altered(pair: Pair, path: str) -> None:
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY, v text)")
+    for schema, answer in (("mine", "true"), ("other", "false")):
+        pair.source.sql(
+            f"CREATE SCHEMA {schema};"
+            f"CREATE FUNCTION {schema}.keep(integer) RETURNS boolean LANGUAGE sql RETURN {answer};"
+            f"CREATE FUNCTION {schema}.shown(text) RETURNS text LANGUAGE sql RETURN '{schema}'"
+        )
+    pair.source.sql("SET search_path = mine, public")
+    target = pair.add_target("t", mode="async", row_filter="keep(id)", column_map={"v": "shown(v)"})
+    pair.source.sql(f"SET search_path = {path}")
+    pair.call("alter_target", target_id=target, timeout="2 s")
+    pair.source.sql("INSERT INTO public.t VALUES (1, 'x')")
+    pair.drain()
+    assert pair.target.rows("t") == ["(1,mine)"]
+    if path == "other":
+        pair.call("alter_target", target_id=target, column_map={"v": "shown(v)"})
+        pair.source.sql("INSERT INTO public.t VALUES (2, 'x')")
+        pair.drain()
+        assert pair.target.rows("t") == ["(1,mine)", "(2,other)"]

@@ -31,7 +31,8 @@ AS $function$
 BEGIN
     RETURN tbl_repl._add_target(source_table, server, dst_table, mode, columns, column_map, row_filter, key_columns,
                                 operations, initial_copy, on_conflict, version_column, forward, timeout,
-                                pg_catalog.current_setting('search_path'));
+                                pg_catalog.array_to_string(ARRAY(
+                                    SELECT pg_catalog.quote_ident(s) FROM pg_catalog.unnest(pg_catalog.current_schemas(false)) AS s), ', '));
 END
 $function$;
 COMMENT ON FUNCTION tbl_repl.add_target(regclass, name, text, text, name[], jsonb, text, name[], text[], text, text, name, text, interval) IS
@@ -302,12 +303,11 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._is_same_table(regclass, oid, text, timestamptz) IS
     'whether the target''s table is the source, which the caller has locked';
 
--- _define(target, source, path): fills in what follows from what the user said: sent columns,
+-- _define(target, source): fills in what follows from what the user said: sent columns,
 -- expressions, filter, key on the target; checks it against both sides.  Opens a connection.
 CREATE OR REPLACE FUNCTION tbl_repl._define(
     target tbl_repl.target,
-    source tbl_repl.source,
-    path   text
+    source tbl_repl.source
 )
 RETURNS tbl_repl.target
 LANGUAGE plpgsql VOLATILE
@@ -354,7 +354,7 @@ BEGIN
                 MESSAGE = format('column_map names column %I twice', item.name),
                 DETAIL  = 'Names are cut at 63 bytes, as everywhere in SQL.';
         END IF;
-        expr := tbl_repl._resolve(source.source_table, item.expression, path, format('column_map entry %s', quote_ident(item.name)));
+        expr := tbl_repl._resolve(source.source_table, item.expression, target.map_path, format('column_map entry %s', quote_ident(item.name)));
         -- an entry that is nothing but a column is a rename
         SELECT a.attname INTO plain FROM pg_attribute AS a
         WHERE a.attrelid = source.source_table AND a.attnum > 0 AND NOT a.attisdropped
@@ -365,7 +365,7 @@ BEGIN
     END LOOP;
     target.filter_expr := NULL;
     IF target.row_filter IS NOT NULL THEN
-        target.filter_expr := (tbl_repl._resolve(source.source_table, target.row_filter, path, 'row_filter')).resolved;
+        target.filter_expr := (tbl_repl._resolve(source.source_table, target.row_filter, target.filter_path, 'row_filter')).resolved;
     END IF;
 
     target.dst_keys := '{}';
@@ -465,7 +465,7 @@ BEGIN
     RETURN target;
 END
 $function$;
-COMMENT ON FUNCTION tbl_repl._define(tbl_repl.target, tbl_repl.source, text) IS
+COMMENT ON FUNCTION tbl_repl._define(tbl_repl.target, tbl_repl.source) IS
     'works out and checks the definition of a target on both sides';
 
 CREATE OR REPLACE FUNCTION tbl_repl._add_target(
@@ -581,7 +581,9 @@ BEGIN
     target.timeout := timeout;
     target.generation := tbl_repl._new_generation();
     PERFORM tbl_repl._check_only_once(target, source_table);
-    target := tbl_repl._define(target, source, path);
+    target.map_path := path;
+    target.filter_path := path;
+    target := tbl_repl._define(target, source);
     target.target_id := nextval('tbl_repl.target_target_id_seq');
     whole := tbl_repl._truncate_whole(target);
     INSERT INTO tbl_repl.target SELECT target.*;
@@ -808,7 +810,8 @@ LANGUAGE plpgsql VOLATILE
 AS $function$
 BEGIN
     PERFORM tbl_repl._alter_target(target_id, dst_table, mode, columns, column_map, row_filter, operations, on_conflict,
-                                   version_column, forward, timeout, pg_catalog.current_setting('search_path'));
+                                   version_column, forward, timeout, pg_catalog.array_to_string(ARRAY(
+                                    SELECT pg_catalog.quote_ident(s) FROM pg_catalog.unnest(pg_catalog.current_schemas(false)) AS s), ', '));
 END
 $function$;
 COMMENT ON FUNCTION tbl_repl.alter_target(integer, text, text, name[], jsonb, text, text[], text, name, text, interval) IS
@@ -867,7 +870,10 @@ BEGIN
     EXECUTE format('LOCK TABLE %s IN SHARE ROW EXCLUSIVE MODE', source.source_table);
     source := tbl_repl._follow_keys(source);
     PERFORM tbl_repl._check_only_once(target, source.source_table);
-    target := tbl_repl._define(target, source, path);
+    -- names in an expression that was given before mean what they meant then
+    target.map_path := CASE WHEN column_map IS NULL THEN target.map_path ELSE path END;
+    target.filter_path := CASE WHEN row_filter IS NULL THEN target.filter_path ELSE path END;
+    target := tbl_repl._define(target, source);
     target.generation := tbl_repl._new_generation();
     whole := tbl_repl._truncate_whole(target);
     UPDATE tbl_repl.target AS t
@@ -875,7 +881,7 @@ BEGIN
         column_map = target.column_map, row_filter = target.row_filter, operations = target.operations,
         on_conflict = target.on_conflict, version_column = target.version_column, forward = target.forward,
         timeout = target.timeout, sent_columns = target.sent_columns, sent_exprs = target.sent_exprs,
-        filter_expr = target.filter_expr, dst_keys = target.dst_keys, remote = target.remote, generation = target.generation,
+        filter_expr = target.filter_expr, map_path = target.map_path, filter_path = target.filter_path, dst_keys = target.dst_keys, remote = target.remote, generation = target.generation,
         receipts = target.receipts
     WHERE t.target_id = _alter_target.target_id;
     IF target.on_conflict <> 'overwrite' AND tbl_repl._old_value_sql(old) IS DISTINCT FROM tbl_repl._old_value_sql(target) THEN
