@@ -190,3 +190,41 @@ def test_waiting_that_fails_leaves_no_lock_behind(pair: Pair) -> None:
         conn.execute("SELECT tbl_repl._receive('gone', clock_timestamp() + interval '1 second')")
     held = conn.execute("SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid()")
     assert held.fetchall() == []
+
+
+@pytest.mark.parametrize("verb", ["compare_target", "repair_target", "protect_target"])
+def test_a_verb_opens_a_connection_that_died_while_it_was_idle(pair: Pair, verb: str) -> None:
+    target = replicate(pair, mode="sync")
+    pair.source.sql("INSERT INTO t VALUES (1, 'x')")
+    for pid in pair.target.backends("tbl_repl%"):
+        pair.target.admin("SELECT pg_terminate_backend(%s)", [pid])
+    wait_until(lambda: pair.target.backends("tbl_repl%") == [])
+    pair.source.sql(f"SELECT tbl_repl.{verb}({target})")
+
+
+def test_a_rule_on_the_target_says_why_a_deletion_cannot_arrive(pair: Pair) -> None:
+    replicate(pair, mode="sync")
+    pair.target.sql("CREATE RULE nothing AS ON DELETE TO t DO INSTEAD NOTHING")
+    for session in (pair.source.connect(), pair.source.connect()):
+        session.execute("INSERT INTO t VALUES (1, 'x') ON CONFLICT (id) DO UPDATE SET v = 'y'")
+        for _ in range(2):
+            with pytest.raises(errors.FeatureNotSupported, match="DELETE RETURNING"):
+                session.execute("DELETE FROM t")
+
+
+def test_why_nobody_is_let_in_is_told_by_the_status(pair: Pair) -> None:
+    replicate(pair, mode="tolerant")
+    pair.source.admin(f"ALTER USER MAPPING FOR owner SERVER {pair.server} OPTIONS (SET password 'wrong')")
+    pair.source.fresh("INSERT INTO t VALUES (1, 'x')")
+    assert "password authentication failed" in pair.source.one(
+        "SELECT last_error FROM tbl_repl.target_status"
+    )
+
+
+def test_the_log_of_errors_has_sql_that_people_can_read(pair: Pair) -> None:
+    replicate(pair, mode="tolerant")
+    pair.target.sql("ALTER TABLE t ADD CHECK (v <> 'bad')")
+    pair.source.sql("INSERT INTO t VALUES (1, 'good')")
+    pair.source.sql("UPDATE t SET v = 'bad'")
+    statement = pair.source.one("SELECT statement FROM tbl_repl.error_log")
+    assert statement.startswith("INSERT INTO public.t") and "'bad'" in statement

@@ -434,3 +434,19 @@ def test_an_expression_keeps_its_meaning_when_something_else_is_altered(pair: Pa
         pair.source.sql("INSERT INTO public.t VALUES (2, 'x')")
         pair.drain()
         assert pair.target.rows("t") == ["(1,mine)", "(2,other)"]
+
+
+def test_expressions_that_begin_with_a_keyword(pair: Pair) -> None:
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY, v text)")
+    pair.add_target(
+        "t",
+        mode="sync",
+        column_map={"v": "CASE WHEN id < 2 THEN 'low' ELSE 'high' END"},
+        row_filter="CASE WHEN id < 9 THEN true ELSE false END",
+    )
+    pair.source.sql("INSERT INTO t VALUES (1, 'x'), (2, 'x'), (9, 'x')")
+    assert pair.target.rows("t") == ["(1,low)", "(2,high)"]
+    pair.call("alter_target", target_id=1, row_filter="NOT id > 5", column_map={"v": "ROW(id)::text"})
+    pair.call(
+        "alter_target", target_id=1, row_filter="EXISTS (VALUES (1))", column_map={"v": "array[id]::text"}
+    )

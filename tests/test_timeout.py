@@ -492,3 +492,58 @@ def test_a_cancelled_replay_ends_although_the_line_is_silent(pair: Pair, proxy: 
     conn.execute("SET statement_timeout = 0")
     conn.execute("CALL tbl_repl.drain()")
     pair.assert_same("t")
+
+
+# --- a table that is locked there is nobody else's affair ---------------------------------------------
+
+
+@pytest.mark.once
+def test_a_paused_target_whose_table_is_locked_delays_no_fresh_session(pair: Pair) -> None:
+    """It shares the connection with the others, which a fresh session has to open and prepare."""
+    for name, mode in (("a", "sync"), ("b", "tolerant"), ("t", "sync"), ("u", "tolerant")):
+        target = replicate(pair, name, mode=mode, timeout="2 s")
+        if name in "ab":
+            pair.call("pause_target", target_id=target)
+    with pair.target.connect() as lock, lock.transaction():
+        lock.execute("LOCK TABLE a, b")
+        for name in "tu":
+            with within(1):
+                pair.source.fresh(f"INSERT INTO {name} VALUES (1, 'x')")
+        assert (
+            pair.source.sql("SELECT source_table::text FROM tbl_repl.target_status WHERE status = 'queueing'")
+            == []
+        )
+    pair.assert_same("t")
+    pair.assert_same("u")
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("other", ["another table", "the same table"])
+@pytest.mark.parametrize("mode", ["sync", "tolerant"])
+def test_a_locked_table_does_not_fail_the_sync_target_beside_it(pair: Pair, mode: str, other: str) -> None:
+    replicate(pair, mode="sync", timeout="2 s")
+    if other == "the same table":
+        pair.target.sql("CREATE TABLE locked (LIKE t INCLUDING ALL)")
+        if mode == "sync":
+            return  # then it is waited for, as it has to be
+        pair.add_target("t", dst_table="locked", mode=mode, timeout="2 s")
+    else:
+        replicate(pair, "locked", mode=mode, timeout="2 s")
+    with pair.target.connect() as lock, lock.transaction():
+        lock.execute("LOCK TABLE locked")
+        for n in range(2):
+            with within(2 + SLACK if n == 0 and other == "the same table" else 1):
+                pair.source.fresh(f"INSERT INTO t VALUES ({n}, 'x')")
+    pair.assert_same("t")
+
+
+@pytest.mark.once
+def test_a_sync_writer_is_told_of_the_lock_also_beside_a_tolerant_target(pair: Pair) -> None:
+    replicate(pair, mode="sync", timeout="1 s")
+    pair.target.sql("CREATE TABLE u (LIKE t INCLUDING ALL)")
+    pair.add_target("t", dst_table="u", mode="tolerant", timeout="1 s")
+    conn = warm(pair)
+    with pair.target.connect() as lock, lock.transaction():
+        lock.execute("SELECT FROM t FOR UPDATE")
+        with within(1 + SLACK), pytest.raises(errors.LockNotAvailable):
+            conn.execute("UPDATE t SET v = 'y'")

@@ -341,7 +341,7 @@ BEGIN
             MESSAGE = format('server %I or role %I does not exist', target.server, target.owner),
             HINT    = format('Create it again, or drop the target: SELECT tbl_repl.drop_target(%s).', target.target_id);
     END IF;
-    PERFORM tbl_repl._connect(target.target_id, conn, clock_timestamp() + target.timeout * 2);
+    PERFORM tbl_repl._connect_alive(target.target_id, conn, clock_timestamp() + target.timeout * 2);
     RETURN conn;
 END
 $function$;

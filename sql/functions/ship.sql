@@ -147,6 +147,16 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._render_transaction(integer, xid8, boolean, text) IS
     'what a transaction in flight has changed, as SQL for one target';
 
+CREATE OR REPLACE FUNCTION tbl_repl._sent_sql(target_id integer, own xid8, mine boolean)
+RETURNS text
+LANGUAGE sql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT nullif(concat_ws('; ', r.deletes, r.upserts), '') FROM tbl_repl._render_transaction(target_id, own, mine, 'plain') AS r
+$function$;
+COMMENT ON FUNCTION tbl_repl._sent_sql(integer, xid8, boolean) IS
+    'what a transaction in flight has changed, for people: without names of prepared statements';
+
 -- _message(parcels, upserts_first): deletions from the referencing tables upwards, then rows from the
 -- referenced tables downwards.
 CREATE OR REPLACE FUNCTION tbl_repl._message(parcels tbl_repl.parcel[], upserts_first boolean)
@@ -183,6 +193,7 @@ SET search_path = pg_catalog, pg_temp
 AS $function$
 DECLARE
     statement text;
+    half_time timestamptz := clock_timestamp() + (deadline - clock_timestamp()) / 2;
 BEGIN
     IF tbl_repl._is_usable(conn) THEN
         RETURN;
@@ -193,13 +204,18 @@ BEGIN
     WHERE c ~ '^tbl_repl(_[0-9]+){4}$' AND tbl_repl._dblink_is_busy(c) = 0
       AND NOT EXISTS (SELECT FROM tbl_repl.target AS t WHERE tbl_repl._connection_name(t.server, t.owner, t.timeout) = c);
     EXECUTE format('SELECT tbl_repl.connect_%s($1, $2, $3)', target_id) USING conn, deadline, sent_until;
+    -- What is not prepared here is when it is needed.  Nobody waits for long for a table that is locked there: it may be another
+    -- one's, and be paused for that.
     FOR statement IN
-        SELECT tbl_repl._prepare_sql(o)
+        SELECT format('SET LOCAL lock_timeout = %s; %s', ceil(extract(epoch FROM o.timeout) * 100), tbl_repl._prepare_sql(o))
         FROM tbl_repl.target AS t
         JOIN tbl_repl.target AS o ON o.server = t.server AND o.owner = t.owner AND o.timeout = t.timeout
                                  AND o.mode <> 'async'
+        JOIN tbl_repl.target_state AS st ON st.target_id = o.target_id AND (st.status = 'ok' OR o.target_id = t.target_id)
         WHERE t.target_id = _connect.target_id
+        ORDER BY o.target_id <> t.target_id, o.target_id
     LOOP
+        EXIT WHEN clock_timestamp() > half_time;
         BEGIN
             PERFORM tbl_repl._call(conn, statement, deadline);
         EXCEPTION WHEN assert_failure OR OTHERS THEN
@@ -484,7 +500,7 @@ BEGIN
             PERFORM tbl_repl._raise_lane(lane);
         END IF;
         PERFORM tbl_repl._count_shipped(change.target_id, -1);
-        PERFORM tbl_repl._log_error(change.target_id, NULL, lane.code, lane.error, lane.detail, lane.hint, message);
+        PERFORM tbl_repl._log_error(change.target_id, NULL, lane.code, lane.error, lane.detail, lane.hint, tbl_repl._sent_sql(change.target_id, change.txid, false));
         PERFORM tbl_repl._queue_for(change.txid, '{}', ARRAY[change.target_id]);
     ELSE
         PERFORM tbl_repl._count_shipped(change.target_id, 0);  -- another receipt
@@ -606,6 +622,9 @@ RETURNS void
 LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp
 AS $function$
+DECLARE
+    -- who is not let in is told so in the detail only
+    why text := CASE WHEN code ~ '^08' THEN nullif(btrim(regexp_replace(detail, E'\\s+', ' ', 'g')), '') END;
 BEGIN
     INSERT INTO tbl_repl.error (target_id, key, sqlstate, message, detail, hint, statement)
     VALUES (target_id, key, code, message, nullif(detail, ''), nullif(hint, ''), left(statement, 10000));
@@ -614,7 +633,7 @@ BEGIN
         PERFORM tbl_repl._trim_errors(target_id);
     END IF;
     BEGIN
-        UPDATE tbl_repl.target_state AS st SET last_error = format('%s: %s', code, message), last_error_at = clock_timestamp()
+        UPDATE tbl_repl.target_state AS st SET last_error = format('%s: %s', code, concat_ws(': ', message, why)), last_error_at = clock_timestamp()
         WHERE st.target_id IN (SELECT l.target_id FROM tbl_repl.target_state AS l
                                WHERE l.target_id = _log_error.target_id FOR UPDATE SKIP LOCKED);
     EXCEPTION WHEN serialization_failure THEN
@@ -845,7 +864,7 @@ BEGIN
                 failed := array_append(failed, parcel.target_id);
             ELSIF lane.state = 'failed' THEN
                 PERFORM tbl_repl._log_error(parcel.target_id, NULL, lane.code, lane.error, lane.detail, lane.hint,
-                                            concat_ws('; ', parcel.deletes, parcel.upserts));
+                                            tbl_repl._sent_sql(parcel.target_id, own, mine));
                 failed := array_append(failed, parcel.target_id);
             ELSE
                 PERFORM tbl_repl._count_shipped(parcel.target_id, parcel.rows);
@@ -1069,15 +1088,20 @@ LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp
 AS $function$
 DECLARE
-    item record;
+    item  record;
+    known text;
 BEGIN
     FOR item IN
         SELECT tbl_repl._prepare_sql(t) AS statement, t.target_id, t.generation
         FROM tbl_repl.target AS t WHERE t.target_id = ANY (targets)
     LOOP
-        IF tbl_repl._call(conn, format('SELECT pg_catalog.count(*) FROM pg_catalog.pg_prepared_statements WHERE name = %L',
-                                       format('tbl_repl_d%s_%s', item.target_id, item.generation)), deadline, at_commit) = '0' THEN
-            PERFORM tbl_repl._send(conn, item.statement);
+        known := tbl_repl._call(conn, format('SELECT pg_catalog.count(*) FROM pg_catalog.pg_prepared_statements WHERE name IN (%L, %L)',
+                                             format('tbl_repl_u%s_%s', item.target_id, item.generation),
+                                             format('tbl_repl_d%s_%s', item.target_id, item.generation)), deadline, at_commit);
+        IF known <> '2' THEN
+            -- one of two: the second one could not be prepared, and says why
+            PERFORM tbl_repl._send(conn, CASE WHEN known = '1' THEN format('DEALLOCATE tbl_repl_u%s_%s; ', item.target_id, item.generation) ELSE '' END
+                                         || item.statement);
             PERFORM tbl_repl._receive(conn, deadline, at_commit, NOT at_commit);
         END IF;
     END LOOP;
@@ -1116,8 +1140,16 @@ BEGIN
         part.sync := item.sync;
         part.state := 'new';
         part.message := tbl_repl._message(part.parcels, false);
+        IF item.sync THEN
+            -- the bad one may have used up the time
+            part.deadline := greatest(lane.deadline, clock_timestamp() + (SELECT least(min(p.timeout) / 4, interval '1 second') FROM unnest(part.parcels) AS p));
+        END IF;
         IF item.sync OR NOT two_phase THEN
             part := tbl_repl._lane_finish(tbl_repl._lane_send(part, two_phase), own, mine, two_phase);
+            IF item.sync AND part.code ~ '^08' THEN
+                -- waits for the same, but for a shorter time
+                part := tbl_repl._lane_failed(part, lane.code, lane.error, lane.detail, lane.hint);
+            END IF;
         ELSE
             part := tbl_repl._lane_failed(part, lane.code, lane.error, lane.detail, lane.hint);
         END IF;
@@ -1125,7 +1157,8 @@ BEGIN
             RETURN part;
         ELSIF part.state = 'failed' THEN
             lane.left_out := array_append(lane.left_out, (item.parcels[1]).target_id);
-            PERFORM tbl_repl._log_error((item.parcels[1]).target_id, NULL, part.code, part.error, part.detail, part.hint, part.message);
+            PERFORM tbl_repl._log_error((item.parcels[1]).target_id, NULL, part.code, part.error, part.detail, part.hint,
+                                        tbl_repl._sent_sql((item.parcels[1]).target_id, own, mine));
         END IF;
     END LOOP;
     lane.state := 'done';

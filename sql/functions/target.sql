@@ -164,7 +164,7 @@ BEGIN
     END;
     definition := pg_get_viewdef(view_name::regclass);
     SELECT a.atttypid INTO type_id FROM pg_attribute AS a WHERE a.attrelid = view_name::regclass AND a.attname = 'tbl_repl_x';
-    parts := regexp_match(definition, format(E'^\\s*SELECT (.*) AS tbl_repl_x\\s+FROM (?:ONLY )?%s s;$',
+    parts := regexp_match(definition, format(E'^\\s*SELECT\\s+(.*) AS tbl_repl_x\\s+FROM (?:ONLY )?%s s;$',
                                              regexp_replace(source_table::text, '([^A-Za-z0-9_ ])', E'\\\\\\1', 'g')));
     EXECUTE format('DROP VIEW %s', view_name);
     IF parts IS NULL THEN
