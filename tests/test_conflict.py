@@ -9,7 +9,7 @@ import pytest
 from psycopg import errors
 
 from support import Node, Pair, wait_until
-from support.background import in_background, within
+from support.background import in_background, start, within
 
 TABLE = "CREATE TABLE t (id integer PRIMARY KEY, v text, at timestamptz NOT NULL DEFAULT clock_timestamp())"
 
@@ -794,3 +794,95 @@ def test_the_version_may_be_of_a_smaller_type_on_the_other_side(pair: Pair) -> N
     pair.source.sql("UPDATE t SET v = v || '!', at = 2 WHERE id < 3; DELETE FROM t WHERE id = 3")
     pair.source.fresh("CALL tbl_repl.drain()")
     pair.assert_same("t")
+
+
+def test_newest_a_row_beside_a_greater_tombstone_is_dead(two: Pair) -> None:
+    """Written while its deletion was on its way; else the two nodes would refuse each other's values for ever."""
+    both_ways(two, mode="async", on_conflict="newest", version_column="at")
+    two.source.sql("INSERT INTO t VALUES (1, 'dead', '2020-01-10')")
+    drain_all(two.source, two.target)
+    for node in (two.source, two.target):
+        node.admin("INSERT INTO tbl_repl.tombstone SELECT 't'::regclass, '1', '2020-01-15 00:00:00+00'")
+    two.target.sql("UPDATE t SET v = 'older than the tombstone', at = '2020-01-12'")
+    two.source.admin(
+        "INSERT INTO tbl_repl.tombstone SELECT 't'::regclass, '1', '2020-01-15 00:00:00+00' ON CONFLICT DO NOTHING"
+    )
+    drain_all(two.source, two.target)
+    assert content(two.source) == content(two.target) == []
+
+
+def test_targets_that_are_added_anew_remember_no_deletion(two: Pair) -> None:
+    first = both_ways(two, mode="async", on_conflict="newest", version_column="at")
+    two.source.sql("INSERT INTO t VALUES (1, 'old', '2020-01-01')")
+    drain_all(two.source, two.target)
+    two.source.sql("DELETE FROM t")
+    drain_all(two.source, two.target)
+    assert two.target.admin("SELECT key FROM tbl_repl.tombstone") == [("1",)]
+    for node, target in zip((two.source, two.target), first, strict=True):
+        node.sql(f"SELECT tbl_repl.drop_target({target})")
+        assert node.admin("SELECT key FROM tbl_repl.tombstone") == []
+    two.source.sql("INSERT INTO t VALUES (1, 'again', '2020-01-02')")
+    both_ways(two, mode="async", on_conflict="newest", version_column="at")
+    drain_all(two.source, two.target)
+    assert content(two.source) == content(two.target) != []
+
+
+@pytest.mark.parametrize("copy", ["now", "background"])
+@pytest.mark.parametrize("mode", ["tolerant", "async"])
+def test_a_node_that_joins_is_told_what_was_deleted_meanwhile(two: Pair, mode: str, copy: str) -> None:
+    """It has got the row from another node, whose deletion of it came before this target was there."""
+    two.source.sql("CREATE TABLE u (LIKE t INCLUDING ALL)")
+    two.target.sql("CREATE TABLE u (LIKE t INCLUDING ALL)")
+    two.source.sql("INSERT INTO u VALUES (1, 'x', '2020-01-01'), (2, 'x', '2020-01-01')")
+    elsewhere = two.add_target("u", dst_table="t", mode="async", on_conflict="newest", version_column="at")
+    two.source.sql("DELETE FROM u WHERE id = 1")
+    two.drain()
+    two.target.sql(
+        "SET tbl_repl.origin = 'elsewhere'; INSERT INTO u VALUES (1, 'x', '2020-01-01'); RESET tbl_repl.origin"
+    )
+    two.add_target("u", mode=mode, on_conflict="newest", version_column="at", initial_copy=copy)
+    two.drain()
+    assert [row[0] for row in two.target.sql("SELECT id FROM u")] == [2]
+    assert elsewhere
+
+
+def test_a_restored_table_finds_its_tombstones(two: Pair) -> None:
+    """Nothing generated names it by its number."""
+    two.add_target("t", mode="async", on_conflict="newest", version_column="at")
+    bodies = two.source.admin(
+        "SELECT prosrc FROM pg_proc WHERE pronamespace = 'tbl_repl'::regnamespace AND proname ~ '_1$'"
+    )
+    oid = two.source.one("SELECT 't'::regclass::oid::text")
+    assert len(bodies) > 3
+    assert not any(f"'{oid}'" in body for (body,) in bodies)
+
+
+def test_who_inserts_a_deleted_row_again_does_not_deadlock_with_one_that_arrives(two: Pair) -> None:
+    both_ways(two, mode="async", on_conflict="newest", version_column="at")
+    two.source.sql("INSERT INTO t VALUES (1, 'x', '2020-01-01')")
+    drain_all(two.source, two.target)
+    two.source.sql("DELETE FROM t")
+    drain_all(two.source, two.target)
+    two.target.sql(
+        "CREATE FUNCTION held() RETURNS trigger LANGUAGE plpgsql AS "
+        "$$BEGIN PERFORM pg_advisory_xact_lock(77); RETURN NULL; END$$;"
+        'CREATE TRIGGER "A_held" AFTER INSERT ON t EXECUTE FUNCTION held()'
+    )
+    two.source.sql("INSERT INTO t VALUES (1, 'arrives', '2999-01-01')")
+    with two.target.connect() as gate, two.target.connect() as writer, two.source.connect() as drainer:
+        gate.execute("SELECT pg_advisory_lock(77)")
+        writing = start(writer, "INSERT INTO t VALUES (1, 'here', '2999-01-02')")
+        waits = "SELECT 1 FROM pg_stat_activity WHERE pid = %s AND wait_event_type = 'Lock'"
+        wait_until(lambda: two.target.admin(waits, [writer.info.backend_pid]))
+        shipping = start(drainer, "SELECT tbl_repl.replay()")
+        wait_until(
+            lambda: two.target.admin(
+                "SELECT 1 FROM pg_stat_activity WHERE application_name LIKE 'tbl_repl%%' AND wait_event_type = 'Lock'"
+                " AND datname = current_database()"
+            )
+        )
+        gate.execute("SELECT pg_advisory_unlock(77)")
+        writing.result(10)
+        shipping.result(10)
+    drain_all(two.source, two.target)
+    assert [row[1] for row in content(two.source)] == [row[1] for row in content(two.target)] == ["here"]

@@ -185,16 +185,18 @@ SET search_path = pg_catalog, pg_temp
 AS $function$
     SELECT format($piece$IF current_setting('tbl_repl.settling', true) IS DISTINCT FROM 'on' THEN
         INSERT INTO tbl_repl.tombstone AS b (local_table, key, version)
-        SELECT %1$L::regclass, u.tbl_repl_key, max(%2$s)::text
+        SELECT (%1$s), u.tbl_repl_key, max(%2$s)::text
         FROM unnest(%6$s, %7$s) AS u (tbl_repl_key, old)
         WHERE %8$s OR NOT EXISTS (SELECT FROM %3$s AS s WHERE %4$s)
         GROUP BY u.tbl_repl_key
         ON CONFLICT (local_table, key) DO UPDATE
         SET version = greatest(b.version::%5$s, excluded.version::%5$s)::text, at = clock_timestamp();
         DELETE FROM tbl_repl.tombstone AS b USING unnest(%6$s) AS u (tbl_repl_key)
-        WHERE NOT %8$s AND b.local_table = %1$L::regclass AND b.key = u.tbl_repl_key
+        WHERE NOT %8$s AND b.local_table = (%1$s) AND b.key = u.tbl_repl_key
           AND EXISTS (SELECT FROM %3$s AS s WHERE %4$s);
-    END IF;$piece$, source.source_table::oid,
+    END IF;$piece$,
+        -- not its number: a restored table has another one
+        format('SELECT x.source_table FROM tbl_repl.source AS x WHERE x.source_id = %s', source.source_id),
         CASE v.type WHEN 'timestamptz' THEN 'greatest(u.old::timestamptz, clock_timestamp())' ELSE 'coalesce(u.old::int8, -9223372036854775808)' END,
         source.source_table, tbl_repl._key_match(source.source_table, source.key_columns), v.type, keys, olds, gone)
     FROM (SELECT t.version_column FROM tbl_repl.target AS t
@@ -705,7 +707,7 @@ BEGIN
                 RAISE EXCEPTION USING
                     ERRCODE = 'integrity_constraint_violation',
                     MESSAGE = format('conflict %s on table %s, key %s: sent %s, found %s', rtrim(kind, '!'), local_table, item.key_values,
-                                     coalesce(format('(%s)', item.row_text), 'a deletion'), coalesce(format('(%s)', here.row_text), 'no row')),
+                                     coalesce('(' || item.row_text || ')', 'a deletion'), coalesce('(' || here.row_text || ')', 'no row')),
                     HINT    = CASE kind WHEN 'update_missing!' THEN 'Delete the row on the source, too; or send it all the same: SELECT tbl_repl.repair_target(...); then replay.'
                                    ELSE 'Make the row the same on both sides, or delete it on the target, then replay.' END;
             END IF;
@@ -857,6 +859,18 @@ END
 $function$;
 COMMENT ON FUNCTION tbl_repl._buried(regclass, text) IS 'version of a deleted row, NULL: none is known; locks it';
 
+CREATE OR REPLACE FUNCTION tbl_repl._grave(local_table regclass, key text)
+RETURNS text
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+SET enable_seqscan = off
+AS $function$
+BEGIN
+    RETURN (SELECT b.version FROM tbl_repl.tombstone AS b WHERE b.local_table = _grave.local_table AND b.key = _grave.key);
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._grave(regclass, text) IS 'version of a deleted row, NULL: none is known';
+
 -- Where there is neither row nor tombstone, two that settle values of one key have nothing in common to wait for: so
 -- who writes the row makes a tombstone of no version ('') first, and removes it again (_unbury).
 CREATE OR REPLACE FUNCTION tbl_repl._lock_grave(local_table regclass, key text)
@@ -912,13 +926,16 @@ AS $function$
 DECLARE
     sent     numeric := tbl_repl._rank(version, version_type);
     standing numeric := tbl_repl._rank(here_version, version_type);
+    grave    text;
     buried   numeric;
     changed  bigint;
 BEGIN
     IF gone AND version IS NULL THEN
         RETURN NULL;  -- gone before there were tombstones: nothing is known of it
     END IF;
-    buried := tbl_repl._rank(b, version_type) FROM tbl_repl._buried(local_table, key) AS b WHERE b IS NOT NULL;
+    -- Rows before tombstones: where there is no row yet, somebody may be writing one who will want the tombstone next.
+    grave := CASE WHEN gone OR here_text IS NOT NULL THEN tbl_repl._buried(local_table, key) ELSE tbl_repl._grave(local_table, key) END;
+    buried := CASE WHEN grave IS NOT NULL THEN tbl_repl._rank(grave, version_type) END;
     IF gone THEN
         IF here_text IS NOT NULL AND standing > sent THEN
             RETURN 'delete_origin_differs!';
@@ -944,10 +961,10 @@ BEGIN
         RETURN CASE WHEN here_text IS NOT NULL AND rival IS NOT NULL THEN 'delete_origin_differs' END;
     END IF;
     IF buried >= sent THEN
-        IF here_text = row_text THEN
+        IF here_text IS NOT NULL AND standing <= buried THEN
             -- dead all the same: written while its deletion was on its way
             PERFORM set_config('search_path', path, true);
-            EXECUTE drop_sql USING item, version;
+            EXECUTE drop_sql USING item, grave;
             PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
         END IF;
         RETURN 'update_missing!';
@@ -1031,6 +1048,35 @@ END
 $function$;
 COMMENT ON FUNCTION tbl_repl._cut_off_too_long(integer[]) IS
     'marks newest targets as failed whose backlog is older than the tombstones; returns the others';
+
+-- Without targets under newest nobody keeps the tombstones of a table: what was deleted by then says nothing about rows that
+-- come later.
+CREATE OR REPLACE FUNCTION tbl_repl._forget_tombstones(source_id integer)
+RETURNS void
+LANGUAGE sql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    DELETE FROM tbl_repl.tombstone AS b USING tbl_repl.source AS s
+    WHERE s.source_id = _forget_tombstones.source_id AND b.local_table = s.source_table
+      AND NOT EXISTS (SELECT FROM tbl_repl.target AS t JOIN tbl_repl.source AS o USING (source_id)
+                      WHERE o.source_table = s.source_table AND t.on_conflict = 'newest')
+$function$;
+COMMENT ON FUNCTION tbl_repl._forget_tombstones(integer) IS 'removes the tombstones of a table that has no target under newest any more';
+
+-- A copy sends rows; what was deleted here may have come to the target from elsewhere, so it has to be told as well.
+CREATE OR REPLACE FUNCTION tbl_repl._queue_tombstones(target tbl_repl.target)
+RETURNS void
+LANGUAGE sql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    INSERT INTO tbl_repl.change (segment, source_id, target_id, op, keys, row_count)
+    SELECT h.segment, target.source_id, target.target_id, 'D', array_agg(k.key), count(*)
+    FROM tbl_repl.queue_head AS h,
+         (SELECT b.key, row_number() OVER () AS n FROM tbl_repl.tombstone AS b JOIN tbl_repl.source AS s ON s.source_table = b.local_table
+          WHERE s.source_id = target.source_id) AS k
+    GROUP BY h.segment, k.n / 10000
+$function$;
+COMMENT ON FUNCTION tbl_repl._queue_tombstones(tbl_repl.target) IS 'queues the deleted rows that are remembered, for a new target';
 
 -- Versions of both kinds as numbers; none is the least there is.
 CREATE OR REPLACE FUNCTION tbl_repl._rank(version text, version_type text)

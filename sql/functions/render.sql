@@ -306,7 +306,7 @@ AS $function$
         tbl_repl._row_match(target, source),
         ' AND (' || target.filter_expr || ')',
         CASE WHEN target.on_conflict = 'newest'
-             THEN format('LEFT JOIN tbl_repl.tombstone AS x ON x.local_table = %L::regclass AND x.key = u.tbl_repl_key', source.source_table::oid)
+             THEN format('LEFT JOIN tbl_repl.tombstone AS x ON x.local_table = (SELECT o.source_table FROM tbl_repl.source AS o WHERE o.source_id = %s) AND x.key = u.tbl_repl_key', source.source_id)
              ELSE format('LEFT JOIN tbl_repl._expected(%s, tbl_repl_keys) AS x ON x.key = u.tbl_repl_key', target.target_id) END,
         format('SELECT tbl_repl._settle(%s, %L, %s, %s, %s, %%L%%s)',
                replace(quote_literal(tbl_repl._dst_table(target)), '%', '%%'), target.on_conflict,

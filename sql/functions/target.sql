@@ -604,6 +604,9 @@ BEGIN
         INSERT INTO tbl_repl.stash (source_id, target_id, op, row_count) VALUES (source.source_id, target.target_id, 'C', 1);
         INSERT INTO tbl_repl.flush DEFAULT VALUES ON CONFLICT DO NOTHING;
     END IF;
+    IF on_conflict = 'newest' AND initial_copy <> 'none' THEN
+        PERFORM tbl_repl._queue_tombstones(target);
+    END IF;
     RETURN target.target_id;
 END
 $function$;
@@ -890,6 +893,7 @@ BEGIN
     IF old.mode = 'async' AND target.mode <> 'async' THEN
         PERFORM tbl_repl._leave_async(old);
     END IF;
+    PERFORM tbl_repl._forget_tombstones(source.source_id);
     PERFORM tbl_repl._rebuild_target(target_id);
     PERFORM tbl_repl._rebuild_capture(source.source_id);
     PERFORM tbl_repl._rebuild_neighbours(target);
@@ -1001,6 +1005,7 @@ BEGIN
     -- a drainer at work reads the table, and may yet log what the target says: nothing it needs is locked before it has ended
     PERFORM tbl_repl._wait_for_ship(target);
     DELETE FROM tbl_repl.target AS t WHERE t.target_id = drop_target.target_id;
+    PERFORM tbl_repl._forget_tombstones(target.source_id);
     IF rel.owned AND NOT rel.captured THEN
         -- The function cannot be replaced by this role: it goes, and comes again as his.
         PERFORM tbl_repl._drop_triggers(target.source_id, true);
