@@ -886,3 +886,4 @@ def test_who_inserts_a_deleted_row_again_does_not_deadlock_with_one_that_arrives
         shipping.result(10)
     drain_all(two.source, two.target)
     assert [row[1] for row in content(two.source)] == [row[1] for row in content(two.target)] == ["here"]
+    assert two.source.sql("SELECT sqlstate FROM tbl_repl.error_log") == []
