@@ -6,6 +6,7 @@ import re
 import time
 
 import pytest
+from psycopg import errors
 
 from support import Node, Pair
 
@@ -157,6 +158,81 @@ def test_no_right_on_the_server(well: Pair) -> None:
     assert found
     well.source.admin(found.group(0))
     assert problems(well) == []
+
+
+@pytest.fixture
+def definers(well: Pair) -> tuple[Pair, int]:
+    """t belongs to role definer, who has defined its tolerant target; role heir has no rights."""
+    for role in ("definer", "heir"):
+        well.source.role(role)
+    well.source.sql(f"""
+        SELECT tbl_repl.grant_access('definer', 'operator'); GRANT USAGE ON FOREIGN SERVER {well.server} TO definer;
+        CREATE USER MAPPING FOR definer SERVER {well.server} OPTIONS (user 'owner', password 'secret')
+        """)
+    well.source.admin(
+        "ALTER TABLE t OWNER TO definer; GRANT SELECT ON t TO owner; GRANT USAGE, CREATE ON SCHEMA public TO definer, heir"
+    )
+    return well, well.source.one(f"SELECT tbl_repl.add_target('t', '{well.server}')", user="definer")
+
+
+def test_a_definer_who_lost_the_rights_on_tbl_repl(definers: tuple[Pair, int]) -> None:
+    pair, target = definers
+    assert problems(pair) == []
+    pair.source.admin("""
+        REVOKE ALL ON ALL TABLES IN SCHEMA tbl_repl FROM definer; REVOKE ALL ON ALL ROUTINES IN SCHEMA tbl_repl FROM definer;
+        REVOKE ALL ON SCHEMA tbl_repl FROM definer
+        """)
+    with pytest.raises(errors.InsufficientPrivilege):
+        pair.source.sql("INSERT INTO t VALUES (1)", user="definer")
+    assert problems(pair) == [("error", "capture_without_rights", target)]
+    mend(pair, "capture_without_rights")
+    assert problems(pair) == []
+    pair.source.sql("INSERT INTO t VALUES (1)", user="definer")
+    pair.assert_same("t")
+    pair.source.admin("REVOKE INSERT ON tbl_repl.stash FROM definer")
+    assert problems(pair) == [("error", "capture_without_rights", target)]
+    mend(pair, "capture_without_rights")
+    pair.source.admin(
+        'REVOKE EXECUTE ON FUNCTION tbl_repl._queue_serializable(integer, "char", text[], text[]) FROM definer'
+    )
+    assert problems(pair) == [("error", "capture_without_rights", target)]
+    mend(pair, "capture_without_rights")
+    assert problems(pair) == []
+
+
+def test_a_definer_without_rights_beside_a_capture_that_works(definers: tuple[Pair, int]) -> None:
+    pair, target = definers
+    pair.source.sql("SELECT tbl_repl.grant_access('heir', 'operator')")
+    pair.source.admin("""
+        GRANT definer TO heir; ALTER FUNCTION tbl_repl.capture_1() OWNER TO heir; REVOKE ALL ON SCHEMA tbl_repl FROM definer
+        """)
+    assert problems(pair) == [("error", "target_without_rights", target)]
+    mend(pair, "target_without_rights")
+    assert problems(pair) == []
+
+
+def test_what_belongs_to_a_role_without_rights_since_reassign_owned(definers: tuple[Pair, int]) -> None:
+    pair, target = definers
+    pair.source.admin("REASSIGN OWNED BY definer TO heir")
+    with pytest.raises(errors.InsufficientPrivilege):
+        pair.source.sql("INSERT INTO t VALUES (1)", user="heir")
+    found = problems(pair)
+    assert found[0] == ("error", "capture_without_rights", target)
+    assert not {"definition_broken", "unreachable"} & {code for _, code, _ in found}
+    assert (
+        "role heir"
+        in pair.source.sql("SELECT message FROM tbl_repl.check() WHERE code = 'capture_without_rights'")[0][0]
+    )
+    mend(pair, "capture_without_rights")
+    pair.source.sql("INSERT INTO t VALUES (1)", user="heir")
+
+
+def test_a_trigger_function_whose_owner_does_not_exist(definers: tuple[Pair, int]) -> None:
+    pair, target = definers
+    pair.source.admin("UPDATE pg_proc SET proowner = 1 WHERE proname = 'capture_1'")
+    assert problems(pair)[0] == ("error", "capture_without_rights", target)
+    pair.source.admin("ALTER FUNCTION tbl_repl.capture_1() OWNER TO definer")
+    assert problems(pair) == []
 
 
 def test_wrong_password(well: Pair) -> None:

@@ -28,7 +28,7 @@ BEGIN
     FOR target IN SELECT t.* FROM tbl_repl.target AS t ORDER BY t.target_id LOOP
         RETURN QUERY SELECT target.target_id, p.severity, p.code, p.message, p.hint FROM tbl_repl._target_problems(target) AS p;
         RETURN QUERY SELECT target.target_id, p.severity, p.code, p.message, p.hint FROM tbl_repl._server_problems(target) AS p;
-        CONTINUE WHEN FOUND;
+        CONTINUE WHEN FOUND OR EXISTS (SELECT FROM tbl_repl._owner_without_rights(format('connect_%s', target.target_id)::name));
         conn := tbl_repl._connection_name(target.server, target.owner, target.timeout);
         usable := has_function_privilege(to_regprocedure((tbl_repl._target_functions(target.target_id))[3]), 'EXECUTE');
         CONTINUE WHEN usable IS NULL;  -- it is missing, and was told
@@ -126,6 +126,14 @@ BEGIN
                                                FROM tbl_repl.target AS t WHERE t.source_id = source.source_id));
         RETURN;
     END IF;
+    RETURN QUERY
+        SELECT 'error', 'capture_without_rights',
+               format('writes to table %s fail: %s, which owns tbl_repl.%I, may not use tbl_repl', source.source_table,
+                      coalesce('role ' || quote_ident(o.role_name), 'a role that does not exist'), c.name),
+               coalesce(tbl_repl._grant_hint(o.role_name),
+                        format('As a superuser: ALTER FUNCTION tbl_repl.%I() OWNER TO ...; or drop the targets and add them anew.', c.name))
+        FROM (SELECT format('capture_%s', source.source_id)::name) AS c (name)
+        CROSS JOIN LATERAL tbl_repl._owner_without_rights(c.name) AS o;
     BEGIN
         PERFORM tbl_repl._find_key(source.source_table, source.key_columns);
     EXCEPTION WHEN invalid_table_definition OR undefined_column THEN
@@ -190,6 +198,36 @@ END
 $function$;
 COMMENT ON FUNCTION tbl_repl._generated_problem(name, text) IS 'compares a generated function with its generator';
 
+-- _owner_without_rights(name): the owner of a generated function, where he may not do what it does.  It runs with his
+-- rights, which grant_access has given; who has got it since by REASSIGN OWNED has none.  role_name NULL: there is no such role.
+CREATE OR REPLACE FUNCTION tbl_repl._owner_without_rights(name name)
+RETURNS TABLE (role_id oid, role_name name)
+LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT f.proowner, r.rolname
+    FROM pg_proc AS f LEFT JOIN pg_roles AS r ON r.oid = f.proowner
+    WHERE f.pronamespace = 'tbl_repl'::regnamespace AND f.proname = _owner_without_rights.name
+      AND (r.oid IS NULL
+           OR NOT has_schema_privilege(r.oid, f.pronamespace, 'USAGE')
+           OR EXISTS (SELECT FROM unnest('{change,stash,flush}'::name[]) AS t (name)
+                      WHERE NOT has_table_privilege(r.oid, format('tbl_repl.%I', t.name), 'INSERT'))
+           OR EXISTS (SELECT FROM regexp_matches(f.prosrc, 'tbl_repl[.]([a-z_0-9]+)[(]', 'g') AS m
+                      JOIN pg_proc AS g ON g.pronamespace = f.pronamespace AND g.proname = m[1]
+                      WHERE NOT has_function_privilege(r.oid, g.oid, 'EXECUTE')))
+$function$;
+COMMENT ON FUNCTION tbl_repl._owner_without_rights(name) IS
+    'the owner of a generated function who lacks the rights that it needs';
+
+CREATE OR REPLACE FUNCTION tbl_repl._grant_hint(role_name name)
+RETURNS text
+LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT format('As role %I: SELECT tbl_repl.grant_access(%L, ''operator'');', tbl_repl._owner(), quote_ident(role_name)) WHERE role_name IS NOT NULL
+$function$;
+COMMENT ON FUNCTION tbl_repl._grant_hint(name) IS 'what gives a role the rights of an operator';
+
 -- _target_problems(target): definition and state, on this side.
 CREATE OR REPLACE FUNCTION tbl_repl._target_problems(target tbl_repl.target)
 RETURNS TABLE (severity text, code text, message text, hint text)
@@ -221,6 +259,9 @@ BEGIN
     IF NOT FOUND THEN
         IF (SELECT bool_and(coalesce(has_function_privilege(to_regprocedure(f), 'EXECUTE'), false))
             FROM unnest((tbl_repl._target_functions(target.target_id))[1:2]) AS f)
+           -- that has another cause, which is told
+           AND NOT EXISTS (SELECT FROM (VALUES ('render'), ('page')) AS k (kind),
+                                       tbl_repl._owner_without_rights(format('%s_%s', k.kind, target.target_id)::name))
         THEN
             -- as the owner, on no row: whether every expression still means something
             BEGIN
@@ -315,6 +356,15 @@ BEGIN
     ELSIF NOT EXISTS (SELECT FROM pg_user_mappings AS m WHERE m.srvid = server_id AND m.umuser IN (0, owner_id)) THEN
         RETURN QUERY SELECT 'error', 'mapping_missing', format('role %I has no user mapping for server %I', target.owner, target.server),
             format('CREATE USER MAPPING FOR %I SERVER %I OPTIONS (user ''...'', password ''...'');', target.owner, target.server);
+    ELSE
+        RETURN QUERY
+            SELECT 'error', 'target_without_rights',
+                   format('nothing is shipped to target %s: %s, which owns its functions, may not use tbl_repl', target.target_id,
+                          coalesce('role ' || quote_ident(o.role_name), 'a role that does not exist')),
+                   coalesce(tbl_repl._grant_hint(o.role_name), format('SELECT tbl_repl.drop_target(%s); and add it anew.', target.target_id))
+            FROM tbl_repl._owner_without_rights(format('connect_%s', target.target_id)::name) AS o
+            -- where it is that of the trigger function, it was told with the table
+            WHERE o.role_id NOT IN (SELECT c.role_id FROM tbl_repl._owner_without_rights(format('capture_%s', target.source_id)::name) AS c);
     END IF;
 END
 $function$;
