@@ -270,6 +270,24 @@ def test_remote_privilege_revoked(well: Pair) -> None:
     assert problems(well) == []
 
 
+def test_usage_of_the_schema_revoked_on_the_target(pair: Pair) -> None:
+    for node in pair.nodes:
+        node.sql(
+            "CREATE SCHEMA s; CREATE TABLE s.t (id integer PRIMARY KEY); CREATE TABLE s.u (id integer PRIMARY KEY)"
+        )
+    pair.target.admin("ALTER SCHEMA s OWNER TO postgres; GRANT USAGE ON SCHEMA s TO owner")
+    target = pair.add_target("s.t")
+    assert problems(pair) == []
+    pair.target.admin("REVOKE USAGE ON SCHEMA s FROM owner")
+    assert problems(pair) == [("error", "remote_privilege", target)]
+    with pytest.raises(errors.InsufficientPrivilege, match="may not use schema s on the target") as caught:
+        pair.add_target("s.u")
+    assert caught.value.diag.message_hint == hint(pair, "remote_privilege")
+    pair.target.admin(hint(pair, "remote_privilege").removeprefix("There: "))
+    assert problems(pair) == []
+    pair.add_target("s.u")
+
+
 @pytest.mark.parametrize(
     ("ddl", "code"),
     [

@@ -386,6 +386,10 @@ DECLARE
     rebuild text := format('SELECT tbl_repl.alter_target(%s);', target.target_id);
 BEGIN
     facts := tbl_repl._remote_facts(conn, target.dst_schema, target.dst_name, clock_timestamp() + target.timeout);
+    IF NOT (facts ->> 'usable')::boolean THEN
+        RETURN QUERY SELECT 'error', 'remote_privilege', format('role %s may not use schema %I on the target', facts ->> 'user', target.dst_schema),
+            format('There: GRANT USAGE ON SCHEMA %I TO %I;', target.dst_schema, facts ->> 'user');
+    END IF;
     IF NOT coalesce((facts ->> 'writable')::boolean, false) THEN
         RETURN QUERY SELECT 'error', 'remote_privilege', format('role %s may not write table %s on the target', facts ->> 'user', dst),
             format('There: GRANT SELECT, INSERT, UPDATE, DELETE, TRUNCATE ON %s TO %I;', dst, facts ->> 'user');

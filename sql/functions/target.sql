@@ -206,7 +206,7 @@ COMMENT ON FUNCTION tbl_repl._syntax_error(regclass, text) IS
 -- _remote_facts(conn, schema, name, deadline): what the target's catalogs say of the table, as jsonb: columns
 -- [{name, type, base, category, length, notnull, identity, generated, has_default, domain_of, fuzzy, equals, greater}], keys
 -- (unique indexes an upsert may use), unique (column lists of every unique index and exclusion constraint), referenced,
--- writable, truncatable, user, oid, kind, version, extension, receipts.
+-- usable (its schema), writable, user, oid, kind, version, extension, receipts.
 CREATE OR REPLACE FUNCTION tbl_repl._remote_facts(
     conn       text,
     dst_schema name,
@@ -227,6 +227,7 @@ BEGIN
             'kind', c.relkind,
             'version', current_setting('server_version_num')::int,
             'user', current_user,
+            'usable', has_schema_privilege(n.oid, 'USAGE'),
             'writable', has_table_privilege(c.oid, 'INSERT') AND has_table_privilege(c.oid, 'UPDATE') AND has_table_privilege(c.oid, 'DELETE') AND has_table_privilege(c.oid, 'SELECT'),
             'referenced', EXISTS (SELECT FROM pg_constraint AS r WHERE r.confrelid = c.oid AND r.contype = 'f' AND r.conrelid <> c.oid
                                   OR r.confrelid = c.oid AND r.contype = 'f' AND r.confdeltype <> 'a'),
@@ -403,7 +404,12 @@ BEGIN
             DETAIL  = format('Server %I leads to this database.', target.server),
             HINT    = 'Name another table in dst_table, or a server that leads to another database.';
     END IF;
-    IF NOT coalesce((facts ->> 'writable')::boolean, false) THEN
+    IF NOT (facts ->> 'usable')::boolean THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'insufficient_privilege',
+            MESSAGE = format('role %s may not use schema %I on the target', facts ->> 'user', target.dst_schema),
+            HINT    = format('There: GRANT USAGE ON SCHEMA %I TO %I;', target.dst_schema, facts ->> 'user');
+    ELSIF NOT coalesce((facts ->> 'writable')::boolean, false) THEN
         RAISE EXCEPTION USING
             ERRCODE = 'insufficient_privilege',
             MESSAGE = format('role %s may not write table %s on the target', facts ->> 'user', tbl_repl._dst_table(target)),
