@@ -270,6 +270,39 @@ def test_remote_privilege_revoked(well: Pair) -> None:
     assert problems(well) == []
 
 
+def test_row_security_on_the_target(well: Pair) -> None:
+    well.source.sql(f"ALTER USER MAPPING FOR owner SERVER {well.server} OPTIONS (SET user 'replicator')")
+    well.target.sql("GRANT ALL ON t TO replicator; SELECT tbl_repl.grant_access('replicator', 'operator')")
+    target = well.add_target("t")
+    well.source.sql("INSERT INTO t VALUES (1, 'a')")
+    warned = [("warning", "remote_row_security", target)]
+    for policies in (
+        "ALTER TABLE t ENABLE ROW LEVEL SECURITY",
+        "CREATE POLICY r ON t FOR SELECT USING (true); CREATE POLICY i ON t FOR INSERT WITH CHECK (true);"
+        "CREATE POLICY u ON t FOR UPDATE USING (true)",
+        "CREATE POLICY d ON t FOR DELETE TO owner USING (true)",
+    ):
+        well.target.sql(policies)
+        assert problems(well) == warned
+    well.source.sql("DELETE FROM t")
+    assert well.target.rows("t") == ["(1,a)"]  # what is warned of
+    well.target.sql("DELETE FROM t; ALTER POLICY d ON t TO replicator")
+    assert problems(well) == []
+    well.target.sql(
+        "DROP POLICY r ON t; DROP POLICY i ON t; DROP POLICY u ON t; DROP POLICY d ON t; CREATE POLICY a ON t USING (id > 0)"
+    )
+    assert problems(well) == warned
+    well.target.sql("ALTER POLICY a ON t USING (true)")
+    assert problems(well) == []
+    well.target.sql("CREATE POLICY n ON t AS RESTRICTIVE FOR DELETE USING (false)")
+    assert problems(well) == warned
+    well.target.admin("ALTER ROLE replicator BYPASSRLS")
+    try:
+        assert problems(well) == []
+    finally:
+        well.target.admin("ALTER ROLE replicator NOBYPASSRLS")
+
+
 def test_usage_of_the_schema_revoked_on_the_target(pair: Pair) -> None:
     for node in pair.nodes:
         node.sql(

@@ -394,6 +394,10 @@ BEGIN
         RETURN QUERY SELECT 'error', 'remote_privilege', format('role %s may not write table %s on the target', facts ->> 'user', dst),
             format('There: GRANT SELECT, INSERT, UPDATE, DELETE, TRUNCATE ON %s TO %I;', dst, facts ->> 'user');
     END IF;
+    IF (facts ->> 'policies')::boolean THEN
+        RETURN QUERY SELECT 'warning', 'remote_row_security', format('row-level security of table %s on the target applies to role %s', dst, facts ->> 'user'),
+            format('What it hides there is neither changed nor deleted. There: ALTER ROLE %1$I BYPASSRLS; or CREATE POLICY ... ON %2$s TO %1$I USING (true);', facts ->> 'user', dst);
+    END IF;
     IF NOT EXISTS (SELECT FROM jsonb_array_elements(facts -> 'keys') AS k WHERE k @> to_jsonb(target.dst_keys) AND k <@ to_jsonb(target.dst_keys)) THEN
         RETURN QUERY SELECT 'error', 'remote_key_missing', format('table %s on the target has no unique index on (%s)', dst, k.list),
             format('There: CREATE UNIQUE INDEX ON %s (%s);', dst, k.list)

@@ -206,7 +206,7 @@ COMMENT ON FUNCTION tbl_repl._syntax_error(regclass, text) IS
 -- _remote_facts(conn, schema, name, deadline): what the target's catalogs say of the table, as jsonb: columns
 -- [{name, type, base, category, length, notnull, identity, generated, has_default, domain_of, fuzzy, equals, greater}], keys
 -- (unique indexes an upsert may use), unique (column lists of every unique index and exclusion constraint), referenced,
--- usable (its schema), writable, user, oid, kind, version, extension, receipts.
+-- usable (its schema), writable, policies (row-level security may hide rows from our role, or refuse them), user, oid, kind, version, extension, receipts.
 CREATE OR REPLACE FUNCTION tbl_repl._remote_facts(
     conn       text,
     dst_schema name,
@@ -229,6 +229,17 @@ BEGIN
             'user', current_user,
             'usable', has_schema_privilege(n.oid, 'USAGE'),
             'writable', has_table_privilege(c.oid, 'INSERT') AND has_table_privilege(c.oid, 'UPDATE') AND has_table_privilege(c.oid, 'DELETE') AND has_table_privilege(c.oid, 'SELECT'),
+            -- but for policies that let our role see and write every row
+            'policies', row_security_active(c.oid) AND (
+                WITH p AS (
+                    SELECT y.polcmd, y.polpermissive, pg_get_expr(y.polqual, c.oid) AS uses,
+                           coalesce(pg_get_expr(y.polwithcheck, c.oid), pg_get_expr(y.polqual, c.oid)) AS checks
+                    FROM pg_policy AS y
+                    WHERE y.polrelid = c.oid AND EXISTS (SELECT FROM unnest(y.polroles) AS r (id) WHERE r.id = 0 OR pg_has_role(r.id, 'USAGE')))
+                SELECT EXISTS (SELECT FROM p WHERE NOT p.polpermissive)
+                    OR EXISTS (SELECT FROM unnest('{r,a,w,d}'::"char"[]) AS o (cmd)
+                               WHERE NOT EXISTS (SELECT FROM p WHERE p.polpermissive AND p.polcmd IN (o.cmd, '*')
+                                                 AND p.checks = 'true' AND (o.cmd = 'a' OR p.uses = 'true')))),
             'referenced', EXISTS (SELECT FROM pg_constraint AS r WHERE r.confrelid = c.oid AND r.contype = 'f' AND r.conrelid <> c.oid
                                   OR r.confrelid = c.oid AND r.contype = 'f' AND r.confdeltype <> 'a'),
             'extension', EXISTS (SELECT FROM pg_class AS e JOIN pg_namespace AS x ON x.oid = e.relnamespace
