@@ -349,7 +349,7 @@ BEGIN
             format('Create it again, with a user mapping for role %I; or SELECT tbl_repl.drop_target(%s);', target.owner, target.target_id);
     ELSIF owner_id IS NULL THEN
         RETURN QUERY SELECT 'error', 'owner_missing', format('role %I, who defined target %s, does not exist', target.owner, target.target_id),
-            format('Create it again, or as a superuser: SELECT tbl_repl.drop_target(%s);', target.target_id);
+            format('It was renamed or dropped: rename it back; or, as the owner of the table or a superuser: SELECT tbl_repl.drop_target(%s);', target.target_id);
     ELSIF NOT has_server_privilege(owner_id, server_id, 'USAGE') THEN
         RETURN QUERY SELECT 'error', 'server_privilege', format('role %I, who defined target %s, may not use server %I', target.owner, target.target_id, target.server),
             format('GRANT USAGE ON FOREIGN SERVER %I TO %I;', target.server, target.owner);

@@ -796,6 +796,8 @@ BEGIN
             MESSAGE = format('must be owner of target %s', target_id),
             DETAIL  = format('It was defined by role %I.', target.owner),
             HINT    = CASE WHEN to_drop THEN 'Let that role, the owner of the table or a superuser drop it.'
+                           WHEN to_regrole(quote_ident(target.owner)) IS NULL
+                           THEN 'It was renamed or dropped: rename it back, or let the owner of the table or a superuser drop the target.'
                            ELSE 'Let that role call this, or a member of it.' END;
     END IF;
     RETURN target;

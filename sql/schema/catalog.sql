@@ -67,10 +67,11 @@ COMMENT ON TABLE tbl_repl.target IS 'one row per target: what is sent, where and
 SELECT pg_catalog.pg_extension_config_dump('tbl_repl.target', '');
 SELECT pg_catalog.pg_extension_config_dump('tbl_repl.target_target_id_seq', '');
 
--- Operators may write definitions of their own roles only: filters and maps of a target run as its owner.
+-- Operators may write definitions of their own roles only: filters and maps of a target run as its owner.  A role that
+-- was renamed or dropped is nobody's; pg_has_role would fail on its name, and with it statements about other targets.
 ALTER TABLE tbl_repl.target ENABLE ROW LEVEL SECURITY;
 CREATE POLICY target_read ON tbl_repl.target FOR SELECT USING (true);
-CREATE POLICY target_write ON tbl_repl.target USING (pg_catalog.pg_has_role(owner, 'MEMBER'));
+CREATE POLICY target_write ON tbl_repl.target USING (pg_catalog.pg_has_role(pg_catalog.to_regrole(pg_catalog.quote_ident(owner))::oid, 'MEMBER'));
 -- Whoever owns a table may end its replication, as he may drop its triggers.
 CREATE POLICY target_drop ON tbl_repl.target FOR DELETE USING (EXISTS (
     SELECT FROM tbl_repl.source AS s JOIN pg_catalog.pg_class AS c ON c.oid = s.source_table
