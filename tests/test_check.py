@@ -533,6 +533,53 @@ def test_a_copy_of_the_database_in_another_cluster(well: Pair) -> None:
     assert problems(well) == [("warning", "restored", target)]
 
 
+def test_a_copy_of_the_database_in_this_cluster(well: Pair) -> None:
+    """CREATE DATABASE ... TEMPLATE: the copy is told, ships what is queued, and settles no receipt of the original."""
+    queued = well.add_target("t", mode="async")
+    well.both("CREATE TABLE u (id integer PRIMARY KEY, v text)")
+    direct = well.add_target("u")
+    well.source.sql("INSERT INTO t VALUES (1, 'queued'); INSERT INTO u VALUES (1, 'shipped')")
+    receipts = "SELECT r::text FROM tbl_repl.receipt AS r ORDER BY 1"
+    before = well.target.sql(receipts)
+    assert len(before) == 1
+    well.source.forget()
+    cluster, copy = well.source.cluster, f"{well.source.dbname}_copy"
+    cluster.sql(f"CREATE DATABASE {copy} TEMPLATE {well.source.dbname} OWNER owner")
+    try:
+        told = "SELECT target_id, hint FROM tbl_repl.check() WHERE code = 'restored' ORDER BY 1"
+        with cluster.connect(copy, "owner") as conn:
+            assert [row[0] for row in conn.execute(told).fetchall()] == [queued, direct]
+            conn.execute("SELECT tbl_repl.set_node_name('x')")
+            assert all("set_node_name" in row[1] for row in conn.execute(told).fetchall())
+            conn.execute("DELETE FROM tbl_repl.node")
+            conn.execute("CALL tbl_repl.drain()")
+            assert conn.execute(told).fetchall() == []
+            conn.execute("INSERT INTO t VALUES (2, 'copy'); INSERT INTO u VALUES (2, 'copy')")
+            conn.execute("CALL tbl_repl.drain()")
+    finally:
+        cluster.sql(f"DROP DATABASE {copy} WITH (FORCE)")
+    assert well.target.rows("t") == ["(1,queued)", "(2,copy)"]
+    assert well.target.rows("u") == ["(1,shipped)", "(2,copy)"]
+    assert set(before) <= set(well.target.sql(receipts))
+    assert problems(well) == []
+
+
+def test_a_database_that_was_renamed_is_no_copy(well: Pair) -> None:
+    well.add_target("t", mode="async")
+    well.source.sql("INSERT INTO t VALUES (1, 'a')")
+    well.source.forget()
+    cluster, name = well.source.cluster, well.source.dbname
+    cluster.sql(f"ALTER DATABASE {name} RENAME TO {name}_new")
+    try:
+        with cluster.connect(f"{name}_new", "owner") as conn:
+            found = conn.execute("SELECT code FROM tbl_repl.check() WHERE code <> 'dblink_public'").fetchall()
+            assert found == []
+            conn.execute("CALL tbl_repl.drain()")
+    finally:
+        cluster.sql(f"ALTER DATABASE {name}_new RENAME TO {name}")
+    well.assert_same("t")
+
+
 def test_two_nodes_of_one_name(well: Pair) -> None:
     target = well.add_target("t")
     for node in well.nodes:

@@ -499,6 +499,8 @@ def test_a_plain_dump_keeps_targets_and_queue_whoever_restores_it(tables: Pair, 
         assert restored.sql(view) == tables.source.sql(view)
         pending = "SELECT target_id, op, key FROM tbl_repl.pending ORDER BY 1, captured_at, key::text"
         assert restored.sql(pending) == tables.source.sql(pending) != []
+        copies = "SELECT count(*) FROM tbl_repl.check() WHERE code = 'restored'"
+        assert restored.one(copies) == 2
         restored.sql(f"SELECT tbl_repl.resume_target({direct})")
         restored.sql("CALL tbl_repl.drain()")
         restored.sql("INSERT INTO t VALUES (4, 'after', 4)")
@@ -513,6 +515,7 @@ def test_a_plain_dump_keeps_targets_and_queue_whoever_restores_it(tables: Pair, 
             (3, "queued"),
             (4, "after"),
         ]
+        assert restored.one(copies) == 0
         tables.target.sql("CREATE TABLE z (LIKE t INCLUDING ALL)")
         new = restored.one(f"SELECT tbl_repl.add_target('t', '{tables.server}', 'z')")
         assert new > queued

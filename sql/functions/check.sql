@@ -317,10 +317,11 @@ BEGIN
         RETURN QUERY SELECT 'warning', 'quarantine', format('the target rejects %s rows', number),
             format('See tbl_repl.quarantine; mend row or target, then: %s', drained);
     END IF;
-    IF state.system_identifier <> (SELECT c.system_identifier FROM pg_control_system() AS c) THEN
-        RETURN QUERY SELECT 'warning', 'restored', format('the position of target %s comes from another cluster', target.target_id),
-            format('If this is a copy that must not replicate: SELECT tbl_repl.drop_target(%s); else: %s then SELECT tbl_repl.repair_target(%s);',
-                   target.target_id, drained, target.target_id);
+    IF (state.system_identifier, state.database_id) <> (SELECT p.system_identifier, p.database_id FROM tbl_repl._place() AS p) THEN
+        RETURN QUERY SELECT 'warning', 'restored', format('the position of target %s comes from another cluster or database', target.target_id),
+            format('If this is a copy that must not replicate: SELECT tbl_repl.drop_target(%s); else: %s then SELECT tbl_repl.repair_target(%s);%s',
+                   target.target_id, drained, target.target_id,
+                   (SELECT ' Beside the original it needs a name of its own: SELECT tbl_repl.set_node_name(''...'');' FROM tbl_repl.node));
     END IF;
 END
 $function$;

@@ -603,10 +603,10 @@ BEGIN
     whole := tbl_repl._truncate_whole(target);
     INSERT INTO tbl_repl.target SELECT target.*;
     INSERT INTO tbl_repl.progress (target_id, position) VALUES (target.target_id, pg_current_snapshot());
-    INSERT INTO tbl_repl.target_state (target_id, status, system_identifier, copy_after)
+    INSERT INTO tbl_repl.target_state (target_id, status, system_identifier, database_id, copy_after)
     SELECT target.target_id, CASE initial_copy WHEN 'background' THEN 'copying' ELSE 'ok' END,
-           c.system_identifier, CASE initial_copy WHEN 'background' THEN '{}'::text[] END
-    FROM pg_control_system() AS c;
+           p.system_identifier, p.database_id, CASE initial_copy WHEN 'background' THEN '{}'::text[] END
+    FROM tbl_repl._place() AS p;
     PERFORM tbl_repl._rebuild_target(target.target_id);
     PERFORM tbl_repl._rebuild_capture(source.source_id);
     PERFORM tbl_repl._rebuild_neighbours(target);

@@ -81,11 +81,14 @@ CREATE POLICY target_drop ON tbl_repl.target FOR DELETE USING (EXISTS (
 -- in the pending rows of the queue.
 -- copy_after: {key} of the last row copied in the background; {} before the first one, for every text may be a key;
 -- NULL: there is nothing to copy.
+-- system_identifier, database_id: where the position means something.  A copy of the database has other ones; its name is
+-- left out, for a database may be renamed.
 -- next_try_at: the worker leaves the target alone until then; failures: how many in a row have led to it.
 CREATE TABLE tbl_repl.target_state (
     target_id         integer PRIMARY KEY REFERENCES tbl_repl.target ON DELETE CASCADE,
     status            text NOT NULL DEFAULT 'ok',
     system_identifier bigint NOT NULL,
+    database_id       oid NOT NULL,
     copy_after        text[],
     rows_copied       bigint NOT NULL DEFAULT 0,
     last_error        text,
@@ -132,7 +135,8 @@ COMMENT ON TABLE tbl_repl.shipped IS 'rows shipped at commit, by target and back
 
 -- Crash recovery hands transaction ids out again whose fate was lost; it also empties this table, because it is
 -- unlogged.  So an id says something only together with the id of the boot it comes from.
--- cluster: system identifier and timeline.
+-- cluster: system identifier and timeline.  CREATE DATABASE ... TEMPLATE copies the id as well: transactions of one cluster
+-- have one fate in all its databases.
 CREATE UNLOGGED TABLE tbl_repl.boot (
     id       uuid NOT NULL DEFAULT gen_random_uuid(),
     cluster  text NOT NULL,
