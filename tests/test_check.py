@@ -225,6 +225,15 @@ def test_what_belongs_to_a_role_without_rights_since_reassign_owned(definers: tu
     )
     mend(pair, "capture_without_rights")
     pair.source.sql("INSERT INTO t VALUES (1)", user="heir")
+    assert [row for row in problems(pair) if row[0] == "error"] == [("error", "owner_changed", target)]
+    pair.source.admin("GRANT ALL ON t TO definer")
+    with pytest.raises(errors.InsufficientPrivilege, match="belong to role heir") as caught:
+        pair.source.sql(f"SELECT tbl_repl.alter_target({target})", user="definer")
+    assert "add it anew" in (caught.value.diag.message_hint or "")
+    command = hint(pair, "owner_changed").removeprefix("As the owner of the table: ").partition(";")[0]
+    pair.source.sql(command, user="heir")
+    pair.source.sql("INSERT INTO t VALUES (2)", user="heir")
+    assert problems(pair) == []
 
 
 def test_a_trigger_function_whose_owner_does_not_exist(definers: tuple[Pair, int]) -> None:

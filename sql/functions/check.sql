@@ -345,6 +345,17 @@ DECLARE
     server_id oid := (SELECT f.oid FROM pg_foreign_server AS f WHERE f.srvname = target.server);
     owner_id  oid := (SELECT r.oid FROM pg_roles AS r WHERE r.rolname = target.owner);
 BEGIN
+    RETURN QUERY
+        SELECT 'error', 'owner_changed', format('functions of target %s belong to role %I, not to role %I, who defined it', target.target_id, r.rolname, target.owner),
+               CASE WHEN tbl_repl._is_left(target.target_id, r.oid)
+                    THEN format('Let role %I own the table and use the server again, then as that role: SELECT tbl_repl.alter_target(%s);', target.owner, target.target_id)
+                    ELSE format('As the owner of the table: SELECT tbl_repl.drop_target(%s); and add it anew.', target.target_id) END
+        FROM (SELECT DISTINCT f.proowner FROM unnest(tbl_repl._target_functions(target.target_id)) AS s (signature)
+              JOIN pg_proc AS f ON f.oid = to_regprocedure(s.signature)) AS f
+        JOIN pg_roles AS r ON r.oid = f.proowner
+        -- a member may have rebuilt one
+        WHERE r.oid <> owner_id AND (r.rolsuper OR NOT pg_has_role(r.oid, owner_id, 'USAGE'))
+        ORDER BY r.rolname;
     IF server_id IS NULL THEN
         RETURN QUERY SELECT 'error', 'server_missing', format('server %I does not exist', target.server),
             format('Create it again, with a user mapping for role %I; or SELECT tbl_repl.drop_target(%s);', target.owner, target.target_id);

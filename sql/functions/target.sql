@@ -903,6 +903,7 @@ BEGIN
     IF old.mode = 'async' AND target.mode <> 'async' THEN
         PERFORM tbl_repl._leave_async(old);
     END IF;
+    PERFORM tbl_repl._take_over(target);
     PERFORM tbl_repl._rebuild_target(target_id);
     PERFORM tbl_repl._rebuild_capture(source.source_id);
     PERFORM tbl_repl._rebuild_neighbours(target);
@@ -913,6 +914,43 @@ END
 $function$;
 COMMENT ON FUNCTION tbl_repl._alter_target(integer, text, text, name[], jsonb, text, text[], text, name, text, interval, text) IS
     'alter_target with the caller''s search_path';
+
+-- Functions of a target that the caller cannot replace: those that a restore without owners has left go, others are told of.
+CREATE OR REPLACE FUNCTION tbl_repl._take_over(target tbl_repl.target)
+RETURNS void
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    owner name;
+BEGIN
+    PERFORM tbl_repl._drop_orphans(target.target_id, target.source_id);
+    SELECT pg_get_userbyid(f.proowner) INTO owner
+    FROM unnest(tbl_repl._target_functions(target.target_id)) AS s (signature) JOIN pg_proc AS f ON f.oid = to_regprocedure(s.signature)
+    WHERE NOT pg_has_role(current_user, f.proowner, 'USAGE');
+    IF FOUND THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'insufficient_privilege',
+            MESSAGE = format('functions of target %s belong to role %I', target.target_id, owner),
+            DETAIL  = 'Only a member of that role can replace them.',
+            HINT    = format('SELECT tbl_repl.drop_target(%s); as the owner of the table, and add it anew.', target.target_id);
+    END IF;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._take_over(tbl_repl.target) IS
+    'sees to it that the caller can replace the functions of a target';
+
+-- Whether a function generated for a target is left from a restore without owners: it belongs to who has restored it.
+CREATE OR REPLACE FUNCTION tbl_repl._is_left(target_id integer, function_owner oid)
+RETURNS boolean
+LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT EXISTS (SELECT FROM tbl_repl.target AS t JOIN pg_roles AS d ON d.rolname = t.owner JOIN pg_roles AS r ON r.oid = function_owner
+                   WHERE t.target_id = _is_left.target_id AND d.oid <> r.oid AND (r.rolsuper OR r.rolname = tbl_repl._owner()))
+$function$;
+COMMENT ON FUNCTION tbl_repl._is_left(integer, oid) IS
+    'whether a generated function belongs to who has restored it, not to who defined its target';
 
 -- _follow_keys(source): the source with the present names of its key columns.  Names come first: numbers mean nothing
 -- after a restore.
@@ -1057,7 +1095,8 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._wait_for_ship(tbl_repl.target) IS 'waits, bounded, until nothing is being shipped to a target';
 
 -- SECURITY DEFINER: they may belong to a role that the owner of the table is no member of.  Anybody may call it, for it
--- drops only what nothing needs: functions of a target that is gone, a trigger function without triggers or targets.
+-- drops only what nothing needs: functions of a target that is gone, or that cannot work since a restore without owners,
+-- a trigger function without triggers or targets.
 CREATE OR REPLACE FUNCTION tbl_repl._drop_orphans(target_id integer, source_id integer)
 RETURNS void
 LANGUAGE plpgsql VOLATILE
@@ -1067,11 +1106,14 @@ AS $function$
 DECLARE
     signature text;
 BEGIN
-    IF NOT EXISTS (SELECT FROM tbl_repl.target AS t WHERE t.target_id = _drop_orphans.target_id) THEN
-        FOREACH signature IN ARRAY tbl_repl._target_functions(target_id) LOOP
-            EXECUTE format('DROP FUNCTION IF EXISTS %s', signature);
-        END LOOP;
-    END IF;
+    FOR signature IN
+        SELECT u.signature
+        FROM unnest(tbl_repl._target_functions(target_id)) AS u (signature) JOIN pg_proc AS f ON f.oid = to_regprocedure(u.signature)
+        WHERE NOT EXISTS (SELECT FROM tbl_repl.target AS t WHERE t.target_id = _drop_orphans.target_id)
+           OR tbl_repl._is_left(target_id, f.proowner)
+    LOOP
+        EXECUTE format('DROP FUNCTION %s', signature);
+    END LOOP;
     IF NOT EXISTS (SELECT FROM tbl_repl.target AS t WHERE t.source_id = _drop_orphans.source_id)
        OR NOT EXISTS (SELECT FROM pg_trigger AS g JOIN pg_proc AS f ON f.oid = g.tgfoid
                       WHERE f.pronamespace = 'tbl_repl'::regnamespace AND f.proname = format('capture_%s', source_id)) THEN
