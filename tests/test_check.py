@@ -410,6 +410,33 @@ def test_the_key_of_the_source_dropped(well: Pair) -> None:
     assert ("error", "source_key_missing", target) in problems(well)
 
 
+def test_a_key_column_dropped(well: Pair) -> None:
+    target = well.add_target("t")
+    well.source.sql("ALTER TABLE t DROP COLUMN id")
+    with pytest.raises(errors.UndefinedColumn):
+        well.source.sql("INSERT INTO t VALUES ('a')")
+    assert problems(well) == [
+        ("error", "source_key_missing", target),
+        ("error", "source_column_missing", target),
+    ]
+    assert hint(well, "source_key_missing") == hint(well, "source_column_missing")
+    mend(well, "source_key_missing")
+    well.both("ALTER TABLE t ALTER v SET NOT NULL, ADD UNIQUE (v)")
+    well.target.sql("ALTER TABLE t DROP COLUMN id")
+    well.source.sql("INSERT INTO t VALUES ('a')")
+    well.add_target("t", key_columns=["v"])
+    assert problems(well) == []
+    well.assert_same("t")
+
+
+def test_a_key_column_renamed(well: Pair) -> None:
+    target = well.add_target("t")
+    well.both("ALTER TABLE t RENAME id TO no")
+    assert ("error", "source_key_missing", target) in problems(well)
+    mend(well, "source_key_missing")
+    assert problems(well) == []
+
+
 def test_the_source_table_dropped(well: Pair) -> None:
     target = well.add_target("t")
     well.source.sql("DROP TABLE t")

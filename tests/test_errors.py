@@ -542,7 +542,10 @@ def test_a_restore_without_owners_by_a_superuser_is_mended_by_alter_target(table
         found = "SELECT code, hint FROM tbl_repl.check() WHERE severity = 'error' ORDER BY target_id, code"
         as_owner = restored.sql(found)
         # the filter is in the trigger function, which runs as the superuser now
-        assert [code for code, _ in as_owner] == ["function_changed"] + ["owner_changed", "server_privilege"] * 2
+        assert [code for code, _ in as_owner] == ["function_changed"] + [
+            "owner_changed",
+            "server_privilege",
+        ] * 2
         assert "as that role: SELECT tbl_repl.alter_target(1);" in as_owner[1][1]
         restored.admin(
             f"ALTER TABLE t OWNER TO owner; ALTER TABLE u OWNER TO owner; ALTER SERVER {tables.server} OWNER TO owner"

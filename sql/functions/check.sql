@@ -138,8 +138,11 @@ BEGIN
         PERFORM tbl_repl._find_key(source.source_table, source.key_columns);
     EXCEPTION WHEN invalid_table_definition OR undefined_column THEN
         RETURN QUERY SELECT 'error', 'source_key_missing', SQLERRM,
-            format('Create a unique index on not-null columns (%s) of table %s again, or drop the target.',
-                   (SELECT string_agg(quote_ident(k), ', ') FROM unnest(source.key_columns) AS k), source.source_table);
+            CASE tbl_repl._key_state(source)
+                WHEN 'renamed' THEN format('Take note of the new name: %s', rebuild)
+                WHEN 'dropped' THEN tbl_repl._other_key_hint(source)
+                ELSE format('Create a unique index on not-null columns (%s) of table %s again, or drop the target.',
+                            (SELECT string_agg(quote_ident(k), ', ') FROM unnest(source.key_columns) AS k), source.source_table) END;
         RETURN;  -- nothing generated can be compared
     END;
     IF source.capture = 'statement' AND EXISTS (SELECT FROM pg_inherits AS i WHERE i.inhparent = source.source_table) THEN
@@ -166,6 +169,30 @@ BEGIN
 END
 $function$;
 COMMENT ON FUNCTION tbl_repl._source_problems(integer, integer) IS 'problems of a replicated table, on this side';
+
+-- 'there' | 'renamed': alter_target finds it (see _follow_keys) | 'dropped'.
+CREATE OR REPLACE FUNCTION tbl_repl._key_state(source tbl_repl.source)
+RETURNS text
+LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT CASE WHEN bool_and(k.named IS NOT NULL) THEN 'there' WHEN bool_and(coalesce(k.named, a.attnum) IS NOT NULL) THEN 'renamed' ELSE 'dropped' END
+    FROM unnest(tbl_repl._column_numbers(source.source_table, source.key_columns), source.key_numbers) AS k (named, was)
+    LEFT JOIN pg_attribute AS a ON a.attrelid = source.source_table AND a.attnum = k.was AND NOT a.attisdropped
+$function$;
+COMMENT ON FUNCTION tbl_repl._key_state(tbl_repl.source) IS 'what has become of the key columns of a replicated table';
+
+-- A target keeps its key.
+CREATE OR REPLACE FUNCTION tbl_repl._other_key_hint(source tbl_repl.source)
+RETURNS text
+LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT format('A target keeps its key. Give the table another one, then %s and add_target(..., key_columns => ...) anew.',
+                  string_agg(format('SELECT tbl_repl.drop_target(%s);', t.target_id), ' ' ORDER BY t.target_id))
+    FROM tbl_repl.target AS t WHERE t.source_id = source.source_id
+$function$;
+COMMENT ON FUNCTION tbl_repl._other_key_hint(tbl_repl.source) IS 'what to do where a key column was dropped';
 
 -- _generated_problem(name, text): whether the function of that name is what its generator says.
 CREATE OR REPLACE FUNCTION tbl_repl._generated_problem(name name, statement text)
@@ -251,7 +278,8 @@ BEGIN
 
     RETURN QUERY
         SELECT 'error', 'source_column_missing', format('column %I of table %s is sent, but does not exist any more', m[1], source.source_table),
-               CASE WHEN target.columns IS NULL THEN format('Take it out: %s', rebuild)
+               CASE WHEN m[1] = ANY (source.key_columns) AND tbl_repl._key_state(source) = 'dropped' THEN tbl_repl._other_key_hint(source)
+                    WHEN target.columns IS NULL THEN format('Take it out: %s', rebuild)
                     ELSE format('SELECT tbl_repl.alter_target(%s, columns => ...); without it.', target.target_id) END
         FROM (SELECT DISTINCT coalesce(substr(e, 3), '') FROM unnest(target.sent_exprs) AS e WHERE e ~ '^s\.([a-z_][a-z0-9_$]*|"([^"]|"")+")$') AS x (quoted)
         CROSS JOIN LATERAL parse_ident(x.quoted) AS m
