@@ -344,12 +344,22 @@ def test_a_definer_that_is_no_member_of_the_owner_any_more_drops_his_target(pair
 
 def test_nobody_drops_functions_that_are_needed(pair: Pair) -> None:
     targets = two_targets(pair, "definer", "stranger")
+    # as a restore without owners leaves them: only the role that defined the target has them go
+    pair.source.admin(f"ALTER FUNCTION tbl_repl.page_{targets[0]}(text, integer) OWNER TO owner")
     before = pair.source.admin(LEFT)
     for target in targets:
         pair.source.sql(
             f"SELECT tbl_repl._drop_orphans({target}, source_id) FROM tbl_repl.source", user="stranger"
         )
     assert pair.source.admin(LEFT) == before
+    pair.source.sql(f"BEGIN; SAVEPOINT s; SELECT tbl_repl.alter_target({targets[0]}); COMMIT", user="definer")
+    assert pair.source.admin(LEFT) == before
+    assert (
+        pair.source.one(
+            "SELECT proowner::regrole::text FROM pg_proc WHERE proname = %s", [f"page_{targets[0]}"]
+        )
+        == "definer"
+    )
 
 
 def test_a_superuser_drops_the_target_of_a_role_that_was_renamed(pair: Pair) -> None:

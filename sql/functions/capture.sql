@@ -334,8 +334,7 @@ BEGIN
     IF NOT only_function AND EXISTS (SELECT FROM pg_proc AS f WHERE f.pronamespace = 'tbl_repl'::regnamespace AND f.proname = format('capture_%s', source_id)
                                      AND NOT pg_has_role(current_user, f.proowner, 'USAGE')) THEN
         PERFORM tbl_repl._drop_triggers(source_id, NULL);
-        PERFORM tbl_repl._drop_orphans(min(t.target_id), t.source_id) FROM tbl_repl.target AS t
-        WHERE t.source_id = _rebuild_capture.source_id GROUP BY t.source_id;
+        PERFORM tbl_repl._drop_orphans(NULL, source_id);
     END IF;
     EXECUTE tbl_repl._capture_sql(source_id);
     EXECUTE format('REVOKE ALL ON FUNCTION tbl_repl.%I() FROM PUBLIC', format('capture_%s', source_id));

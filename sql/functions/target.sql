@@ -1095,8 +1095,8 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._wait_for_ship(tbl_repl.target) IS 'waits, bounded, until nothing is being shipped to a target';
 
 -- SECURITY DEFINER: they may belong to a role that the owner of the table is no member of.  Anybody may call it, for it
--- drops only what nothing needs: functions of a target that is gone, or that cannot work since a restore without owners,
--- a trigger function without triggers or targets.
+-- drops only what nothing needs: functions of a target that is gone, a trigger function without triggers or targets; and what
+-- a restore without owners has left of a target that this transaction has altered, as row security lets its owner only.
 CREATE OR REPLACE FUNCTION tbl_repl._drop_orphans(target_id integer, source_id integer)
 RETURNS void
 LANGUAGE plpgsql VOLATILE
@@ -1111,6 +1111,8 @@ BEGIN
         FROM unnest(tbl_repl._target_functions(target_id)) AS u (signature) JOIN pg_proc AS f ON f.oid = to_regprocedure(u.signature)
         WHERE NOT EXISTS (SELECT FROM tbl_repl.target AS t WHERE t.target_id = _drop_orphans.target_id)
            OR tbl_repl._is_left(target_id, f.proowner)
+              -- ours: no transaction is younger
+              AND (SELECT age(t.xmin) <= 0 FROM tbl_repl.target AS t WHERE t.target_id = _drop_orphans.target_id)
     LOOP
         EXECUTE format('DROP FUNCTION %s', signature);
     END LOOP;
