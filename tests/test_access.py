@@ -344,12 +344,22 @@ def test_a_definer_that_is_no_member_of_the_owner_any_more_drops_his_target(pair
 
 def test_nobody_drops_functions_that_are_needed(pair: Pair) -> None:
     targets = two_targets(pair, "definer", "stranger")
+    # as a restore without owners leaves them: only the role that defined the target has them go
+    pair.source.admin(f"ALTER FUNCTION tbl_repl.page_{targets[0]}(text, integer) OWNER TO owner")
     before = pair.source.admin(LEFT)
     for target in targets:
         pair.source.sql(
             f"SELECT tbl_repl._drop_orphans({target}, source_id) FROM tbl_repl.source", user="stranger"
         )
     assert pair.source.admin(LEFT) == before
+    pair.source.sql(f"BEGIN; SAVEPOINT s; SELECT tbl_repl.alter_target({targets[0]}); COMMIT", user="definer")
+    assert pair.source.admin(LEFT) == before
+    assert (
+        pair.source.one(
+            "SELECT proowner::regrole::text FROM pg_proc WHERE proname = %s", [f"page_{targets[0]}"]
+        )
+        == "definer"
+    )
 
 
 def test_a_superuser_drops_the_target_of_a_role_that_was_renamed(pair: Pair) -> None:
@@ -358,6 +368,38 @@ def test_a_superuser_drops_the_target_of_a_role_that_was_renamed(pair: Pair) -> 
     try:
         for target in targets:
             pair.source.admin(f"SELECT tbl_repl.drop_target({target})")
+    finally:
+        pair.source.admin("ALTER ROLE definer_2 RENAME TO definer")
+    assert [n for (n,) in pair.source.admin(LEFT)] == [0] * 5
+
+
+@pytest.mark.parametrize("analyzed", [False, True])
+def test_a_role_that_was_renamed_is_in_nobodys_way(pair: Pair, analyzed: bool) -> None:
+    """Its targets are dropped by the owner of the table, who is that role; another one runs his own."""
+    targets = two_targets(pair, "definer", "neighbour")
+    pair.both("CREATE TABLE n (id integer PRIMARY KEY)")
+    pair.source.admin(f"""
+        ALTER TABLE n OWNER TO neighbour; GRANT USAGE ON FOREIGN SERVER {pair.server} TO neighbour;
+        CREATE USER MAPPING FOR neighbour SERVER {pair.server} OPTIONS (user 'owner', password 'secret')
+        """)
+    other = pair.source.one(f"SELECT tbl_repl.add_target('n', '{pair.server}')", user="neighbour")
+    pair.source.admin("ALTER ROLE definer RENAME TO definer_2; ALTER ROLE definer_2 PASSWORD 'secret'")
+    try:
+        if analyzed:  # the rows are looked at in another order
+            pair.source.admin("ANALYZE")
+        for verb in ("alter_target", "pause_target", "resume_target"):
+            pair.source.sql(f"SELECT tbl_repl.{verb}({other})", user="neighbour")
+        with pytest.raises(errors.InsufficientPrivilege, match="must be owner of target") as caught:
+            pair.source.sql(f"SELECT tbl_repl.alter_target({targets[0]})", user="definer_2")
+        assert "rename it back" in (caught.value.diag.message_hint or "")
+        hints = pair.source.admin(
+            "SELECT hint FROM tbl_repl.check() WHERE code = 'owner_missing' ORDER BY target_id"
+        )
+        assert ["rename it back" in hint for (hint,) in hints] == [True, True]
+        pair.source.sql(f"SELECT tbl_repl.drop_target({other})", user="neighbour")
+        for target in targets:
+            pair.source.sql(f"SELECT tbl_repl.drop_target({target})", user="definer_2")
+        pair.source.sql("INSERT INTO t VALUES (1)", user="definer_2")
     finally:
         pair.source.admin("ALTER ROLE definer_2 RENAME TO definer")
     assert [n for (n,) in pair.source.admin(LEFT)] == [0] * 5

@@ -6,6 +6,7 @@ import re
 import time
 
 import pytest
+from psycopg import errors
 
 from support import Node, Pair
 
@@ -159,6 +160,90 @@ def test_no_right_on_the_server(well: Pair) -> None:
     assert problems(well) == []
 
 
+@pytest.fixture
+def definers(well: Pair) -> tuple[Pair, int]:
+    """t belongs to role definer, who has defined its tolerant target; role heir has no rights."""
+    for role in ("definer", "heir"):
+        well.source.role(role)
+    well.source.sql(f"""
+        SELECT tbl_repl.grant_access('definer', 'operator'); GRANT USAGE ON FOREIGN SERVER {well.server} TO definer;
+        CREATE USER MAPPING FOR definer SERVER {well.server} OPTIONS (user 'owner', password 'secret')
+        """)
+    well.source.admin(
+        "ALTER TABLE t OWNER TO definer; GRANT SELECT ON t TO owner; GRANT USAGE, CREATE ON SCHEMA public TO definer, heir"
+    )
+    return well, well.source.one(f"SELECT tbl_repl.add_target('t', '{well.server}')", user="definer")
+
+
+def test_a_definer_who_lost_the_rights_on_tbl_repl(definers: tuple[Pair, int]) -> None:
+    pair, target = definers
+    assert problems(pair) == []
+    pair.source.admin("""
+        REVOKE ALL ON ALL TABLES IN SCHEMA tbl_repl FROM definer; REVOKE ALL ON ALL ROUTINES IN SCHEMA tbl_repl FROM definer;
+        REVOKE ALL ON SCHEMA tbl_repl FROM definer
+        """)
+    with pytest.raises(errors.InsufficientPrivilege):
+        pair.source.sql("INSERT INTO t VALUES (1)", user="definer")
+    assert problems(pair) == [("error", "capture_without_rights", target)]
+    mend(pair, "capture_without_rights")
+    assert problems(pair) == []
+    pair.source.sql("INSERT INTO t VALUES (1)", user="definer")
+    pair.assert_same("t")
+    pair.source.admin("REVOKE INSERT ON tbl_repl.stash FROM definer")
+    assert problems(pair) == [("error", "capture_without_rights", target)]
+    mend(pair, "capture_without_rights")
+    pair.source.admin(
+        'REVOKE EXECUTE ON FUNCTION tbl_repl._queue_serializable(integer, "char", text[], text[]) FROM definer'
+    )
+    assert problems(pair) == [("error", "capture_without_rights", target)]
+    mend(pair, "capture_without_rights")
+    assert problems(pair) == []
+
+
+def test_a_definer_without_rights_beside_a_capture_that_works(definers: tuple[Pair, int]) -> None:
+    pair, target = definers
+    pair.source.sql("SELECT tbl_repl.grant_access('heir', 'operator')")
+    pair.source.admin("""
+        GRANT definer TO heir; ALTER FUNCTION tbl_repl.capture_1() OWNER TO heir; REVOKE ALL ON SCHEMA tbl_repl FROM definer
+        """)
+    assert problems(pair) == [("error", "target_without_rights", target)]
+    mend(pair, "target_without_rights")
+    assert problems(pair) == []
+
+
+def test_what_belongs_to_a_role_without_rights_since_reassign_owned(definers: tuple[Pair, int]) -> None:
+    pair, target = definers
+    pair.source.admin("REASSIGN OWNED BY definer TO heir")
+    with pytest.raises(errors.InsufficientPrivilege):
+        pair.source.sql("INSERT INTO t VALUES (1)", user="heir")
+    found = problems(pair)
+    assert found[0] == ("error", "capture_without_rights", target)
+    assert not {"definition_broken", "unreachable"} & {code for _, code, _ in found}
+    assert (
+        "role heir"
+        in pair.source.sql("SELECT message FROM tbl_repl.check() WHERE code = 'capture_without_rights'")[0][0]
+    )
+    mend(pair, "capture_without_rights")
+    pair.source.sql("INSERT INTO t VALUES (1)", user="heir")
+    assert [row for row in problems(pair) if row[0] == "error"] == [("error", "owner_changed", target)]
+    pair.source.admin("GRANT ALL ON t TO definer")
+    with pytest.raises(errors.InsufficientPrivilege, match="belong to role heir") as caught:
+        pair.source.sql(f"SELECT tbl_repl.alter_target({target})", user="definer")
+    assert "add it anew" in (caught.value.diag.message_hint or "")
+    command = hint(pair, "owner_changed").removeprefix("As the owner of the table: ").partition(";")[0]
+    pair.source.sql(command, user="heir")
+    pair.source.sql("INSERT INTO t VALUES (2)", user="heir")
+    assert problems(pair) == []
+
+
+def test_a_trigger_function_whose_owner_does_not_exist(definers: tuple[Pair, int]) -> None:
+    pair, target = definers
+    pair.source.admin("UPDATE pg_proc SET proowner = 1 WHERE proname = 'capture_1'")
+    assert problems(pair)[0] == ("error", "capture_without_rights", target)
+    pair.source.admin("ALTER FUNCTION tbl_repl.capture_1() OWNER TO definer")
+    assert problems(pair) == []
+
+
 def test_wrong_password(well: Pair) -> None:
     target = well.add_target("t")
     well.source.sql(f"ALTER USER MAPPING FOR owner SERVER {well.server} OPTIONS (SET password 'wrong')")
@@ -192,6 +277,57 @@ def test_remote_privilege_revoked(well: Pair) -> None:
     assert codes(well) == ["remote_privilege"]
     mend(well, "remote_privilege", well.target)
     assert problems(well) == []
+
+
+def test_row_security_on_the_target(well: Pair) -> None:
+    well.source.sql(f"ALTER USER MAPPING FOR owner SERVER {well.server} OPTIONS (SET user 'replicator')")
+    well.target.sql("GRANT ALL ON t TO replicator; SELECT tbl_repl.grant_access('replicator', 'operator')")
+    target = well.add_target("t")
+    well.source.sql("INSERT INTO t VALUES (1, 'a')")
+    warned = [("warning", "remote_row_security", target)]
+    for policies in (
+        "ALTER TABLE t ENABLE ROW LEVEL SECURITY",
+        "CREATE POLICY r ON t FOR SELECT USING (true); CREATE POLICY i ON t FOR INSERT WITH CHECK (true);"
+        "CREATE POLICY u ON t FOR UPDATE USING (true)",
+        "CREATE POLICY d ON t FOR DELETE TO owner USING (true)",
+    ):
+        well.target.sql(policies)
+        assert problems(well) == warned
+    well.source.sql("DELETE FROM t")
+    assert well.target.rows("t") == ["(1,a)"]  # what is warned of
+    well.target.sql("DELETE FROM t; ALTER POLICY d ON t TO replicator")
+    assert problems(well) == []
+    well.target.sql(
+        "DROP POLICY r ON t; DROP POLICY i ON t; DROP POLICY u ON t; DROP POLICY d ON t; CREATE POLICY a ON t USING (id > 0)"
+    )
+    assert problems(well) == warned
+    well.target.sql("ALTER POLICY a ON t USING (true)")
+    assert problems(well) == []
+    well.target.sql("CREATE POLICY n ON t AS RESTRICTIVE FOR DELETE USING (false)")
+    assert problems(well) == warned
+    well.target.admin("ALTER ROLE replicator BYPASSRLS")
+    try:
+        assert problems(well) == []
+    finally:
+        well.target.admin("ALTER ROLE replicator NOBYPASSRLS")
+
+
+def test_usage_of_the_schema_revoked_on_the_target(pair: Pair) -> None:
+    for node in pair.nodes:
+        node.sql(
+            "CREATE SCHEMA s; CREATE TABLE s.t (id integer PRIMARY KEY); CREATE TABLE s.u (id integer PRIMARY KEY)"
+        )
+    pair.target.admin("ALTER SCHEMA s OWNER TO postgres; GRANT USAGE ON SCHEMA s TO owner")
+    target = pair.add_target("s.t")
+    assert problems(pair) == []
+    pair.target.admin("REVOKE USAGE ON SCHEMA s FROM owner")
+    assert problems(pair) == [("error", "remote_privilege", target)]
+    with pytest.raises(errors.InsufficientPrivilege, match="may not use schema s on the target") as caught:
+        pair.add_target("s.u")
+    assert caught.value.diag.message_hint == hint(pair, "remote_privilege")
+    pair.target.admin(hint(pair, "remote_privilege").removeprefix("There: "))
+    assert problems(pair) == []
+    pair.add_target("s.u")
 
 
 @pytest.mark.parametrize(
@@ -272,6 +408,33 @@ def test_the_key_of_the_source_dropped(well: Pair) -> None:
     target = well.add_target("t")
     well.source.sql("ALTER TABLE t DROP CONSTRAINT t_pkey")
     assert ("error", "source_key_missing", target) in problems(well)
+
+
+def test_a_key_column_dropped(well: Pair) -> None:
+    target = well.add_target("t")
+    well.source.sql("ALTER TABLE t DROP COLUMN id")
+    with pytest.raises(errors.UndefinedColumn):
+        well.source.sql("INSERT INTO t VALUES ('a')")
+    assert problems(well) == [
+        ("error", "source_key_missing", target),
+        ("error", "source_column_missing", target),
+    ]
+    assert hint(well, "source_key_missing") == hint(well, "source_column_missing")
+    mend(well, "source_key_missing")
+    well.both("ALTER TABLE t ALTER v SET NOT NULL, ADD UNIQUE (v)")
+    well.target.sql("ALTER TABLE t DROP COLUMN id")
+    well.source.sql("INSERT INTO t VALUES ('a')")
+    well.add_target("t", key_columns=["v"])
+    assert problems(well) == []
+    well.assert_same("t")
+
+
+def test_a_key_column_renamed(well: Pair) -> None:
+    target = well.add_target("t")
+    well.both("ALTER TABLE t RENAME id TO no")
+    assert ("error", "source_key_missing", target) in problems(well)
+    mend(well, "source_key_missing")
+    assert problems(well) == []
 
 
 def test_the_source_table_dropped(well: Pair) -> None:
@@ -448,6 +611,53 @@ def test_a_copy_of_the_database_in_another_cluster(well: Pair) -> None:
     target = well.add_target("t", mode="async")
     well.source.sql("UPDATE tbl_repl.target_state SET system_identifier = 1")
     assert problems(well) == [("warning", "restored", target)]
+
+
+def test_a_copy_of_the_database_in_this_cluster(well: Pair) -> None:
+    """CREATE DATABASE ... TEMPLATE: the copy is told, ships what is queued, and settles no receipt of the original."""
+    queued = well.add_target("t", mode="async")
+    well.both("CREATE TABLE u (id integer PRIMARY KEY, v text)")
+    direct = well.add_target("u")
+    well.source.sql("INSERT INTO t VALUES (1, 'queued'); INSERT INTO u VALUES (1, 'shipped')")
+    receipts = "SELECT r::text FROM tbl_repl.receipt AS r ORDER BY 1"
+    before = well.target.sql(receipts)
+    assert len(before) == 1
+    well.source.forget()
+    cluster, copy = well.source.cluster, f"{well.source.dbname}_copy"
+    cluster.sql(f"CREATE DATABASE {copy} TEMPLATE {well.source.dbname} OWNER owner")
+    try:
+        told = "SELECT target_id, hint FROM tbl_repl.check() WHERE code = 'restored' ORDER BY 1"
+        with cluster.connect(copy, "owner") as conn:
+            assert [row[0] for row in conn.execute(told).fetchall()] == [queued, direct]
+            conn.execute("SELECT tbl_repl.set_node_name('x')")
+            assert all("set_node_name" in row[1] for row in conn.execute(told).fetchall())
+            conn.execute("DELETE FROM tbl_repl.node")
+            conn.execute("CALL tbl_repl.drain()")
+            assert conn.execute(told).fetchall() == []
+            conn.execute("INSERT INTO t VALUES (2, 'copy'); INSERT INTO u VALUES (2, 'copy')")
+            conn.execute("CALL tbl_repl.drain()")
+    finally:
+        cluster.sql(f"DROP DATABASE {copy} WITH (FORCE)")
+    assert well.target.rows("t") == ["(1,queued)", "(2,copy)"]
+    assert well.target.rows("u") == ["(1,shipped)", "(2,copy)"]
+    assert set(before) <= set(well.target.sql(receipts))
+    assert problems(well) == []
+
+
+def test_a_database_that_was_renamed_is_no_copy(well: Pair) -> None:
+    well.add_target("t", mode="async")
+    well.source.sql("INSERT INTO t VALUES (1, 'a')")
+    well.source.forget()
+    cluster, name = well.source.cluster, well.source.dbname
+    cluster.sql(f"ALTER DATABASE {name} RENAME TO {name}_new")
+    try:
+        with cluster.connect(f"{name}_new", "owner") as conn:
+            found = conn.execute("SELECT code FROM tbl_repl.check() WHERE code <> 'dblink_public'").fetchall()
+            assert found == []
+            conn.execute("CALL tbl_repl.drain()")
+    finally:
+        cluster.sql(f"ALTER DATABASE {name}_new RENAME TO {name}")
+    well.assert_same("t")
 
 
 def test_two_nodes_of_one_name(well: Pair) -> None:

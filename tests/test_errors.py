@@ -499,6 +499,8 @@ def test_a_plain_dump_keeps_targets_and_queue_whoever_restores_it(tables: Pair, 
         assert restored.sql(view) == tables.source.sql(view)
         pending = "SELECT target_id, op, key FROM tbl_repl.pending ORDER BY 1, captured_at, key::text"
         assert restored.sql(pending) == tables.source.sql(pending) != []
+        copies = "SELECT count(*) FROM tbl_repl.check() WHERE code = 'restored'"
+        assert restored.one(copies) == 2
         restored.sql(f"SELECT tbl_repl.resume_target({direct})")
         restored.sql("CALL tbl_repl.drain()")
         restored.sql("INSERT INTO t VALUES (4, 'after', 4)")
@@ -513,8 +515,53 @@ def test_a_plain_dump_keeps_targets_and_queue_whoever_restores_it(tables: Pair, 
             (3, "queued"),
             (4, "after"),
         ]
+        assert restored.one(copies) == 0
         tables.target.sql("CREATE TABLE z (LIKE t INCLUDING ALL)")
         new = restored.one(f"SELECT tbl_repl.add_target('t', '{tables.server}', 'z')")
         assert new > queued
+    finally:
+        restored.close()
+
+
+def test_a_restore_without_owners_by_a_superuser_is_mended_by_alter_target(tables: Pair) -> None:
+    tables.both("CREATE TABLE u (LIKE t INCLUDING ALL)")
+    targets = [
+        tables.add_target("t", row_filter="n < 100"),
+        tables.add_target("u", dst_table="t", mode="async"),
+    ]
+    text = pg_dump(tables.source, "--no-owner")
+    restored = Node(tables.source.cluster, extension=False)
+    try:
+        restored.cluster.sql("GRANT CREATE ON SCHEMA public TO owner", dbname=restored.dbname)
+        command = [str(restored.cluster.server.bindir / "psql"), "-X", "-q", "-h", str(restored.cluster.socket_dir),
+                   "-p", str(restored.cluster.port), "-U", "postgres", restored.dbname]  # fmt: skip
+        done = subprocess.run(
+            command, input=text, capture_output=True, text=True, check=False, env={"PGPASSWORD": "secret"}
+        )
+        assert "ERROR" not in done.stderr, done.stderr
+        found = "SELECT code, hint FROM tbl_repl.check() WHERE severity = 'error' ORDER BY target_id, code"
+        as_owner = restored.sql(found)
+        # the filter is in the trigger function, which runs as the superuser now
+        assert [code for code, _ in as_owner] == ["function_changed"] + [
+            "owner_changed",
+            "server_privilege",
+        ] * 2
+        assert "as that role: SELECT tbl_repl.alter_target(1);" in as_owner[1][1]
+        restored.admin(
+            f"ALTER TABLE t OWNER TO owner; ALTER TABLE u OWNER TO owner; ALTER SERVER {tables.server} OWNER TO owner"
+        )
+        restored.admin("INSERT INTO t VALUES (50, 'before', 50)")
+        for target in targets:
+            restored.sql(f"SELECT tbl_repl.alter_target({target})")
+        assert restored.sql(found) == []
+        assert restored.admin(
+            "SELECT DISTINCT proowner::regrole::text FROM pg_proc WHERE pronamespace = 'tbl_repl'::regnamespace AND proname ~ '_[0-9]+$'"
+        ) == [("owner",)]
+        restored.sql("INSERT INTO t VALUES (51, 'after', 51); INSERT INTO u VALUES (52, 'after', 52)")
+        restored.sql("CALL tbl_repl.drain()")
+        assert restored.sql("SELECT code FROM tbl_repl.check() WHERE code <> 'dblink_public'") == []
+        assert tables.target.sql("SELECT id FROM t WHERE id >= 50 ORDER BY id") == [(50,), (51,), (52,)]
+        for target in targets:
+            restored.sql(f"SELECT tbl_repl.drop_target({target})")
     finally:
         restored.close()

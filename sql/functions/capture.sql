@@ -355,6 +355,12 @@ BEGIN
         UPDATE tbl_repl.source AS s SET capture = 'row'
         WHERE s.source_id = _rebuild_capture.source_id AND s.capture = 'statement' AND tbl_repl._capture_kind(s.source_table) = 'row';
     END IF;
+    -- One of another role (a restore without owners) goes with its triggers, and comes again as the caller's.
+    IF NOT only_function AND EXISTS (SELECT FROM pg_proc AS f WHERE f.pronamespace = 'tbl_repl'::regnamespace AND f.proname = format('capture_%s', source_id)
+                                     AND NOT pg_has_role(current_user, f.proowner, 'USAGE')) THEN
+        PERFORM tbl_repl._drop_triggers(source_id, true);
+        PERFORM tbl_repl._drop_orphans(NULL, source_id);
+    END IF;
     EXECUTE tbl_repl._capture_sql(source_id);
     EXECUTE format('REVOKE ALL ON FUNCTION tbl_repl.%I() FROM PUBLIC', format('capture_%s', source_id));
     EXECUTE format('COMMENT ON FUNCTION tbl_repl.%I() IS %L', format('capture_%s', source_id),

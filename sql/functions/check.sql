@@ -28,7 +28,7 @@ BEGIN
     FOR target IN SELECT t.* FROM tbl_repl.target AS t ORDER BY t.target_id LOOP
         RETURN QUERY SELECT target.target_id, p.severity, p.code, p.message, p.hint FROM tbl_repl._target_problems(target) AS p;
         RETURN QUERY SELECT target.target_id, p.severity, p.code, p.message, p.hint FROM tbl_repl._server_problems(target) AS p;
-        CONTINUE WHEN FOUND;
+        CONTINUE WHEN FOUND OR EXISTS (SELECT FROM tbl_repl._owner_without_rights(format('connect_%s', target.target_id)::name));
         conn := tbl_repl._connection_name(target.server, target.owner, target.timeout);
         usable := has_function_privilege(to_regprocedure((tbl_repl._target_functions(target.target_id))[3]), 'EXECUTE');
         CONTINUE WHEN usable IS NULL;  -- it is missing, and was told
@@ -126,12 +126,23 @@ BEGIN
                                                FROM tbl_repl.target AS t WHERE t.source_id = source.source_id));
         RETURN;
     END IF;
+    RETURN QUERY
+        SELECT 'error', 'capture_without_rights',
+               format('writes to table %s fail: %s, which owns tbl_repl.%I, may not use tbl_repl', source.source_table,
+                      coalesce('role ' || quote_ident(o.role_name), 'a role that does not exist'), c.name),
+               coalesce(tbl_repl._grant_hint(o.role_name),
+                        format('As a superuser: ALTER FUNCTION tbl_repl.%I() OWNER TO ...; or drop the targets and add them anew.', c.name))
+        FROM (SELECT format('capture_%s', source.source_id)::name) AS c (name)
+        CROSS JOIN LATERAL tbl_repl._owner_without_rights(c.name) AS o;
     BEGIN
         PERFORM tbl_repl._find_key(source.source_table, source.key_columns);
     EXCEPTION WHEN invalid_table_definition OR undefined_column THEN
         RETURN QUERY SELECT 'error', 'source_key_missing', SQLERRM,
-            format('Create a unique index on not-null columns (%s) of table %s again, or drop the target.',
-                   (SELECT string_agg(quote_ident(k), ', ') FROM unnest(source.key_columns) AS k), source.source_table);
+            CASE tbl_repl._key_state(source)
+                WHEN 'renamed' THEN format('Take note of the new name: %s', rebuild)
+                WHEN 'dropped' THEN tbl_repl._other_key_hint(source)
+                ELSE format('Create a unique index on not-null columns (%s) of table %s again, or drop the target.',
+                            (SELECT string_agg(quote_ident(k), ', ') FROM unnest(source.key_columns) AS k), source.source_table) END;
         RETURN;  -- nothing generated can be compared
     END;
     IF source.capture = 'statement' AND tbl_repl._capture_kind(source.source_table) = 'row' THEN
@@ -170,6 +181,30 @@ END
 $function$;
 COMMENT ON FUNCTION tbl_repl._source_problems(integer, integer) IS 'problems of a replicated table, on this side';
 
+-- 'there' | 'renamed': alter_target finds it (see _follow_keys) | 'dropped'.
+CREATE OR REPLACE FUNCTION tbl_repl._key_state(source tbl_repl.source)
+RETURNS text
+LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT CASE WHEN bool_and(k.named IS NOT NULL) THEN 'there' WHEN bool_and(coalesce(k.named, a.attnum) IS NOT NULL) THEN 'renamed' ELSE 'dropped' END
+    FROM unnest(tbl_repl._column_numbers(source.source_table, source.key_columns), source.key_numbers) AS k (named, was)
+    LEFT JOIN pg_attribute AS a ON a.attrelid = source.source_table AND a.attnum = k.was AND NOT a.attisdropped
+$function$;
+COMMENT ON FUNCTION tbl_repl._key_state(tbl_repl.source) IS 'what has become of the key columns of a replicated table';
+
+-- A target keeps its key.
+CREATE OR REPLACE FUNCTION tbl_repl._other_key_hint(source tbl_repl.source)
+RETURNS text
+LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT format('A target keeps its key. Give the table another one, then %s and add_target(..., key_columns => ...) anew.',
+                  string_agg(format('SELECT tbl_repl.drop_target(%s);', t.target_id), ' ' ORDER BY t.target_id))
+    FROM tbl_repl.target AS t WHERE t.source_id = source.source_id
+$function$;
+COMMENT ON FUNCTION tbl_repl._other_key_hint(tbl_repl.source) IS 'what to do where a key column was dropped';
+
 -- _generated_problem(name, text): whether the function of that name is what its generator says.
 CREATE OR REPLACE FUNCTION tbl_repl._generated_problem(name name, statement text)
 RETURNS TABLE (severity text, code text, message text)
@@ -201,6 +236,36 @@ END
 $function$;
 COMMENT ON FUNCTION tbl_repl._generated_problem(name, text) IS 'compares a generated function with its generator';
 
+-- _owner_without_rights(name): the owner of a generated function, where he may not do what it does.  It runs with his
+-- rights, which grant_access has given; who has got it since by REASSIGN OWNED has none.  role_name NULL: there is no such role.
+CREATE OR REPLACE FUNCTION tbl_repl._owner_without_rights(name name)
+RETURNS TABLE (role_id oid, role_name name)
+LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT f.proowner, r.rolname
+    FROM pg_proc AS f LEFT JOIN pg_roles AS r ON r.oid = f.proowner
+    WHERE f.pronamespace = 'tbl_repl'::regnamespace AND f.proname = _owner_without_rights.name
+      AND (r.oid IS NULL
+           OR NOT has_schema_privilege(r.oid, f.pronamespace, 'USAGE')
+           OR EXISTS (SELECT FROM unnest('{change,stash,flush}'::name[]) AS t (name)
+                      WHERE NOT has_table_privilege(r.oid, format('tbl_repl.%I', t.name), 'INSERT'))
+           OR EXISTS (SELECT FROM regexp_matches(f.prosrc, 'tbl_repl[.]([a-z_0-9]+)[(]', 'g') AS m
+                      JOIN pg_proc AS g ON g.pronamespace = f.pronamespace AND g.proname = m[1]
+                      WHERE NOT has_function_privilege(r.oid, g.oid, 'EXECUTE')))
+$function$;
+COMMENT ON FUNCTION tbl_repl._owner_without_rights(name) IS
+    'the owner of a generated function who lacks the rights that it needs';
+
+CREATE OR REPLACE FUNCTION tbl_repl._grant_hint(role_name name)
+RETURNS text
+LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT format('As role %I: SELECT tbl_repl.grant_access(%L, ''operator'');', tbl_repl._owner(), quote_ident(role_name)) WHERE role_name IS NOT NULL
+$function$;
+COMMENT ON FUNCTION tbl_repl._grant_hint(name) IS 'what gives a role the rights of an operator';
+
 -- _target_problems(target): definition and state, on this side.
 CREATE OR REPLACE FUNCTION tbl_repl._target_problems(target tbl_repl.target)
 RETURNS TABLE (severity text, code text, message text, hint text)
@@ -224,7 +289,8 @@ BEGIN
 
     RETURN QUERY
         SELECT 'error', 'source_column_missing', format('column %I of table %s is sent, but does not exist any more', m[1], source.source_table),
-               CASE WHEN target.columns IS NULL THEN format('Take it out: %s', rebuild)
+               CASE WHEN m[1] = ANY (source.key_columns) AND tbl_repl._key_state(source) = 'dropped' THEN tbl_repl._other_key_hint(source)
+                    WHEN target.columns IS NULL THEN format('Take it out: %s', rebuild)
                     ELSE format('SELECT tbl_repl.alter_target(%s, columns => ...); without it.', target.target_id) END
         FROM (SELECT DISTINCT coalesce(substr(e, 3), '') FROM unnest(target.sent_exprs) AS e WHERE e ~ '^s\.([a-z_][a-z0-9_$]*|"([^"]|"")+")$') AS x (quoted)
         CROSS JOIN LATERAL parse_ident(x.quoted) AS m
@@ -232,6 +298,9 @@ BEGIN
     IF NOT FOUND THEN
         IF (SELECT bool_and(coalesce(has_function_privilege(to_regprocedure(f), 'EXECUTE'), false))
             FROM unnest((tbl_repl._target_functions(target.target_id))[1:2]) AS f)
+           -- that has another cause, which is told
+           AND NOT EXISTS (SELECT FROM (VALUES ('render'), ('page')) AS k (kind),
+                                       tbl_repl._owner_without_rights(format('%s_%s', k.kind, target.target_id)::name))
         THEN
             -- as the owner, on no row: whether every expression still means something
             BEGIN
@@ -287,10 +356,11 @@ BEGIN
         RETURN QUERY SELECT 'warning', 'quarantine', format('the target rejects %s rows', number),
             format('See tbl_repl.quarantine; mend row or target, then: %s', drained);
     END IF;
-    IF state.system_identifier <> (SELECT c.system_identifier FROM pg_control_system() AS c) THEN
-        RETURN QUERY SELECT 'warning', 'restored', format('the position of target %s comes from another cluster', target.target_id),
-            format('If this is a copy that must not replicate: SELECT tbl_repl.drop_target(%s); else: %s then SELECT tbl_repl.repair_target(%s);',
-                   target.target_id, drained, target.target_id);
+    IF (state.system_identifier, state.database_id) <> (SELECT p.system_identifier, p.database_id FROM tbl_repl._place() AS p) THEN
+        RETURN QUERY SELECT 'warning', 'restored', format('the position of target %s comes from another cluster or database', target.target_id),
+            format('If this is a copy that must not replicate: SELECT tbl_repl.drop_target(%s); else: %s then SELECT tbl_repl.repair_target(%s);%s',
+                   target.target_id, drained, target.target_id,
+                   (SELECT ' Beside the original it needs a name of its own: SELECT tbl_repl.set_node_name(''...'');' FROM tbl_repl.node));
     END IF;
 END
 $function$;
@@ -314,18 +384,38 @@ DECLARE
     server_id oid := (SELECT f.oid FROM pg_foreign_server AS f WHERE f.srvname = target.server);
     owner_id  oid := (SELECT r.oid FROM pg_roles AS r WHERE r.rolname = target.owner);
 BEGIN
+    RETURN QUERY
+        SELECT 'error', 'owner_changed', format('functions of target %s belong to role %I, not to role %I, who defined it', target.target_id, r.rolname, target.owner),
+               CASE WHEN tbl_repl._is_left(target.target_id, r.oid)
+                    THEN format('Let role %I own the table and use the server again, then as that role: SELECT tbl_repl.alter_target(%s);', target.owner, target.target_id)
+                    ELSE format('As the owner of the table: SELECT tbl_repl.drop_target(%s); and add it anew.', target.target_id) END
+        FROM (SELECT DISTINCT f.proowner FROM unnest(tbl_repl._target_functions(target.target_id)) AS s (signature)
+              JOIN pg_proc AS f ON f.oid = to_regprocedure(s.signature)) AS f
+        JOIN pg_roles AS r ON r.oid = f.proowner
+        -- a member may have rebuilt one
+        WHERE r.oid <> owner_id AND (r.rolsuper OR NOT pg_has_role(r.oid, owner_id, 'USAGE'))
+        ORDER BY r.rolname;
     IF server_id IS NULL THEN
         RETURN QUERY SELECT 'error', 'server_missing', format('server %I does not exist', target.server),
             format('Create it again, with a user mapping for role %I; or SELECT tbl_repl.drop_target(%s);', target.owner, target.target_id);
     ELSIF owner_id IS NULL THEN
         RETURN QUERY SELECT 'error', 'owner_missing', format('role %I, who defined target %s, does not exist', target.owner, target.target_id),
-            format('Create it again, or as a superuser: SELECT tbl_repl.drop_target(%s);', target.target_id);
+            format('It was renamed or dropped: rename it back; or, as the owner of the table or a superuser: SELECT tbl_repl.drop_target(%s);', target.target_id);
     ELSIF NOT has_server_privilege(owner_id, server_id, 'USAGE') THEN
         RETURN QUERY SELECT 'error', 'server_privilege', format('role %I, who defined target %s, may not use server %I', target.owner, target.target_id, target.server),
             format('GRANT USAGE ON FOREIGN SERVER %I TO %I;', target.server, target.owner);
     ELSIF NOT EXISTS (SELECT FROM pg_user_mappings AS m WHERE m.srvid = server_id AND m.umuser IN (0, owner_id)) THEN
         RETURN QUERY SELECT 'error', 'mapping_missing', format('role %I has no user mapping for server %I', target.owner, target.server),
             format('CREATE USER MAPPING FOR %I SERVER %I OPTIONS (user ''...'', password ''...'');', target.owner, target.server);
+    ELSE
+        RETURN QUERY
+            SELECT 'error', 'target_without_rights',
+                   format('nothing is shipped to target %s: %s, which owns its functions, may not use tbl_repl', target.target_id,
+                          coalesce('role ' || quote_ident(o.role_name), 'a role that does not exist')),
+                   coalesce(tbl_repl._grant_hint(o.role_name), format('SELECT tbl_repl.drop_target(%s); and add it anew.', target.target_id))
+            FROM tbl_repl._owner_without_rights(format('connect_%s', target.target_id)::name) AS o
+            -- where it is that of the trigger function, it was told with the table
+            WHERE o.role_id NOT IN (SELECT c.role_id FROM tbl_repl._owner_without_rights(format('capture_%s', target.source_id)::name) AS c);
     END IF;
 END
 $function$;
@@ -347,9 +437,17 @@ DECLARE
     rebuild text := format('SELECT tbl_repl.alter_target(%s);', target.target_id);
 BEGIN
     facts := tbl_repl._remote_facts(conn, target.dst_schema, target.dst_name, clock_timestamp() + target.timeout);
+    IF NOT (facts ->> 'usable')::boolean THEN
+        RETURN QUERY SELECT 'error', 'remote_privilege', format('role %s may not use schema %I on the target', facts ->> 'user', target.dst_schema),
+            format('There: GRANT USAGE ON SCHEMA %I TO %I;', target.dst_schema, facts ->> 'user');
+    END IF;
     IF NOT coalesce((facts ->> 'writable')::boolean, false) THEN
         RETURN QUERY SELECT 'error', 'remote_privilege', format('role %s may not write table %s on the target', facts ->> 'user', dst),
             format('There: GRANT SELECT, INSERT, UPDATE, DELETE, TRUNCATE ON %s TO %I;', dst, facts ->> 'user');
+    END IF;
+    IF (facts ->> 'policies')::boolean THEN
+        RETURN QUERY SELECT 'warning', 'remote_row_security', format('row-level security of table %s on the target applies to role %s', dst, facts ->> 'user'),
+            format('What it hides there is neither changed nor deleted. There: ALTER ROLE %1$I BYPASSRLS; or CREATE POLICY ... ON %2$s TO %1$I USING (true);', facts ->> 'user', dst);
     END IF;
     IF NOT EXISTS (SELECT FROM jsonb_array_elements(facts -> 'keys') AS k WHERE k @> to_jsonb(target.dst_keys) AND k <@ to_jsonb(target.dst_keys)) THEN
         RETURN QUERY SELECT 'error', 'remote_key_missing', format('table %s on the target has no unique index on (%s)', dst, k.list),

@@ -37,3 +37,11 @@ END
 $function$;
 COMMENT ON FUNCTION tbl_repl.set_node_name(text) IS
     'names this node; 1 to 32 bytes, unique among the nodes that replicate to each other';
+
+CREATE OR REPLACE FUNCTION tbl_repl._place(OUT system_identifier bigint, OUT database_id oid)
+LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT c.system_identifier, d.oid FROM pg_control_system() AS c, pg_database AS d WHERE d.datname = current_database()
+$function$;
+COMMENT ON FUNCTION tbl_repl._place() IS 'cluster and database, by which a copy of the database is told from it';

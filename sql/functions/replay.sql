@@ -259,28 +259,31 @@ END
 $function$;
 COMMENT ON FUNCTION tbl_repl._has_pending(integer) IS 'whether anything is queued for a target';
 
--- A position means nothing in another cluster, where transactions count from elsewhere: what is queued
--- there is shipped from the start, which is right, for state may be shipped twice.
+-- A position means nothing in another cluster, where transactions count from elsewhere, nor in a copy of the database: what
+-- is queued there is shipped from the start, which is right, for state may be shipped twice.
 CREATE OR REPLACE FUNCTION tbl_repl._check_positions()
 RETURNS void
 LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp
 AS $function$
 DECLARE
-    here bigint := (SELECT c.system_identifier FROM pg_control_system() AS c);
+    here   record := tbl_repl._place();
+    copied integer[];
 BEGIN
-    IF NOT EXISTS (SELECT FROM tbl_repl.target_state AS st WHERE st.system_identifier <> here) THEN
+    SELECT array_agg(st.target_id) INTO copied
+    FROM tbl_repl.target_state AS st WHERE (st.system_identifier, st.database_id) <> (here.system_identifier, here.database_id);
+    IF copied IS NULL THEN
         RETURN;
     END IF;
     -- numbers that are ahead of this cluster's would never be passed
     UPDATE tbl_repl.change SET txid = pg_current_xact_id();
-    UPDATE tbl_repl.progress AS p SET position = '1:1:'
-    FROM tbl_repl.target_state AS st WHERE st.target_id = p.target_id AND st.system_identifier <> here;
-    UPDATE tbl_repl.target_state AS st SET system_identifier = here WHERE st.system_identifier <> here;
+    UPDATE tbl_repl.progress AS p SET position = '1:1:' WHERE p.target_id = ANY (copied);
+    UPDATE tbl_repl.target_state AS st SET system_identifier = here.system_identifier, database_id = here.database_id
+    WHERE st.target_id = ANY (copied);
 END
 $function$;
 COMMENT ON FUNCTION tbl_repl._check_positions() IS
-    'gives queue and positions that come from another cluster the numbers of this one';
+    'gives queue and positions that come from another cluster or database the numbers of this one';
 
 -- The position after everything up to cut: what is still running, and what is pending beyond the cut,
 -- stays outside.

@@ -207,7 +207,7 @@ COMMENT ON FUNCTION tbl_repl._syntax_error(regclass, text) IS
 -- _remote_facts(conn, schema, name, deadline): what the target's catalogs say of the table, as jsonb: columns
 -- [{name, type, base, category, length, notnull, identity, generated, has_default, domain_of, fuzzy, equals, greater}], keys
 -- (unique indexes an upsert may use), unique (column lists of every unique index and exclusion constraint), referenced,
--- writable, truncatable, user, oid, kind, version, extension, receipts.
+-- usable (its schema), writable, policies (row-level security may hide rows from our role, or refuse them), user, oid, kind, version, extension, receipts.
 CREATE OR REPLACE FUNCTION tbl_repl._remote_facts(
     conn       text,
     dst_schema name,
@@ -228,7 +228,19 @@ BEGIN
             'kind', c.relkind,
             'version', current_setting('server_version_num')::int,
             'user', current_user,
+            'usable', has_schema_privilege(n.oid, 'USAGE'),
             'writable', has_table_privilege(c.oid, 'INSERT') AND has_table_privilege(c.oid, 'UPDATE') AND has_table_privilege(c.oid, 'DELETE') AND has_table_privilege(c.oid, 'SELECT'),
+            -- but for policies that let our role see and write every row
+            'policies', row_security_active(c.oid) AND (
+                WITH p AS (
+                    SELECT y.polcmd, y.polpermissive, pg_get_expr(y.polqual, c.oid) AS uses,
+                           coalesce(pg_get_expr(y.polwithcheck, c.oid), pg_get_expr(y.polqual, c.oid)) AS checks
+                    FROM pg_policy AS y
+                    WHERE y.polrelid = c.oid AND EXISTS (SELECT FROM unnest(y.polroles) AS r (id) WHERE r.id = 0 OR pg_has_role(r.id, 'USAGE')))
+                SELECT EXISTS (SELECT FROM p WHERE NOT p.polpermissive)
+                    OR EXISTS (SELECT FROM unnest('{r,a,w,d}'::"char"[]) AS o (cmd)
+                               WHERE NOT EXISTS (SELECT FROM p WHERE p.polpermissive AND p.polcmd IN (o.cmd, '*')
+                                                 AND p.checks = 'true' AND (o.cmd = 'a' OR p.uses = 'true')))),
             'referenced', EXISTS (SELECT FROM pg_constraint AS r WHERE r.confrelid = c.oid AND r.contype = 'f' AND r.conrelid <> c.oid
                                   OR r.confrelid = c.oid AND r.contype = 'f' AND r.confdeltype <> 'a'),
             'extension', EXISTS (SELECT FROM pg_class AS e JOIN pg_namespace AS x ON x.oid = e.relnamespace
@@ -403,7 +415,12 @@ BEGIN
             DETAIL  = format('Server %I leads to this database.', target.server),
             HINT    = 'Name another table in dst_table, or a server that leads to another database.';
     END IF;
-    IF NOT coalesce((facts ->> 'writable')::boolean, false) THEN
+    IF NOT (facts ->> 'usable')::boolean THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'insufficient_privilege',
+            MESSAGE = format('role %s may not use schema %I on the target', facts ->> 'user', target.dst_schema),
+            HINT    = format('There: GRANT USAGE ON SCHEMA %I TO %I;', target.dst_schema, facts ->> 'user');
+    ELSIF NOT coalesce((facts ->> 'writable')::boolean, false) THEN
         RAISE EXCEPTION USING
             ERRCODE = 'insufficient_privilege',
             MESSAGE = format('role %s may not write table %s on the target', facts ->> 'user', tbl_repl._dst_table(target)),
@@ -588,10 +605,10 @@ BEGIN
     whole := tbl_repl._truncate_whole(target);
     INSERT INTO tbl_repl.target SELECT target.*;
     INSERT INTO tbl_repl.progress (target_id, position) VALUES (target.target_id, pg_current_snapshot());
-    INSERT INTO tbl_repl.target_state (target_id, status, system_identifier, copy_after)
+    INSERT INTO tbl_repl.target_state (target_id, status, system_identifier, database_id, copy_after)
     SELECT target.target_id, CASE initial_copy WHEN 'background' THEN 'copying' ELSE 'ok' END,
-           c.system_identifier, CASE initial_copy WHEN 'background' THEN '{}'::text[] END
-    FROM pg_control_system() AS c;
+           p.system_identifier, p.database_id, CASE initial_copy WHEN 'background' THEN '{}'::text[] END
+    FROM tbl_repl._place() AS p;
     PERFORM tbl_repl._rebuild_target(target.target_id);
     PERFORM tbl_repl._rebuild_capture(source.source_id);
     PERFORM tbl_repl._rebuild_neighbours(target);
@@ -784,6 +801,8 @@ BEGIN
             MESSAGE = format('must be owner of target %s', target_id),
             DETAIL  = format('It was defined by role %I.', target.owner),
             HINT    = CASE WHEN to_drop THEN 'Let that role, the owner of the table or a superuser drop it.'
+                           WHEN to_regrole(quote_ident(target.owner)) IS NULL
+                           THEN 'It was renamed or dropped: rename it back, or let the owner of the table or a superuser drop the target.'
                            ELSE 'Let that role call this, or a member of it.' END;
     END IF;
     RETURN target;
@@ -894,6 +913,7 @@ BEGIN
         PERFORM tbl_repl._leave_async(old);
     END IF;
     PERFORM tbl_repl._forget_tombstones(source.source_id);
+    PERFORM tbl_repl._take_over(target);
     PERFORM tbl_repl._rebuild_target(target_id);
     PERFORM tbl_repl._rebuild_capture(source.source_id);
     PERFORM tbl_repl._rebuild_neighbours(target);
@@ -904,6 +924,43 @@ END
 $function$;
 COMMENT ON FUNCTION tbl_repl._alter_target(integer, text, text, name[], jsonb, text, text[], text, name, text, interval, text) IS
     'alter_target with the caller''s search_path';
+
+-- Functions of a target that the caller cannot replace: those that a restore without owners has left go, others are told of.
+CREATE OR REPLACE FUNCTION tbl_repl._take_over(target tbl_repl.target)
+RETURNS void
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    owner name;
+BEGIN
+    PERFORM tbl_repl._drop_orphans(target.target_id, target.source_id);
+    SELECT pg_get_userbyid(f.proowner) INTO owner
+    FROM unnest(tbl_repl._target_functions(target.target_id)) AS s (signature) JOIN pg_proc AS f ON f.oid = to_regprocedure(s.signature)
+    WHERE NOT pg_has_role(current_user, f.proowner, 'USAGE');
+    IF FOUND THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'insufficient_privilege',
+            MESSAGE = format('functions of target %s belong to role %I', target.target_id, owner),
+            DETAIL  = 'Only a member of that role can replace them.',
+            HINT    = format('SELECT tbl_repl.drop_target(%s); as the owner of the table, and add it anew.', target.target_id);
+    END IF;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._take_over(tbl_repl.target) IS
+    'sees to it that the caller can replace the functions of a target';
+
+-- Whether a function generated for a target is left from a restore without owners: it belongs to who has restored it.
+CREATE OR REPLACE FUNCTION tbl_repl._is_left(target_id integer, function_owner oid)
+RETURNS boolean
+LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT EXISTS (SELECT FROM tbl_repl.target AS t JOIN pg_roles AS d ON d.rolname = t.owner JOIN pg_roles AS r ON r.oid = function_owner
+                   WHERE t.target_id = _is_left.target_id AND d.oid <> r.oid AND (r.rolsuper OR r.rolname = tbl_repl._owner()))
+$function$;
+COMMENT ON FUNCTION tbl_repl._is_left(integer, oid) IS
+    'whether a generated function belongs to who has restored it, not to who defined its target';
 
 -- _follow_keys(source): the source with the present names of its key columns.  Names come first: numbers mean nothing
 -- after a restore.
@@ -1049,7 +1106,8 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._wait_for_ship(tbl_repl.target) IS 'waits, bounded, until nothing is being shipped to a target';
 
 -- SECURITY DEFINER: they may belong to a role that the owner of the table is no member of.  Anybody may call it, for it
--- drops only what nothing needs: functions of a target that is gone, a trigger function without triggers or targets.
+-- drops only what nothing needs: functions of a target that is gone, a trigger function without triggers or targets; and what
+-- a restore without owners has left of a target that this transaction has altered, as row security lets its owner only.
 CREATE OR REPLACE FUNCTION tbl_repl._drop_orphans(target_id integer, source_id integer)
 RETURNS void
 LANGUAGE plpgsql VOLATILE
@@ -1059,11 +1117,16 @@ AS $function$
 DECLARE
     signature text;
 BEGIN
-    IF NOT EXISTS (SELECT FROM tbl_repl.target AS t WHERE t.target_id = _drop_orphans.target_id) THEN
-        FOREACH signature IN ARRAY tbl_repl._target_functions(target_id) LOOP
-            EXECUTE format('DROP FUNCTION IF EXISTS %s', signature);
-        END LOOP;
-    END IF;
+    FOR signature IN
+        SELECT u.signature
+        FROM unnest(tbl_repl._target_functions(target_id)) AS u (signature) JOIN pg_proc AS f ON f.oid = to_regprocedure(u.signature)
+        WHERE NOT EXISTS (SELECT FROM tbl_repl.target AS t WHERE t.target_id = _drop_orphans.target_id)
+           OR tbl_repl._is_left(target_id, f.proowner)
+              -- ours: no transaction is younger
+              AND (SELECT age(t.xmin) <= 0 FROM tbl_repl.target AS t WHERE t.target_id = _drop_orphans.target_id)
+    LOOP
+        EXECUTE format('DROP FUNCTION %s', signature);
+    END LOOP;
     IF NOT EXISTS (SELECT FROM tbl_repl.target AS t WHERE t.source_id = _drop_orphans.source_id)
        OR NOT EXISTS (SELECT FROM pg_trigger AS g JOIN pg_proc AS f ON f.oid = g.tgfoid
                       WHERE f.pronamespace = 'tbl_repl'::regnamespace AND f.proname = format('capture_%s', source_id)) THEN

@@ -69,10 +69,11 @@ COMMENT ON TABLE tbl_repl.target IS 'one row per target: what is sent, where and
 SELECT pg_catalog.pg_extension_config_dump('tbl_repl.target', '');
 SELECT pg_catalog.pg_extension_config_dump('tbl_repl.target_target_id_seq', '');
 
--- Operators may write definitions of their own roles only: filters and maps of a target run as its owner.
+-- Operators may write definitions of their own roles only: filters and maps of a target run as its owner.  A role that
+-- was renamed or dropped is nobody's; pg_has_role would fail on its name, and with it statements about other targets.
 ALTER TABLE tbl_repl.target ENABLE ROW LEVEL SECURITY;
 CREATE POLICY target_read ON tbl_repl.target FOR SELECT USING (true);
-CREATE POLICY target_write ON tbl_repl.target USING (pg_catalog.pg_has_role(owner, 'MEMBER'));
+CREATE POLICY target_write ON tbl_repl.target USING (pg_catalog.pg_has_role(pg_catalog.to_regrole(pg_catalog.quote_ident(owner))::oid, 'MEMBER'));
 -- Whoever owns a table may end its replication, as he may drop its triggers.
 CREATE POLICY target_drop ON tbl_repl.target FOR DELETE USING (EXISTS (
     SELECT FROM tbl_repl.source AS s JOIN pg_catalog.pg_class AS c ON c.oid = s.source_table
@@ -82,11 +83,14 @@ CREATE POLICY target_drop ON tbl_repl.target FOR DELETE USING (EXISTS (
 -- in the pending rows of the queue.
 -- copy_after: {key} of the last row copied in the background; {} before the first one, for every text may be a key;
 -- NULL: there is nothing to copy.
+-- system_identifier, database_id: where the position means something.  A copy of the database has other ones; its name is
+-- left out, for a database may be renamed.
 -- next_try_at: the worker leaves the target alone until then; failures: how many in a row have led to it.
 CREATE TABLE tbl_repl.target_state (
     target_id         integer PRIMARY KEY REFERENCES tbl_repl.target ON DELETE CASCADE,
     status            text NOT NULL DEFAULT 'ok',
     system_identifier bigint NOT NULL,
+    database_id       oid NOT NULL,
     copy_after        text[],
     rows_copied       bigint NOT NULL DEFAULT 0,
     last_error        text,
@@ -133,7 +137,8 @@ COMMENT ON TABLE tbl_repl.shipped IS 'rows shipped at commit, by target and back
 
 -- Crash recovery hands transaction ids out again whose fate was lost; it also empties this table, because it is
 -- unlogged.  So an id says something only together with the id of the boot it comes from.
--- cluster: system identifier and timeline.
+-- cluster: system identifier and timeline.  CREATE DATABASE ... TEMPLATE copies the id as well: transactions of one cluster
+-- have one fate in all its databases.
 CREATE UNLOGGED TABLE tbl_repl.boot (
     id       uuid NOT NULL DEFAULT gen_random_uuid(),
     cluster  text NOT NULL,
