@@ -487,7 +487,7 @@ BEGIN
     END IF;
     IF target.mode <> 'async' AND (facts ->> 'extension')::boolean AND NOT (facts ->> 'receipts')::boolean THEN
         RETURN QUERY SELECT 'notice', 'receipts_not_allowed', format('role %s may not leave receipts on the target, so rows in doubt after a crash are not found', facts ->> 'user'),
-            format('There: SELECT tbl_repl.grant_access(%L, ''operator''); then here: %s', facts ->> 'user', rebuild);
+            format('There: SELECT tbl_repl.grant_access(%L, ''operator''); then here: %s', quote_ident(facts ->> 'user'), rebuild);
     ELSIF target.mode <> 'async' AND (facts ->> 'receipts')::boolean AND NOT target.receipts THEN
         RETURN QUERY SELECT 'notice', 'receipts_not_used', 'the target has tbl_repl now, but receipts are not left there yet', format('Take note of it: %s', rebuild);
     END IF;
@@ -508,7 +508,7 @@ BEGIN
         END IF;
         IF target.on_conflict <> 'overwrite' AND NOT coalesce((node ->> 'settles')::boolean, false) THEN
             RETURN QUERY SELECT 'error', 'may_not_settle', format('role %s may not settle conflicts on the target', facts ->> 'user'),
-                format('There: SELECT tbl_repl.grant_access(%L, ''operator'');', facts ->> 'user');
+                format('There: SELECT tbl_repl.grant_access(%L, ''operator'');', quote_ident(facts ->> 'user'));
         ELSIF target.on_conflict = 'newest' AND tbl_repl._call(conn, format(
                 'SELECT pg_catalog.count(*) FROM tbl_repl.target AS t JOIN tbl_repl.source AS s USING (source_id) '
                 'WHERE s.source_table = pg_catalog.to_regclass(%L) AND t.on_conflict = ''newest'' AND t.remote ->> ''node'' = %L', dst, tbl_repl.node_name()),

@@ -88,7 +88,7 @@ BEGIN
             ERRCODE = 'insufficient_privilege',
             MESSAGE = format('role %I may not ask the target for the name of its node', target.remote ->> 'user'),
             DETAIL  = 'With forward => ''any'' a change must not go back to the node where it was made.',
-            HINT    = format('There: SELECT tbl_repl.grant_access(%L, ''reader'');', target.remote ->> 'user');
+            HINT    = format('There: SELECT tbl_repl.grant_access(%L, ''reader'');', quote_ident(target.remote ->> 'user'));
     ELSIF target.on_conflict = 'overwrite' THEN
         RETURN;
     ELSIF NOT (target.remote ->> 'extension')::boolean THEN
@@ -101,7 +101,7 @@ BEGIN
         RAISE EXCEPTION USING
             ERRCODE = 'insufficient_privilege',
             MESSAGE = format('role %I may not settle conflicts on the target', target.remote ->> 'user'),
-            HINT    = format('There: SELECT tbl_repl.grant_access(%L, ''operator'');', target.remote ->> 'user');
+            HINT    = format('There: SELECT tbl_repl.grant_access(%L, ''operator'');', quote_ident(target.remote ->> 'user'));
     ELSIF NOT tbl_repl._has_exact_key(source.source_table, source.key_columns) THEN
         RAISE EXCEPTION USING
             ERRCODE = 'feature_not_supported',
