@@ -188,6 +188,7 @@ def test_a_target_that_falls_silent_after_the_login_is_given_up(
         pass
 
 
+@pytest.mark.once
 def test_a_source_that_takes_long_for_its_rows_is_waited_for(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -200,6 +201,7 @@ def test_a_source_that_takes_long_for_its_rows_is_waited_for(
     pair.assert_same("t")
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("step", ["stage", "rows", "commit"])
 def test_a_target_that_hangs_is_given_up(pair: Pair, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     """Its session stays, so that nothing but the watchdog can end the waiting."""
@@ -279,6 +281,7 @@ def test_a_target_that_was_paused_while_the_batch_waited_is_left_alone(pair: Pai
     pair.assert_same("u")
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("binary", [True, False], ids=["binary", "text"])
 @pytest.mark.parametrize("encodings", [(None, "LATIN1"), ("LATIN1", None), ("LATIN1", "LATIN1")], ids=str)
 def test_databases_of_different_encodings(pair: Pair, binary: bool) -> None:

@@ -520,6 +520,7 @@ def test_a_partition_that_was_detached_is_a_table_of_its_own(well: Pair, mode: s
     )
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", ["capture", "render", "page", "connect", "row", "digest"])
 def test_generated_functions_that_were_changed_or_dropped(well: Pair, name: str) -> None:
     target = well.add_target("t", mode="async")

@@ -725,6 +725,7 @@ def test_the_first_failure_of_a_job_ends_all(even: Pair) -> None:
         in_pieces(even, target)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("encodings", [(None, "LATIN1"), ("LATIN1", None)], ids=str)
 def test_databases_of_different_encodings(pair: Pair) -> None:
     pair.both('CREATE TABLE "données" ("clé" text PRIMARY KEY, v text)')
@@ -752,6 +753,7 @@ def test_databases_of_different_encodings(pair: Pair) -> None:
     pair.assert_same('"données"')
 
 
+@pytest.mark.once
 def test_a_piece_may_take_longer_than_statements_of_the_role(pair: Pair) -> None:
     pair.both("CREATE TABLE t (id integer PRIMARY KEY)")
     pair.source.sql(

@@ -340,6 +340,7 @@ def test_newest_a_delete_beats_an_older_update_and_loses_against_a_newer_one(two
     assert [r[:2] for r in content(two.source)] == [(2, "newer")]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("mode", ["sync", "tolerant"])
 def test_newest_in_the_direct_modes(two: Pair, mode: str) -> None:
     both_ways(two, mode=mode, on_conflict="newest", version_column="at")

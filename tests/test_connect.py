@@ -192,6 +192,7 @@ def test_waiting_that_fails_leaves_no_lock_behind(pair: Pair) -> None:
     assert held.fetchall() == []
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("verb", ["compare_target", "repair_target", "protect_target"])
 def test_a_verb_opens_a_connection_that_died_while_it_was_idle(pair: Pair, verb: str) -> None:
     target = replicate(pair, mode="sync")

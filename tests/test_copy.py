@@ -303,6 +303,7 @@ def test_names_with_a_dollar_sign(pair: Pair, key: str) -> None:
     assert found == list(range(1, 11))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("encodings", [(None, "LATIN1"), ("LATIN1", None)], ids=str)
 def test_databases_of_different_encodings(pair: Pair) -> None:
     pair.both('CREATE TABLE "données" ("clé" text PRIMARY KEY, v text)')
@@ -325,6 +326,7 @@ def test_a_filter_with_a_backslash_where_literals_do_not_conform(pair: Pair) -> 
     assert pair.target.rows("t") == ["(1,7)"]
 
 
+@pytest.mark.once
 def test_a_source_that_takes_long_for_its_rows_is_waited_for(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:

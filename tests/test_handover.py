@@ -120,6 +120,7 @@ def test_a_writer_queues_as_soon_as_a_drainer_waits(pair: Pair, tolerant: int) -
     pair.assert_same("t")
 
 
+@pytest.mark.once
 def test_the_status_stays_queueing_while_somebody_is_still_queueing(pair: Pair, tolerant: int) -> None:
     """What a prepared transaction has queued cannot be seen yet; what comes after has to stay behind it."""
     conn = pair.source.connect()
@@ -458,6 +459,7 @@ ORDINARY = "(id integer PRIMARY KEY, v integer)"
 PARTITIONED = "(id integer PRIMARY KEY, v integer) PARTITION BY HASH (id)"
 
 
+@pytest.mark.once
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["tolerant", "async", "sync"])
 def test_a_storm_leaves_both_sides_equal(pair: Pair, proxy: Proxy, mode: str) -> None:

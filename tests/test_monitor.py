@@ -318,6 +318,7 @@ def test_readers_see_no_row_contents(tables: Pair) -> None:
     tables.source.sql("SELECT at, target_id, key, sqlstate FROM tbl_repl.error_log", user=reader)
 
 
+@pytest.mark.once
 def test_figures_of_backends_that_have_ended_are_kept_in_one_row(pair: Pair) -> None:
     pair.both("CREATE TABLE t (id integer PRIMARY KEY)")
     target = pair.add_target("t", mode="sync")

@@ -10,6 +10,7 @@ import random
 from typing import Any
 
 import psycopg
+import pytest
 from hypothesis import settings
 
 from support import Pair
@@ -139,6 +140,7 @@ class Queue:
             assert shipped in ([], [keys]), f"{where}: {options}"
 
 
+@pytest.mark.once
 def test_everybody_takes_the_same_rows_for_pending(pair: Pair) -> None:
     queue = Queue(pair)
     # not found by hypothesis: to shorten a history takes minutes, and the last steps tell

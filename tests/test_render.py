@@ -57,7 +57,7 @@ def test_a_single_row_is_sent_as_the_prepared_form_of_what_is_shown(pair: Pair) 
     pair.target.admin(f"ALTER DATABASE {pair.target.dbname} SET log_statement = 'all'")
     pair.source.fresh("INSERT INTO t VALUES (1, 'a')")
     shown = pair.source.one(f"SELECT tbl_repl.explain_target({target})")
-    prepared = next(s for s in sent(pair) if s.startswith("PREPARE tbl_repl_u"))
+    prepared = next(s for s in sent(pair) if "PREPARE tbl_repl_u" in s)
     # $1 is the deadline
     assert shown.replace("('1', 'a')", "($2, $3)") in prepared
     assert re.search(rf"EXECUTE tbl_repl_u{target}_\d+ \('infinity', '1', 'a'\)", "\n".join(sent(pair)))

@@ -320,6 +320,7 @@ def test_drop_target_and_define_it_again_in_one_transaction(source: Pair) -> Non
     source.assert_same("t")
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("initial_copy", ["now", "background", "none"])
 @pytest.mark.parametrize("mode", ["sync", "tolerant", "async"])
 def test_initial_copy(source: Pair, initial_copy: str, mode: str) -> None:
@@ -413,6 +414,7 @@ def test_an_integer_key_may_become_a_larger_one(pair: Pair, mode: str) -> None:
     assert (pair.pending(target), pair.status(target)) == (0, "ok")
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("path", ["other", "''", '"$user", other, public'])
 def test_an_expression_keeps_its_meaning_when_something_else_is_altered(pair: Pair, path: str) -> None:
     pair.both("CREATE TABLE t (id integer PRIMARY KEY, v text)")

@@ -12,7 +12,7 @@ import psycopg
 import pytest
 
 from support import Node, Pair, Proxy, wait_until
-from support.background import in_background
+from support.background import in_background, within
 from support.programs import WorkerProcess, dsn_of, tbl_repl
 from tbl_repl import failpoint
 from tbl_repl.worker import LONGEST_PAUSE_SECONDS, LONGEST_RETRY_SECONDS, pause_after, retry_after
@@ -561,6 +561,22 @@ def test_connecting_that_hangs_is_given_up_shown_and_tried_again(pair: Pair, pro
         proxy.set("pass")
         proxy.cut()
         arrives(pair.target, 1, timeout=30)
+
+
+def test_a_sync_writer_that_hangs_in_connecting_is_given_up(pair: Pair, proxy: Proxy) -> None:
+    """Nobody else waits for that server, and no drainer is at work."""
+    pair.both(TABLE)
+    pair.add_target("t", mode="sync", timeout="1 s")
+    with WorkerProcess(pair.source):
+        falls_asleep(pair.source)
+        proxy.set("blackhole")
+        proxy.cut()
+        with (
+            within(10),
+            pytest.raises(psycopg.OperationalError, match="does not answer|timeout|did not answer"),
+        ):
+            pair.source.fresh("INSERT INTO t VALUES (1, 'x')")
+    assert count(pair.source) == 0
 
 
 def test_rows_in_quarantine_are_tried_again_only_once_in_a_while(pair: Pair, queue: int) -> None:

@@ -950,6 +950,9 @@ EXCEPTION WHEN query_canceled OR assert_failure OR OTHERS THEN
         -- a cancel right behind the sending: whoever waits for the answer finds out
         lane.state := 'sent';
         RETURN lane;
+    ELSIF SQLSTATE = '57014' AND clock_timestamp() > lane.deadline THEN
+        -- by the worker, or by who waits for us (see _open)
+        RETURN tbl_repl._lane_failed(lane, '08001', 'the target does not answer', 'Connecting to it took longer than timeout, and was cancelled.', NULL);
     END IF;
     GET STACKED DIAGNOSTICS error_text = MESSAGE_TEXT, error_detail = PG_EXCEPTION_DETAIL, error_hint = PG_EXCEPTION_HINT;
     RETURN tbl_repl._lane_failed(lane, SQLSTATE, error_text, error_detail, error_hint);

@@ -49,7 +49,7 @@ LONGEST_LOOK_SECONDS = 0.05
 """How often a watcher that is awake looks at the servers that are idle."""
 
 HUNG_SECONDS = 0.5
-"""How long a drainer has to be at work until somebody looks whether it hangs."""
+"""How long a drainer has to be at work until somebody looks whether it hangs; how often at writers."""
 
 LONGEST_PAUSE_SECONDS = 0.04
 """How far apart a drainer begins small batches when there is always something to do."""
@@ -415,6 +415,7 @@ class Watcher(threading.Thread):
         self._left_to_replay: set[int] = set()
         self._settled = threading.Event()
         self._connecting: dict[tuple[int, int], float] = {}
+        self._hung_due = 0.0
         self._everybody_due = 0.0
 
     def run(self) -> None:
@@ -578,13 +579,17 @@ class Watcher(threading.Thread):
             self._settled.wait(left)
 
     def _cancel_hung(self, connection: Connection) -> None:
-        """From PostgreSQL 16 on nothing else bounds connecting by dblink."""
+        """From PostgreSQL 16 on nothing else bounds connecting by dblink, a drainer's or a writer's."""
         now = time.monotonic()
-        if connection.info.server_version < 160000 or not any(
+        if connection.info.server_version < 160000:
+            return
+        if now < self._hung_due and not any(
             d.busy and now - d.busy_since > HUNG_SECONDS for d in self.drainers.values()
         ):
-            self._connecting.clear()
             return
+        if now > self._hung_due + 10 * HUNG_SECONDS:
+            self._connecting.clear()  # who was connecting then need not have been at it all the time
+        self._hung_due = now + HUNG_SECONDS
         seen: dict[tuple[int, int], float] = {}
         for row in connection.execute("SELECT * FROM tbl_repl._connecting()"):
             who = (int(row["pid"]), int(row["lock_key"]))
