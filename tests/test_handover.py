@@ -244,6 +244,28 @@ def test_a_writer_that_has_waited_for_ship_looks_at_the_status_again(pair: Pair,
     pair.assert_same("t")
 
 
+def test_locks_are_taken_in_one_order_also_by_who_has_begun_with_a_single_row(pair: Pair) -> None:
+    """Else a writer that waits for one target would hold another, which nobody would call a deadlock."""
+    pair.both("CREATE TABLE a (id integer PRIMARY KEY); CREATE TABLE b (id integer PRIMARY KEY)")
+    first, second = (pair.add_target(name, mode="sync") for name in "ab")
+    writer = pair.source.connect()
+    writer.execute("INSERT INTO a VALUES (1); INSERT INTO b VALUES (1)")
+    with pair.source.connect() as holder, holder.transaction():
+        holder.execute("SELECT pg_advisory_xact_lock(tbl_repl._lock_ship(), %s)", [first])
+        writing = start(writer, "INSERT INTO b VALUES (2); INSERT INTO a VALUES (2)")
+        wait_until(
+            lambda: pair.source.admin(
+                "SELECT pid FROM pg_stat_activity WHERE pid = %s AND wait_event = 'PgSleep'",
+                [writer.info.backend_pid],
+            )
+        )
+        took = holder.execute("SELECT pg_try_advisory_xact_lock(tbl_repl._lock_ship(), %s)", [second])
+        assert took.fetchone() == (True,)
+    writing.result(10)
+    pair.assert_same("a")
+    pair.assert_same("b")
+
+
 def test_a_drainer_that_dies_after_the_remote_commit_ships_again(pair: Pair, tolerant: int) -> None:
     """Its position has not moved; the same once more is right, also when the row has changed since."""
     pair.call("pause_target", target_id=tolerant)

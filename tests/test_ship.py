@@ -1101,3 +1101,21 @@ def test_a_terminated_writer_leaves_nothing_behind_that_a_later_write_does_not_h
     pair.source.fresh("UPDATE t SET v = 'newest'")
     pair.drain()
     assert pair.target.rows("t") == ["(1,newest)"]
+
+
+@pytest.mark.once
+def test_a_sync_target_whose_second_try_was_lost_and_healed_has_it(pair: Pair) -> None:
+    """A tolerant one beside it fails the common message; what follows is not taken for a failure."""
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY)")
+    pair.target.sql("CREATE TABLE u (id integer PRIMARY KEY CHECK (id < 0)); CREATE SEQUENCE tries")
+    pair.target.sql(
+        "CREATE FUNCTION lost() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN"
+        " IF nextval('tries') = 2 THEN PERFORM pg_terminate_backend(pg_backend_pid()); END IF; RETURN NEW; END$$;"
+        "CREATE TRIGGER lost BEFORE INSERT ON t FOR EACH ROW EXECUTE FUNCTION lost()"
+    )
+    pair.add_target("t", mode="sync")
+    tolerant = pair.add_target("t", dst_table="u", mode="tolerant")
+    pair.source.sql("INSERT INTO t VALUES (1)")
+    pair.assert_same("t")
+    assert pair.target.one("SELECT last_value FROM tries") > 2
+    assert pair.pending(tolerant) == 1

@@ -452,3 +452,24 @@ def test_expressions_that_begin_with_a_keyword(pair: Pair) -> None:
     pair.call(
         "alter_target", target_id=1, row_filter="EXISTS (VALUES (1))", column_map={"v": "array[id]::text"}
     )
+
+
+@pytest.mark.parametrize("mode", ["sync", "tolerant", "async"])
+def test_a_type_that_was_renamed_or_moved_is_the_same(pair: Pair, mode: str) -> None:
+    pair.both(
+        "CREATE TYPE mood AS ENUM ('a', 'b'); CREATE DOMAIN low AS integer CHECK (VALUE < 9); CREATE SCHEMA other"
+    )
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY, m mood, d low)")
+    pair.both("CREATE TABLE k (m mood PRIMARY KEY)")
+    pair.add_target("t", mode=mode)
+    pair.add_target("k", mode="async")
+    pair.source.sql(
+        "ALTER TYPE mood RENAME TO temper; ALTER TYPE temper SET SCHEMA other; ALTER DOMAIN low RENAME TO little"
+    )
+    pair.source.fresh("INSERT INTO t VALUES (1, 'a', 1), (2, 'b', 2)")
+    pair.source.fresh("UPDATE t SET m = 'b' WHERE id = 1")
+    pair.source.fresh("INSERT INTO k VALUES ('a'); UPDATE k SET m = 'b'")
+    pair.source.sql("SELECT tbl_repl.alter_target(2)")
+    pair.drain()
+    pair.assert_same("t")
+    pair.assert_same("k")

@@ -59,8 +59,9 @@ BEGIN
 
     IF source.capture = 'statement' AND cardinality(source.key_columns) = 1
        AND tbl_repl._has_exact_key(source.source_table, source.key_columns) THEN
-        -- one for integers of any size: their column may become a larger one
-        SELECT format('%s[]', CASE WHEN p.type_id = ANY ('{int2,int4,int8}'::regtype[]::oid[]) THEN 'bigint' ELSE p.type END) INTO native FROM tbl_repl._key_parts(source.source_table, source.key_columns) AS p;
+        -- One for integers of any size: their column may become a larger one.  Not for types of users, which may be renamed.
+        SELECT format('%s[]', CASE WHEN p.type_id = ANY ('{int2,int4,int8}'::regtype[]::oid[]) THEN 'bigint' ELSE p.type END) INTO native
+        FROM tbl_repl._key_parts(source.source_table, source.key_columns) AS p WHERE p.type_id < 16384;
     END IF;
 
     store := concat_ws(E'\n    ',

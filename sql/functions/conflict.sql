@@ -723,7 +723,7 @@ BEGIN
     IF noted THEN
         PERFORM tbl_repl._trim_conflicts();
     END IF;
-    IF policy = 'newest' THEN
+    IF policy = 'newest' AND extract(microseconds FROM clock_timestamp())::integer % 16 = 0 THEN
         PERFORM tbl_repl._purge_tombstones();
     END IF;
     IF cardinality(refused) > 0 THEN
@@ -1002,8 +1002,8 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._settle_newest(regclass, jsonb, text, boolean, text, text, text, text, text, text, text, text, text) IS
     'settles one value under newest';
 
--- Those that a target of this node has not got yet are kept longer.  Called by every replay and by who settles values: some
--- nodes only send, others only take, and mostly there is none.  SKIP LOCKED: others clear up the same rows, to their commit.
+-- Those that a target of this node has not got yet are kept longer.  Called by every replay and now and then by who settles
+-- values: some nodes only send, others only take, and mostly there is none.  SKIP LOCKED: others clear up the same rows, to their commit.
 CREATE OR REPLACE FUNCTION tbl_repl._purge_tombstones()
 RETURNS void
 LANGUAGE plpgsql VOLATILE

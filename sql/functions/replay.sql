@@ -63,6 +63,9 @@ BEGIN
     END IF;
     PERFORM tbl_repl._check_positions();
     PERFORM tbl_repl._purge_tombstones();
+    IF extract(microseconds FROM clock_timestamp())::integer % 64 = 0 THEN
+        PERFORM tbl_repl._sum_up_shipped();
+    END IF;
     PERFORM tbl_repl._resolve_receipts(server, retry);
     -- Those that failed last come last: one bad target must not keep the others waiting.  A failed one has
     -- a turn of its own, or its backlog would fill the batches of its neighbours.  Where nothing is queued,

@@ -436,11 +436,6 @@ DECLARE
     error_hint   text;
     context      text;
 BEGIN
-    -- ship first, then the status: who has held it may have changed that.  Not for a transaction that is being prepared: it
-    -- would keep it.
-    IF tbl_repl._is_preparing() OR NOT pg_try_advisory_xact_lock_shared(tbl_repl._lock_ship(), change.target_id) THEN
-        RETURN false;
-    END IF;
     SELECT t.source_id, t.server, t.timeout, t.mode = 'sync' AS sync, t.receipts,
            format('tbl_repl_%s_%s_%s_%s', f.oid, to_regrole(quote_ident(t.owner))::oid, ceil(extract(epoch FROM t.timeout) * 1000), f.xmin) AS conn
     INTO item
@@ -449,7 +444,13 @@ BEGIN
     JOIN pg_foreign_server AS f ON f.srvname = t.server
     WHERE t.target_id = change.target_id AND t.mode <> 'async'
       AND NOT EXISTS (SELECT FROM tbl_repl.stash AS s WHERE s.txid = change.txid);
-    IF NOT FOUND OR NOT coalesce(item.conn = ANY (tbl_repl._dblink_connections()), false) THEN
+    -- Once ship is held nothing but the sending may follow: who has more to ship takes it in order.  And the status is looked at
+    -- once more, for who has held it may have changed that.
+    IF NOT FOUND OR tbl_repl._is_preparing()
+       OR NOT coalesce(item.conn = ANY (tbl_repl._dblink_connections()), false)
+       OR NOT pg_try_advisory_xact_lock_shared(tbl_repl._lock_ship(), change.target_id)
+       OR NOT tbl_repl._is_ok(change.target_id)
+    THEN
         RETURN false;
     END IF;
     BEGIN
@@ -676,33 +677,39 @@ BEGIN
     IF NOT FOUND THEN
         INSERT INTO tbl_repl.shipped (target_id, pid, rows, shipped_at, txid, receipts)
         VALUES (target_id, pg_backend_pid(), rows, clock_timestamp(), pg_current_xact_id(), receipts) ON CONFLICT DO NOTHING;
-        -- who is new clears up after those that have gone, now and then
-        IF pg_backend_pid() % 16 = 0 AND current_setting('transaction_isolation') = 'read committed' THEN
-            PERFORM tbl_repl._sum_up_shipped();
-        END IF;
     END IF;
 END
 $function$;
 COMMENT ON FUNCTION tbl_repl._count_shipped(integer, bigint, integer) IS 'counts rows shipped at commit by this backend';
 
--- What backends have counted that have ended goes into one row a target, that of pid 0.  One at a time, to his commit: the
--- others do not wait for him.
+-- What backends have counted that have ended goes into one row a target, that of pid 0.  By replay, now and then: who
+-- commits must not wait for somebody who drops a target, and may have looked at pg_stat_activity before, which would not
+-- show him who has come since.  One at a time; rows that others hold are left for the next time.
 CREATE OR REPLACE FUNCTION tbl_repl._sum_up_shipped()
 RETURNS void
 LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp
 AS $function$
+DECLARE
+    free integer[];
 BEGIN
-    IF pg_try_advisory_xact_lock(tbl_repl._lock_spin(), 2) THEN
-        WITH gone AS (
-            DELETE FROM tbl_repl.shipped AS s
-            WHERE s.pid <> 0 AND s.pid NOT IN (SELECT a.pid FROM pg_stat_activity AS a)
-            RETURNING s.target_id, s.rows, s.shipped_at)
-        INSERT INTO tbl_repl.shipped AS s (target_id, pid, rows, shipped_at, txid, receipts)
-        SELECT g.target_id, 0, sum(g.rows), max(g.shipped_at), pg_current_xact_id(), 0 FROM gone AS g GROUP BY g.target_id
-        ON CONFLICT (target_id, pid, turn) DO UPDATE
-        SET rows = s.rows + excluded.rows, shipped_at = greatest(s.shipped_at, excluded.shipped_at);
+    IF NOT pg_try_advisory_xact_lock(tbl_repl._lock_spin(), 2) THEN
+        RETURN;
     END IF;
+    free := ARRAY(SELECT s.target_id FROM tbl_repl.shipped AS s WHERE s.pid = 0 FOR UPDATE SKIP LOCKED);
+    WITH gone AS (
+        DELETE FROM tbl_repl.shipped AS s
+        WHERE s.ctid = ANY (ARRAY(
+            SELECT x.ctid FROM tbl_repl.shipped AS x
+            WHERE x.pid <> 0 AND x.pid NOT IN (SELECT a.pid FROM pg_stat_activity AS a)
+              AND (x.target_id = ANY (free) OR NOT EXISTS (SELECT FROM tbl_repl.shipped AS z WHERE z.target_id = x.target_id AND z.pid = 0))
+            FOR UPDATE SKIP LOCKED))
+        RETURNING s.target_id, s.rows, s.shipped_at)
+    INSERT INTO tbl_repl.shipped AS s (target_id, pid, rows, shipped_at, txid, receipts)
+    SELECT g.target_id, 0, sum(g.rows), max(g.shipped_at), pg_current_xact_id(), 0
+    FROM gone AS g JOIN tbl_repl.target AS t USING (target_id) GROUP BY g.target_id
+    ON CONFLICT (target_id, pid, turn) DO UPDATE
+    SET rows = s.rows + excluded.rows, shipped_at = greatest(s.shipped_at, excluded.shipped_at);
 END
 $function$;
 COMMENT ON FUNCTION tbl_repl._sum_up_shipped() IS 'keeps the figures of backends that have ended in one row a target';
@@ -1143,13 +1150,14 @@ BEGIN
         part.sync := item.sync;
         part.state := 'new';
         part.message := tbl_repl._message(part.parcels, false);
+        part.deadline := lane.deadline;
         IF item.sync THEN
             -- the bad one may have used up the time
             part.deadline := greatest(lane.deadline, clock_timestamp() + (SELECT least(min(p.timeout) / 4, interval '1 second') FROM unnest(part.parcels) AS p));
         END IF;
         IF item.sync OR NOT two_phase THEN
             part := tbl_repl._lane_finish(tbl_repl._lane_send(part, two_phase), own, mine, two_phase);
-            IF item.sync AND part.code ~ '^08' THEN
+            IF item.sync AND part.state = 'failed' AND part.code ~ '^08' THEN
                 -- waits for the same, but for a shorter time
                 part := tbl_repl._lane_failed(part, lane.code, lane.error, lane.detail, lane.hint);
             END IF;
