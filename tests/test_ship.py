@@ -9,7 +9,7 @@ import psycopg
 import pytest
 from psycopg import errors
 
-from support import Node, Pair, wait_until
+from support import Node, Pair, Proxy, wait_until
 from support.background import in_background, start, within
 
 MODES = ("sync", "tolerant")
@@ -1104,18 +1104,27 @@ def test_a_terminated_writer_leaves_nothing_behind_that_a_later_write_does_not_h
 
 
 @pytest.mark.once
-def test_a_sync_target_whose_second_try_was_lost_and_healed_has_it(pair: Pair) -> None:
+def test_a_sync_target_whose_second_try_was_lost_and_healed_has_it(pair: Pair, proxy: Proxy) -> None:
     """A tolerant one beside it fails the common message; what follows is not taken for a failure."""
     pair.both("CREATE TABLE t (id integer PRIMARY KEY)")
     pair.target.sql("CREATE TABLE u (id integer PRIMARY KEY CHECK (id < 0)); CREATE SEQUENCE tries")
     pair.target.sql(
-        "CREATE FUNCTION lost() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN"
-        " IF nextval('tries') = 2 THEN PERFORM pg_terminate_backend(pg_backend_pid()); END IF; RETURN NEW; END$$;"
-        "CREATE TRIGGER lost BEFORE INSERT ON t FOR EACH ROW EXECUTE FUNCTION lost()"
+        "CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN"
+        " IF nextval('tries') = 2 THEN PERFORM pg_advisory_xact_lock(99); END IF; RETURN NEW; END$$;"
+        "CREATE TRIGGER slow BEFORE INSERT ON t FOR EACH ROW EXECUTE FUNCTION slow()"
     )
     pair.add_target("t", mode="sync")
     tolerant = pair.add_target("t", dst_table="u", mode="tolerant")
-    pair.source.sql("INSERT INTO t VALUES (1)")
+    with pair.target.connect() as gate, pair.source.connect() as writer:
+        gate.execute("SELECT pg_advisory_lock(99)")
+        writing = start(writer, "INSERT INTO t VALUES (1)")
+        wait_until(
+            lambda: pair.target.admin(
+                "SELECT 1 FROM pg_stat_activity WHERE application_name LIKE 'tbl_repl%%' AND wait_event = 'advisory'"
+            )
+        )
+        proxy.cut()
+        writing.result(10)
     pair.assert_same("t")
     assert pair.target.one("SELECT last_value FROM tries") > 2
     assert pair.pending(tolerant) == 1
