@@ -327,7 +327,8 @@ def test_figures_of_backends_that_have_ended_are_kept_in_one_row(pair: Pair) -> 
         pair.source.fresh(f"INSERT INTO t VALUES ({n}); INSERT INTO u VALUES ({n})")
 
     def summed_up() -> bool:
-        pair.source.sql("SELECT tbl_repl.replay()")  # one in 64 does it
+        for _ in range(50):
+            pair.source.sql("SELECT tbl_repl.replay()")  # one in 64 does it
         return pair.source.admin("SELECT count(*) FROM tbl_repl.shipped WHERE pid = 0")[0] == (2,)
 
     wait_until(summed_up)
