@@ -846,30 +846,21 @@ AS $function$
 $function$;
 COMMENT ON FUNCTION tbl_repl._own_key(name[], name[], jsonb) IS 'key values as the one text that this node uses';
 
--- Locks and reads a tombstone.  No sequential scans: the plan may be older than the tombstones.
-CREATE OR REPLACE FUNCTION tbl_repl._buried(local_table regclass, key text)
+-- No sequential scans: the plan may be older than the tombstones.
+CREATE OR REPLACE FUNCTION tbl_repl._buried(local_table regclass, key text, locks boolean DEFAULT true)
 RETURNS text
 LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp
 SET enable_seqscan = off
 AS $function$
 BEGIN
-    RETURN (SELECT b.version FROM tbl_repl.tombstone AS b WHERE b.local_table = _buried.local_table AND b.key = _buried.key FOR UPDATE);
+    IF locks THEN
+        RETURN (SELECT b.version FROM tbl_repl.tombstone AS b WHERE b.local_table = _buried.local_table AND b.key = _buried.key FOR UPDATE);
+    END IF;
+    RETURN (SELECT b.version FROM tbl_repl.tombstone AS b WHERE b.local_table = _buried.local_table AND b.key = _buried.key);
 END
 $function$;
-COMMENT ON FUNCTION tbl_repl._buried(regclass, text) IS 'version of a deleted row, NULL: none is known; locks it';
-
-CREATE OR REPLACE FUNCTION tbl_repl._grave(local_table regclass, key text)
-RETURNS text
-LANGUAGE plpgsql VOLATILE
-SET search_path = pg_catalog, pg_temp
-SET enable_seqscan = off
-AS $function$
-BEGIN
-    RETURN (SELECT b.version FROM tbl_repl.tombstone AS b WHERE b.local_table = _grave.local_table AND b.key = _grave.key);
-END
-$function$;
-COMMENT ON FUNCTION tbl_repl._grave(regclass, text) IS 'version of a deleted row, NULL: none is known';
+COMMENT ON FUNCTION tbl_repl._buried(regclass, text, boolean) IS 'version of a deleted row, NULL: none is known; locks its tombstone if told to';
 
 -- Where there is neither row nor tombstone, two that settle values of one key have nothing in common to wait for: so
 -- who writes the row makes a tombstone of no version ('') first, and removes it again (_unbury).
@@ -934,7 +925,7 @@ BEGIN
         RETURN NULL;  -- gone before there were tombstones: nothing is known of it
     END IF;
     -- Rows before tombstones: where there is no row yet, somebody may be writing one who will want the tombstone next.
-    grave := CASE WHEN gone OR here_text IS NOT NULL THEN tbl_repl._buried(local_table, key) ELSE tbl_repl._grave(local_table, key) END;
+    grave := tbl_repl._buried(local_table, key, gone OR here_text IS NOT NULL);
     buried := CASE WHEN grave IS NOT NULL THEN tbl_repl._rank(grave, version_type) END;
     IF gone THEN
         IF here_text IS NOT NULL AND standing > sent THEN

@@ -283,6 +283,11 @@ LANGUAGE sql IMMUTABLE PARALLEL SAFE RETURN 1952607287;
 COMMENT ON FUNCTION tbl_repl._lock_spin() IS
     'class of the advisory lock spin: held by the one session that waits for an answer without sleeping';
 
+CREATE OR REPLACE FUNCTION tbl_repl._lock_figures() RETURNS integer
+LANGUAGE sql IMMUTABLE PARALLEL SAFE RETURN 1952607289;
+COMMENT ON FUNCTION tbl_repl._lock_figures() IS
+    'class of the advisory lock figures: held by the one session that sums up what backends have shipped';
+
 -- Runs on the target: fails (22012) once its clock has passed the deadline, given in seconds of ours.
 CREATE OR REPLACE FUNCTION tbl_repl._in_time(deadline text) RETURNS text
 LANGUAGE sql IMMUTABLE

@@ -693,7 +693,7 @@ AS $function$
 DECLARE
     free integer[];
 BEGIN
-    IF NOT pg_try_advisory_xact_lock(tbl_repl._lock_spin(), 2) THEN
+    IF NOT pg_try_advisory_xact_lock(tbl_repl._lock_figures(), 0) THEN
         RETURN;
     END IF;
     free := ARRAY(SELECT s.target_id FROM tbl_repl.shipped AS s WHERE s.pid = 0 FOR UPDATE SKIP LOCKED);

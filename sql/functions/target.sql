@@ -160,8 +160,10 @@ BEGIN
             ERRCODE = CASE WHEN error_code = '42P11' THEN '42601' ELSE error_code END,
             MESSAGE = format('%s does not fit table %s: %s', what, source_table, error_text),
             DETAIL  = CASE WHEN btrim(expression) = '' THEN 'The expression is empty.' ELSE format('Expression: %s', expression) END,
-            HINT    = format('Write one SQL expression over the columns of the source table. Names are looked up in: %s (the search_path when it was given).',
-                             coalesce(nullif(path, ''), 'pg_catalog'));
+            HINT    = concat('Write one SQL expression over the columns of the source table.',
+                             CASE WHEN error_code IN ('42883', '42704', '42P01', '3F000')
+                                  THEN format(' Names are looked up in %s, the search_path when it was given: give it again to have it changed.',
+                                              coalesce(nullif(path, ''), 'pg_catalog')) END);
     END;
     definition := pg_get_viewdef(view_name::regclass);
     SELECT a.atttypid INTO type_id FROM pg_attribute AS a WHERE a.attrelid = view_name::regclass AND a.attname = 'tbl_repl_x';
