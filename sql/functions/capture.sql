@@ -4,7 +4,8 @@
 -- its transaction (direct targets), and no trace in the application.  Which rows go where is left to
 -- shipping: here only rows are skipped that no target of the table wants, before and after.
 
--- _capture_sql(source_id): CREATE OR REPLACE FUNCTION tbl_repl.capture_N for the present targets.
+-- _capture_sql(source_id): CREATE OR REPLACE FUNCTION tbl_repl.capture_N for the present targets: TRUNCATE first, then what
+-- collects the keys of a statement or row (changed, and former where a key was another one), then what stores them.
 -- The function is SECURITY DEFINER: who writes the table has no right on the queue.
 CREATE OR REPLACE FUNCTION tbl_repl._capture_sql(source_id integer)
 RETURNS text
@@ -12,183 +13,56 @@ LANGUAGE plpgsql STABLE
 SET search_path = pg_catalog, pg_temp
 AS $function$
 DECLARE
-    source    tbl_repl.source%ROWTYPE;
-    key_s     text;
-    settings  text;
-    direct    boolean;
-    queued    boolean;
-    filter    text;
-    body      text;
-    store     text;
-    truncated text;
-    quick     integer := tbl_repl._quick_target(source_id);
-    native    text;
-    old_s     text;  -- what a conflict policy needs of the old row
-    with_olds text;
-    looks     text[];  -- which rows a TRUNCATE removes
-    absent    text;  -- and where there was none
-    policy    record;
-    carries   boolean := tbl_repl._carries(source_id);
+    source   tbl_repl.source%ROWTYPE;
+    same     text;  -- whether the key has the types that it had, for otherwise its text may be another one
+    key_s    text;
+    key_type text;
+    policy   record;
+    settings text;
+    store    text;
+    collect  text;
+    body     text;
 BEGIN
     SELECT * INTO STRICT source FROM tbl_repl.source AS s WHERE s.source_id = _capture_sql.source_id;
-    -- fails until alter_target where a key has another type by now, for its text may be another one
-    key_s := format('CASE WHEN %s THEN %s END', tbl_repl._same_types(source.source_table, source.key_columns), tbl_repl._key_text(source.key_columns, 's'));
-    SELECT tbl_repl._text_settings(array_agg(p.type_id)) INTO settings
-    FROM tbl_repl._key_parts(source.source_table, source.key_columns) AS p;
-    SELECT tbl_repl._old_value_sql(t) AS old_s, CASE t.on_conflict WHEN 'newest' THEN 'NULL::text' ELSE '''''::text' END AS absent,
+    same := tbl_repl._same_types(source.source_table, source.key_columns);
+    key_s := format('CASE WHEN %s THEN %s END', same, tbl_repl._key_text(source.key_columns, 's'));
+    key_type := tbl_repl._native_key_type(source);
+    -- old: what a conflict policy needs of the old row; absent: the same where there was none
+    SELECT tbl_repl._old_value_sql(t) AS old, CASE t.on_conflict WHEN 'newest' THEN 'NULL::text' ELSE '''''::text' END AS absent,
            tbl_repl._text_settings('{timestamptz}'::regtype[]::oid[] || ARRAY(SELECT p.type_id FROM tbl_repl._key_parts(source.source_table, source.key_columns) AS p)
                                    || tbl_repl._sent_types(t, source.source_table)) AS settings
     INTO policy
     FROM tbl_repl.target AS t WHERE t.source_id = source.source_id AND t.on_conflict <> 'overwrite' ORDER BY t.target_id LIMIT 1;
     IF FOUND THEN
-        old_s := policy.old_s;
-        absent := policy.absent;
         settings := policy.settings;
-    END IF;
-    SELECT bool_or(t.mode <> 'async'), bool_or(t.mode = 'async'),
-           -- A filter runs as its target's owner: only where all targets have the owner of this function.
-           CASE WHEN bool_and(t.filter_expr IS NOT NULL) AND bool_and(t.on_conflict = 'overwrite') AND count(DISTINCT t.owner) = 1
-                     AND min(t.owner::text) = coalesce((SELECT r.rolname::text FROM pg_proc AS f JOIN pg_roles AS r ON r.oid = f.proowner
-                                                  WHERE f.pronamespace = 'tbl_repl'::regnamespace
-                                                    AND f.proname = format('capture_%s', source.source_id)), current_user)
-                     -- a virtual generated column has no value in a trigger
-                     AND NOT EXISTS (SELECT FROM pg_attribute AS a WHERE a.attrelid = source.source_table AND a.attgenerated = 'v')
-                THEN string_agg(DISTINCT format('(%s)', t.filter_expr), ' OR ') END
-    INTO direct, queued, filter
-    FROM tbl_repl.target AS t WHERE t.source_id = source.source_id;
-
-    IF source.capture = 'statement' AND cardinality(source.key_columns) = 1
-       AND tbl_repl._has_exact_key(source.source_table, source.key_columns) THEN
-        -- One for integers of any size: their column may become a larger one.  Not for types of users, which may be renamed.
-        SELECT format('%s[]', CASE WHEN p.type_id = ANY ('{int2,int4,int8}'::regtype[]::oid[]) THEN 'bigint' ELSE p.type END) INTO native
-        FROM tbl_repl._key_parts(source.source_table, source.key_columns) AS p WHERE p.type_id < 16384;
-    END IF;
-
-    store := concat_ws(E'\n    ',
-        CASE WHEN direct THEN format(
-            $piece$IF current_setting('transaction_isolation') <> 'serializable' OR tbl_repl._queue_serializable(%1$s, {op}, {keys}{v}) THEN
-        IF cardinality({keys}) = 1 AND %2$L THEN
-            INSERT INTO tbl_repl.flush (target_id, op, key) VALUES (%3$L, {op}, {keys}[1]) ON CONFLICT DO NOTHING;
-            stored := FOUND;
-        END IF;
-        IF NOT stored THEN
-            INSERT INTO tbl_repl.stash (source_id, op, keys, row_count{c}) VALUES (%1$s, {op}, {keys}, coalesce(cardinality({keys}), 1){v});
-            INSERT INTO tbl_repl.flush DEFAULT VALUES ON CONFLICT DO NOTHING;
-        END IF;
-        stored := false;
-    END IF;$piece$, source.source_id, quick IS NOT NULL, quick) END,
-        CASE WHEN queued THEN format(
-            $piece$INSERT INTO tbl_repl.change (segment, source_id, op, keys, row_count{c})
-    VALUES ((SELECT h.segment FROM tbl_repl.queue_head AS h), %1$s, {op}, {keys}, coalesce(cardinality({keys}), 1){v});
-    IF NOT pg_try_advisory_xact_lock_shared(%2$s, 0) AND current_setting('transaction_isolation') <> 'serializable' THEN
-        -- the worker sleeps: the flush wakes it (not here: PREPARE TRANSACTION refuses what has notified)
-        INSERT INTO tbl_repl.stash (source_id, op, row_count) VALUES (%1$s, 'W', 0);
-        INSERT INTO tbl_repl.flush DEFAULT VALUES ON CONFLICT DO NOTHING;
-    END IF;$piece$, source.source_id, tbl_repl._lock_sleep()) END);
-
-    IF carries THEN
-        store := format(E'IF carried <> '''' THEN\n        PERFORM tbl_repl._capture_carried(%s, {op}, {keys}, carried{v});\n    ELSE\n    %s\n    END IF;', source.source_id, store);
-    END IF;
-    store := replace(replace(store, '{c}', CASE WHEN old_s IS NULL THEN '' ELSE ', olds' END),
-                     '{v}', CASE WHEN old_s IS NULL THEN '' ELSE ', {olds}' END);
-
-    IF source.capture = 'statement' THEN
-        body := concat(
-            E'    IF TG_OP = ''INSERT'' THEN\n        ', tbl_repl._collect_sql(format('array_agg(%s)', key_s), 'changed', 'new_rows', filter),
-            E'\n    ELSIF TG_OP = ''DELETE'' THEN\n        ', tbl_repl._collect_sql(format('array_agg(%s)', key_s), 'changed', 'old_rows', filter),
-            E'\n    ELSE\n        ',
-            CASE WHEN filter IS NULL AND native IS NOT NULL
-                 -- compared as they are: text is needed of one list only
-                 THEN format(E'SELECT (SELECT array_agg(%1$s) FROM new_rows AS s), (SELECT array_agg(%1$s) FROM old_rows AS s) INTO new_keys, old_keys;'
-                             '\n        changed := new_keys::text[];'
-                             '\n        former := CASE WHEN old_keys = new_keys THEN changed ELSE old_keys::text[] END;',
-                             format('CASE WHEN %s THEN s.%I END', tbl_repl._same_types(source.source_table, source.key_columns), source.key_columns[1]))
-                 WHEN filter IS NULL
-                 -- one query costs less than two
-                 THEN format('SELECT (SELECT array_agg(%1$s) FROM new_rows AS s), (SELECT array_agg(%1$s) FROM old_rows AS s) INTO changed, former;', key_s)
-                 ELSE concat_ws(E'\n        ', tbl_repl._collect_sql(format('array_agg(%s)', key_s), 'changed', 'new_rows', filter),
-                                               tbl_repl._collect_sql(format('array_agg(%s)', key_s), 'former', 'old_rows', filter)) END,
-            E'\n        IF former = changed THEN\n            former := NULL;\n        ELSE\n',
-            E'            SELECT array_agg(k) INTO former FROM (SELECT unnest(former) EXCEPT SELECT unnest(changed)) AS f (k);\n',
-            E'        END IF;\n    END IF;');
     ELSE
-        -- Row triggers: PostgreSQL clones them to every partition there is and will be.
-        body := concat(
-            E'    IF TG_OP <> ''DELETE'' THEN\n        ', tbl_repl._collect_sql(format('ARRAY[%s]', key_s), 'changed', '(SELECT (NEW).*)', filter),
-            E'\n    END IF;\n    IF TG_OP <> ''INSERT'' THEN\n        ', tbl_repl._collect_sql(format('ARRAY[%s]', key_s), 'former', '(SELECT (OLD).*)', filter),
-            E'\n        IF TG_OP = ''DELETE'' THEN\n            changed := former;\n            former := NULL;\n',
-            E'        ELSIF former = changed THEN\n            former := NULL;\n        END IF;\n    END IF;');
+        SELECT tbl_repl._text_settings(array_agg(p.type_id)) INTO settings
+        FROM tbl_repl._key_parts(source.source_table, source.key_columns) AS p;
     END IF;
-    IF old_s IS NOT NULL AND source.capture = 'statement' THEN
-        with_olds := format($body$    IF TG_OP = 'INSERT' THEN
-        SELECT array_agg(%1$s), array_agg(%3$s) INTO changed, olds FROM new_rows AS s;
-    ELSIF TG_OP = 'DELETE' THEN
-        SELECT array_agg(%1$s), array_agg(%2$s) INTO changed, olds FROM old_rows AS s;
-    ELSE
-        SELECT array_agg(n.k), array_agg(coalesce(o.v, %3$s)) INTO changed, olds
-        FROM (SELECT %1$s AS k FROM new_rows AS s) AS n LEFT JOIN (SELECT %1$s AS k, %2$s AS v FROM old_rows AS s) AS o ON o.k = n.k;
-        SELECT array_agg(o.k), array_agg(o.v) INTO former, former_olds
-        FROM (SELECT %1$s AS k, %2$s AS v FROM old_rows AS s) AS o LEFT JOIN unnest(changed) AS n (k) ON n.k = o.k WHERE n.k IS NULL;
-    END IF;$body$, key_s, old_s, absent);
-    ELSIF old_s IS NOT NULL THEN
-        with_olds := format($body$    IF TG_OP <> 'DELETE' THEN
-        SELECT ARRAY[%1$s], ARRAY[%3$s] INTO changed, olds FROM (SELECT (NEW).*) AS s;
-    END IF;
-    IF TG_OP <> 'INSERT' THEN
-        SELECT ARRAY[%1$s], ARRAY[%2$s] INTO former, former_olds FROM (SELECT (OLD).*) AS s;
-        IF TG_OP = 'DELETE' OR former = changed THEN
-            changed := former;
-            olds := former_olds;
-            former := NULL;
-        END IF;
-    END IF;$body$, key_s, old_s, absent);
-    END IF;
-    IF old_s IS NOT NULL THEN
+    store := tbl_repl._capture_store_sql(source_id, policy.old IS NOT NULL);
+    collect := tbl_repl._capture_keys_sql(source.capture, key_s,
+                                          CASE WHEN key_type IS NOT NULL THEN format('CASE WHEN %s THEN s.%I END', same, source.key_columns[1]) END,
+                                          tbl_repl._capture_filter(source));
+    IF policy.old IS NOT NULL THEN
         -- where a column that a policy looks at is gone, changes are kept without what it was
-        body := concat(E'    BEGIN\n', with_olds, E'\n    EXCEPTION WHEN assert_failure OR OTHERS THEN\n        olds := NULL;\n        former_olds := NULL;\n',
-                       body, E'\n    END;');
+        collect := concat(E'    BEGIN\n', tbl_repl._capture_olds_sql(source.capture, key_s, policy.old, policy.absent),
+                          E'\n    EXCEPTION WHEN assert_failure OR OTHERS THEN\n        olds := NULL;\n        former_olds := NULL;\n',
+                          collect, E'\n    END;');
     END IF;
-
-    -- Where a target shares its table with others, or sees only some rows, TRUNCATE means these keys;
-    -- so it does for a single partition.  The root adds the rows of partitions that have no such trigger yet.
-    SELECT array_agg(format(E'EXECUTE format(CASE WHEN EXISTS (SELECT FROM pg_class AS c WHERE c.oid = TG_RELID AND c.relkind = ''p'')\n'
-               '                                THEN %L ELSE %L END, TG_RELID::regclass, TG_NAME) INTO changed, olds;\n',
-               format('SELECT array_agg(%s), %s FROM %%s AS s WHERE NOT EXISTS (SELECT FROM pg_trigger AS g WHERE g.tgrelid = s.tableoid AND g.tgname = %%L)', k.listing, o.listing),
-               format('SELECT array_agg(%s), %s FROM ONLY %%s AS s', k.listing, o.listing)) ORDER BY o.n)
-    INTO looks
-    FROM unnest(ARRAY[format('array_agg(%s)', replace(old_s, '%', '%%')), 'NULL::text[]']) WITH ORDINALITY AS o (listing, n), replace(key_s, '%', '%%') AS k (listing)
-    WHERE o.n = 2 OR old_s IS NOT NULL;
-    IF old_s IS NOT NULL THEN
-        looks[1] := concat(E'BEGIN\n                ', looks[1], E'            EXCEPTION WHEN assert_failure OR OTHERS THEN\n                ', looks[2], E'            END;\n');
-    END IF;
-    truncated := concat(
-        E'    IF TG_OP = ''TRUNCATE'' THEN\n',
-        E'        IF TG_WHEN = ''BEFORE'' THEN\n',
-        -- one that was a partition is somebody else's table
-        format(E'            IF NOT EXISTS (SELECT FROM tbl_repl.source AS s WHERE s.source_id = %s AND (s.source_table = TG_RELID\n'
-               '                           OR s.source_table IN (SELECT a.relid FROM pg_partition_ancestors(TG_RELID) AS a))) THEN\n'
-               '                RETURN NULL;\n            END IF;\n', source.source_id),
-        E'            ', looks[1],
-        E'            IF changed IS NULL THEN RETURN NULL; END IF;\n',
-        E'        END IF;\n        ',
-        concat_ws(E'\n        ', replace(replace(replace(replace(store, '{op}', '''T'''), '{keys}', 'changed'), '{olds}', 'olds'), E'\n', E'\n        '),
-                  tbl_repl._bury_sql(source, 'changed', 'olds', 'true')),
-        E'\n        RETURN NULL;\n    END IF;');
 
     body := concat(
         E'\n#variable_conflict use_column\nDECLARE\n',
         -- a variable: an expression over TG_OP would be planned anew at every call
         E'    op "char" := left(TG_OP, 1);\n',
-        E'    changed text[];\n    former text[];\n    olds text[];\n    stored boolean := false;\n', CASE WHEN old_s IS NOT NULL THEN E'    former_olds text[];\n' END,
+        E'    changed text[];\n    former text[];\n    olds text[];\n    stored boolean := false;\n', CASE WHEN policy.old IS NOT NULL THEN E'    former_olds text[];\n' END,
         E'    carried text := current_setting(''tbl_repl.origin'', true);\n',
-        CASE WHEN native IS NOT NULL THEN format(E'    new_keys %1$s;\n    old_keys %1$s;\n', native) END, E'BEGIN\n',
-        CASE WHEN NOT carries THEN E'    IF carried <> '''' THEN RETURN NULL; END IF;\n' END, truncated, E'\n', body,
+        CASE WHEN key_type IS NOT NULL THEN format(E'    new_keys %1$s;\n    old_keys %1$s;\n', key_type) END, E'BEGIN\n',
+        CASE WHEN NOT tbl_repl._carries(source_id) THEN E'    IF carried <> '''' THEN RETURN NULL; END IF;\n' END,
+        tbl_repl._capture_truncate_sql(source, key_s, policy.old, store), E'\n', collect,
         E'\n    IF changed IS NOT NULL THEN\n    ',
-        concat_ws(E'\n    ', replace(replace(replace(store, '{op}', 'op'), '{keys}', 'changed'), '{olds}', 'olds'),
-                  tbl_repl._bury_sql(source, 'changed', 'olds', 'false')),
+        concat_ws(E'\n    ', tbl_repl._filled_in(store, 'op', 'changed', 'olds'), tbl_repl._bury_sql(source, 'changed', 'olds', 'false')),
         E'\n    END IF;\n    IF former IS NOT NULL THEN\n    ',
-        concat_ws(E'\n    ', replace(replace(replace(store, '{op}', '''K'''), '{keys}', 'former'), '{olds}', 'former_olds'),
-                  tbl_repl._bury_sql(source, 'former', 'former_olds', 'false')),
+        concat_ws(E'\n    ', tbl_repl._filled_in(store, '''K''', 'former', 'former_olds'), tbl_repl._bury_sql(source, 'former', 'former_olds', 'false')),
         E'\n    END IF;\n    RETURN NULL;\nEND\n');
     RETURN format($sql$CREATE OR REPLACE FUNCTION tbl_repl.%I()
 RETURNS trigger
@@ -201,6 +75,211 @@ END
 $function$;
 COMMENT ON FUNCTION tbl_repl._capture_sql(integer) IS
     'text of the trigger function of a replicated table';
+
+-- One type for integers of any size: their column may become a larger one.  Not for types of users, which may be renamed.
+CREATE OR REPLACE FUNCTION tbl_repl._native_key_type(source tbl_repl.source)
+RETURNS text
+LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT format('%s[]', CASE WHEN p.type_id = ANY ('{int2,int4,int8}'::regtype[]::oid[]) THEN 'bigint' ELSE p.type END)
+    FROM tbl_repl._key_parts(source.source_table, source.key_columns) AS p
+    WHERE source.capture = 'statement' AND cardinality(source.key_columns) = 1 AND p.type_id < 16384
+      AND tbl_repl._has_exact_key(source.source_table, source.key_columns)
+$function$;
+COMMENT ON FUNCTION tbl_repl._native_key_type(tbl_repl.source) IS
+    'array type in which the keys of a table can be collected as they are; NULL: as text only';
+
+-- A filter runs as its target's owner: only where all targets have the owner of the trigger function.
+CREATE OR REPLACE FUNCTION tbl_repl._capture_filter(source tbl_repl.source)
+RETURNS text
+LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT CASE WHEN bool_and(t.filter_expr IS NOT NULL) AND bool_and(t.on_conflict = 'overwrite') AND count(DISTINCT t.owner) = 1
+                     AND min(t.owner::text) = coalesce((SELECT r.rolname::text FROM pg_proc AS f JOIN pg_roles AS r ON r.oid = f.proowner
+                                                        WHERE f.pronamespace = 'tbl_repl'::regnamespace
+                                                          AND f.proname = format('capture_%s', source.source_id)), current_user)
+                     -- a virtual generated column has no value in a trigger
+                     AND NOT EXISTS (SELECT FROM pg_attribute AS a WHERE a.attrelid = source.source_table AND a.attgenerated = 'v')
+                THEN string_agg(DISTINCT format('(%s)', t.filter_expr), ' OR ') END
+    FROM tbl_repl.target AS t WHERE t.source_id = source.source_id
+$function$;
+COMMENT ON FUNCTION tbl_repl._capture_filter(tbl_repl.source) IS
+    'expression over a row s that some target of a table wants; NULL: every row is kept';
+
+-- {op}, {keys} and {olds} are filled in by _filled_in.
+CREATE OR REPLACE FUNCTION tbl_repl._capture_store_sql(source_id integer, with_olds boolean)
+RETURNS text
+LANGUAGE plpgsql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    quick  integer := tbl_repl._quick_target(source_id);
+    direct boolean;
+    queued boolean;
+    store  text;
+BEGIN
+    SELECT bool_or(t.mode <> 'async'), bool_or(t.mode = 'async') INTO direct, queued
+    FROM tbl_repl.target AS t WHERE t.source_id = _capture_store_sql.source_id;
+    store := concat_ws(E'\n    ',
+        CASE WHEN direct THEN format(
+            $piece$IF current_setting('transaction_isolation') <> 'serializable' OR tbl_repl._queue_serializable(%1$s, {op}, {keys}{v}) THEN
+        IF cardinality({keys}) = 1 AND %2$L THEN
+            INSERT INTO tbl_repl.flush (target_id, op, key) VALUES (%3$L, {op}, {keys}[1]) ON CONFLICT DO NOTHING;
+            stored := FOUND;
+        END IF;
+        IF NOT stored THEN
+            INSERT INTO tbl_repl.stash (source_id, op, keys, row_count{c}) VALUES (%1$s, {op}, {keys}, coalesce(cardinality({keys}), 1){v});
+            INSERT INTO tbl_repl.flush DEFAULT VALUES ON CONFLICT DO NOTHING;
+        END IF;
+        stored := false;
+    END IF;$piece$, source_id, quick IS NOT NULL, quick) END,
+        CASE WHEN queued THEN format(
+            $piece$INSERT INTO tbl_repl.change (segment, source_id, op, keys, row_count{c})
+    VALUES ((SELECT h.segment FROM tbl_repl.queue_head AS h), %1$s, {op}, {keys}, coalesce(cardinality({keys}), 1){v});
+    IF NOT pg_try_advisory_xact_lock_shared(%2$s, 0) AND current_setting('transaction_isolation') <> 'serializable' THEN
+        -- the worker sleeps: the flush wakes it (not here: PREPARE TRANSACTION refuses what has notified)
+        INSERT INTO tbl_repl.stash (source_id, op, row_count) VALUES (%1$s, 'W', 0);
+        INSERT INTO tbl_repl.flush DEFAULT VALUES ON CONFLICT DO NOTHING;
+    END IF;$piece$, source_id, tbl_repl._lock_sleep()) END);
+
+    IF tbl_repl._carries(source_id) THEN
+        store := format(E'IF carried <> '''' THEN\n        PERFORM tbl_repl._capture_carried(%s, {op}, {keys}, carried{v});\n    ELSE\n    %s\n    END IF;', source_id, store);
+    END IF;
+    RETURN replace(replace(store, '{c}', CASE WHEN with_olds THEN ', olds' ELSE '' END),
+                   '{v}', CASE WHEN with_olds THEN ', {olds}' ELSE '' END);
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._capture_store_sql(integer, boolean) IS
+    'statements of a trigger function that store keys: in the queue for async targets, in the stash of the transaction for direct ones';
+
+CREATE OR REPLACE FUNCTION tbl_repl._filled_in(store text, op text, keys text, olds text)
+RETURNS text
+LANGUAGE sql IMMUTABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT replace(replace(replace(store, '{op}', op), '{keys}', keys), '{olds}', olds)
+$function$;
+COMMENT ON FUNCTION tbl_repl._filled_in(text, text, text, text) IS
+    'statements that store keys, for certain variables of a trigger function';
+
+-- Row triggers: PostgreSQL clones them to every partition there is and will be.
+CREATE OR REPLACE FUNCTION tbl_repl._capture_keys_sql(
+    capture  text,
+    key_s    text,
+    native_s text,
+    filter   text
+)
+RETURNS text
+LANGUAGE sql IMMUTABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT CASE WHEN capture = 'statement' THEN concat(
+            E'    IF TG_OP = ''INSERT'' THEN\n        ', tbl_repl._collect_sql(format('array_agg(%s)', key_s), 'changed', 'new_rows', filter),
+            E'\n    ELSIF TG_OP = ''DELETE'' THEN\n        ', tbl_repl._collect_sql(format('array_agg(%s)', key_s), 'changed', 'old_rows', filter),
+            E'\n    ELSE\n        ',
+            CASE WHEN filter IS NULL AND native_s IS NOT NULL
+                 -- compared as they are: text is needed of one list only
+                 THEN format(E'SELECT (SELECT array_agg(%1$s) FROM new_rows AS s), (SELECT array_agg(%1$s) FROM old_rows AS s) INTO new_keys, old_keys;'
+                             '\n        changed := new_keys::text[];'
+                             '\n        former := CASE WHEN old_keys = new_keys THEN changed ELSE old_keys::text[] END;',
+                             native_s)
+                 WHEN filter IS NULL
+                 -- one query costs less than two
+                 THEN format('SELECT (SELECT array_agg(%1$s) FROM new_rows AS s), (SELECT array_agg(%1$s) FROM old_rows AS s) INTO changed, former;', key_s)
+                 ELSE concat_ws(E'\n        ', tbl_repl._collect_sql(format('array_agg(%s)', key_s), 'changed', 'new_rows', filter),
+                                               tbl_repl._collect_sql(format('array_agg(%s)', key_s), 'former', 'old_rows', filter)) END,
+            E'\n        IF former = changed THEN\n            former := NULL;\n        ELSE\n',
+            E'            SELECT array_agg(k) INTO former FROM (SELECT unnest(former) EXCEPT SELECT unnest(changed)) AS f (k);\n',
+            E'        END IF;\n    END IF;')
+    ELSE concat(
+            E'    IF TG_OP <> ''DELETE'' THEN\n        ', tbl_repl._collect_sql(format('ARRAY[%s]', key_s), 'changed', '(SELECT (NEW).*)', filter),
+            E'\n    END IF;\n    IF TG_OP <> ''INSERT'' THEN\n        ', tbl_repl._collect_sql(format('ARRAY[%s]', key_s), 'former', '(SELECT (OLD).*)', filter),
+            E'\n        IF TG_OP = ''DELETE'' THEN\n            changed := former;\n            former := NULL;\n',
+            E'        ELSIF former = changed THEN\n            former := NULL;\n        END IF;\n    END IF;') END
+$function$;
+COMMENT ON FUNCTION tbl_repl._capture_keys_sql(text, text, text, text) IS
+    'statements of a trigger function that take the keys of what was written: as text, native_s: as they are where that is quicker';
+
+CREATE OR REPLACE FUNCTION tbl_repl._capture_olds_sql(
+    capture text,
+    key_s   text,
+    old_s   text,
+    absent  text
+)
+RETURNS text
+LANGUAGE sql IMMUTABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT format(CASE WHEN capture = 'statement' THEN
+$body$    IF TG_OP = 'INSERT' THEN
+        SELECT array_agg(%1$s), array_agg(%3$s) INTO changed, olds FROM new_rows AS s;
+    ELSIF TG_OP = 'DELETE' THEN
+        SELECT array_agg(%1$s), array_agg(%2$s) INTO changed, olds FROM old_rows AS s;
+    ELSE
+        SELECT array_agg(n.k), array_agg(coalesce(o.v, %3$s)) INTO changed, olds
+        FROM (SELECT %1$s AS k FROM new_rows AS s) AS n LEFT JOIN (SELECT %1$s AS k, %2$s AS v FROM old_rows AS s) AS o ON o.k = n.k;
+        SELECT array_agg(o.k), array_agg(o.v) INTO former, former_olds
+        FROM (SELECT %1$s AS k, %2$s AS v FROM old_rows AS s) AS o LEFT JOIN unnest(changed) AS n (k) ON n.k = o.k WHERE n.k IS NULL;
+    END IF;$body$ ELSE
+$body$    IF TG_OP <> 'DELETE' THEN
+        SELECT ARRAY[%1$s], ARRAY[%3$s] INTO changed, olds FROM (SELECT (NEW).*) AS s;
+    END IF;
+    IF TG_OP <> 'INSERT' THEN
+        SELECT ARRAY[%1$s], ARRAY[%2$s] INTO former, former_olds FROM (SELECT (OLD).*) AS s;
+        IF TG_OP = 'DELETE' OR former = changed THEN
+            changed := former;
+            olds := former_olds;
+            former := NULL;
+        END IF;
+    END IF;$body$ END, key_s, old_s, absent)
+$function$;
+COMMENT ON FUNCTION tbl_repl._capture_olds_sql(text, text, text, text) IS
+    'statements of a trigger function that take the keys, and what a conflict policy needs of the old rows';
+
+-- Where a target shares its table with others, or sees only some rows, TRUNCATE means these keys;
+-- so it does for a single partition.  The root adds the rows of partitions that have no such trigger yet.
+CREATE OR REPLACE FUNCTION tbl_repl._capture_truncate_sql(
+    source tbl_repl.source,
+    key_s  text,
+    old_s  text,
+    store  text
+)
+RETURNS text
+LANGUAGE plpgsql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    looks text[];  -- which rows a TRUNCATE removes
+BEGIN
+    SELECT array_agg(format(E'EXECUTE format(CASE WHEN EXISTS (SELECT FROM pg_class AS c WHERE c.oid = TG_RELID AND c.relkind = ''p'')\n'
+               '                                THEN %L ELSE %L END, TG_RELID::regclass, TG_NAME) INTO changed, olds;\n',
+               format('SELECT array_agg(%s), %s FROM %%s AS s WHERE NOT EXISTS (SELECT FROM pg_trigger AS g WHERE g.tgrelid = s.tableoid AND g.tgname = %%L)', k.listing, o.listing),
+               format('SELECT array_agg(%s), %s FROM ONLY %%s AS s', k.listing, o.listing)) ORDER BY o.n)
+    INTO looks
+    FROM unnest(ARRAY[format('array_agg(%s)', replace(old_s, '%', '%%')), 'NULL::text[]']) WITH ORDINALITY AS o (listing, n), replace(key_s, '%', '%%') AS k (listing)
+    WHERE o.n = 2 OR old_s IS NOT NULL;
+    IF old_s IS NOT NULL THEN
+        looks[1] := concat(E'BEGIN\n                ', looks[1], E'            EXCEPTION WHEN assert_failure OR OTHERS THEN\n                ', looks[2], E'            END;\n');
+    END IF;
+    RETURN concat(
+        E'    IF TG_OP = ''TRUNCATE'' THEN\n',
+        E'        IF TG_WHEN = ''BEFORE'' THEN\n',
+        -- one that was a partition is somebody else's table
+        format(E'            IF NOT EXISTS (SELECT FROM tbl_repl.source AS s WHERE s.source_id = %s AND (s.source_table = TG_RELID\n'
+               '                           OR s.source_table IN (SELECT a.relid FROM pg_partition_ancestors(TG_RELID) AS a))) THEN\n'
+               '                RETURN NULL;\n            END IF;\n', source.source_id),
+        E'            ', looks[1],
+        E'            IF changed IS NULL THEN RETURN NULL; END IF;\n',
+        E'        END IF;\n        ',
+        concat_ws(E'\n        ', replace(tbl_repl._filled_in(store, '''T''', 'changed', 'olds'), E'\n', E'\n        '),
+                  tbl_repl._bury_sql(source, 'changed', 'olds', 'true')),
+        E'\n        RETURN NULL;\n    END IF;');
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._capture_truncate_sql(tbl_repl.source, text, text, text) IS
+    'statements of a trigger function for TRUNCATE';
 
 -- Whether what appliers write into a table concerns us: it goes on to other nodes, or may meet a change made here.
 CREATE OR REPLACE FUNCTION tbl_repl._carries(source_id integer)

@@ -127,8 +127,8 @@ AS $function$
 DECLARE
     node      text := tbl_repl.node_name();
     started   text := to_hex(extract(epoch FROM pg_postmaster_start_time())::bigint);
-    lane      text := left(md5(regexp_replace(conn, '_[0-9]+$', '')), 4);
-    own_name  text := format('tbl_repl %s %s.%s.%s', node, pg_backend_pid(), started, lane);
+    conn_hash text := left(md5(regexp_replace(conn, '_[0-9]+$', '')), 4);
+    own_name  text := format('tbl_repl %s %s.%s.%s', node, pg_backend_pid(), started, conn_hash);
     conninfo  text;
     lock_key  integer := tbl_repl._connect_key(conn);
     older     text;
@@ -195,7 +195,7 @@ BEGIN
         FROM json_array_elements(CASE json_typeof(answer::json -> 'older') WHEN 'array' THEN answer::json -> 'older' ELSE '[]' END) AS o
         CROSS JOIN LATERAL regexp_match(o ->> 'name', '([0-9]+)[.]([0-9a-f]+)[.]([0-9a-f]+)$') AS m
         WHERE m[2] IS DISTINCT FROM started
-           OR (m[1]::integer = pg_backend_pid() AND m[3] = lane)
+           OR (m[1]::integer = pg_backend_pid() AND m[3] = conn_hash)
            OR NOT EXISTS (SELECT FROM pg_stat_activity AS a WHERE a.pid = m[1]::integer);
         IF stale IS NOT NULL THEN
             -- This backend never gives up a message before its lease is over, unless it comes here at
@@ -262,31 +262,6 @@ AS $function$
     SELECT hashtext(regexp_replace(conn, '_[0-9]+_[0-9]+$', ''))
 $function$;
 COMMENT ON FUNCTION tbl_repl._connect_key(text) IS 'second part of the advisory lock connect';
-
-CREATE OR REPLACE FUNCTION tbl_repl._lock_ship() RETURNS integer
-LANGUAGE sql IMMUTABLE PARALLEL SAFE RETURN 1952607281;
-COMMENT ON FUNCTION tbl_repl._lock_ship() IS
-    'class of the advisory locks ship: shared by direct shippers, exclusive for the drainer; the second part is the target_id';
-
-CREATE OR REPLACE FUNCTION tbl_repl._lock_queue() RETURNS integer
-LANGUAGE sql IMMUTABLE PARALLEL SAFE RETURN 1952607282;
-COMMENT ON FUNCTION tbl_repl._lock_queue() IS
-    'class of the advisory locks queue: shared by those who queue for a direct target, exclusive for the way back to ok';
-
-CREATE OR REPLACE FUNCTION tbl_repl._lock_connect() RETURNS integer
-LANGUAGE sql IMMUTABLE PARALLEL SAFE RETURN 1952607283;
-COMMENT ON FUNCTION tbl_repl._lock_connect() IS
-    'class of the advisory locks connect: held while a session opens a connection';
-
-CREATE OR REPLACE FUNCTION tbl_repl._lock_spin() RETURNS integer
-LANGUAGE sql IMMUTABLE PARALLEL SAFE RETURN 1952607287;
-COMMENT ON FUNCTION tbl_repl._lock_spin() IS
-    'class of the advisory lock spin: held by the one session that waits for an answer without sleeping';
-
-CREATE OR REPLACE FUNCTION tbl_repl._lock_figures() RETURNS integer
-LANGUAGE sql IMMUTABLE PARALLEL SAFE RETURN 1952607289;
-COMMENT ON FUNCTION tbl_repl._lock_figures() IS
-    'class of the advisory lock figures: held by the one session that sums up what backends have shipped';
 
 -- Runs on the target: fails (22012) once its clock has passed the deadline, given in seconds of ours.
 CREATE OR REPLACE FUNCTION tbl_repl._in_time(deadline text) RETURNS text

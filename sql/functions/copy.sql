@@ -261,13 +261,3 @@ SELECT p.target_id,
 FROM tbl_repl.piece AS p
 GROUP BY p.target_id;
 COMMENT ON VIEW tbl_repl.copy_progress IS 'copies in pieces that are under way or were interrupted';
-
-CREATE OR REPLACE FUNCTION tbl_repl._lock_piece() RETURNS integer
-LANGUAGE sql IMMUTABLE PARALLEL SAFE RETURN 1952607288;
-COMMENT ON FUNCTION tbl_repl._lock_piece() IS
-    'class of the advisory lock piece: shared by every job that copies pieces; the second part is the target_id';
-
-CREATE OR REPLACE FUNCTION tbl_repl._lock_copy() RETURNS integer
-LANGUAGE sql IMMUTABLE PARALLEL SAFE RETURN 1952607286;
-COMMENT ON FUNCTION tbl_repl._lock_copy() IS
-    'class of the advisory lock copy: held by who copies a target in pieces; the second part is the target_id';

@@ -111,11 +111,6 @@ AS $function$
 $function$;
 COMMENT ON FUNCTION tbl_repl._cluster() IS 'system identifier and timeline of this server';
 
-CREATE OR REPLACE FUNCTION tbl_repl._lock_resolve() RETURNS integer
-LANGUAGE sql IMMUTABLE PARALLEL SAFE RETURN 1952607290;
-COMMENT ON FUNCTION tbl_repl._lock_resolve() IS
-    'class of the advisory locks resolve: 0 for who names this run of the server, the server''s OID for who settles its receipts';
-
 -- The statement that leaves a receipt for this transaction and target, at the end of a message.  A transaction that
 -- has shipped there before (changes made after the first flush) leaves one more.
 CREATE OR REPLACE FUNCTION tbl_repl._receipt(

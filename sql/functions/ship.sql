@@ -1371,12 +1371,12 @@ LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp
 AS $function$
 DECLARE
-    lane  text;
+    one   text;
     bound interval;
 BEGIN
-    FOREACH lane IN ARRAY conns LOOP
-        SELECT max(p.timeout) INTO bound FROM unnest(parcels) AS p WHERE p.conn = lane;
-        PERFORM tbl_repl._commit(lane, bound);
+    FOREACH one IN ARRAY conns LOOP
+        SELECT max(p.timeout) INTO bound FROM unnest(parcels) AS p WHERE p.conn = one;
+        PERFORM tbl_repl._commit(one, bound);
     END LOOP;
 EXCEPTION WHEN assert_failure OR OTHERS THEN
     -- open remote transactions end with their connection

@@ -329,16 +329,57 @@ LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp
 AS $function$
 DECLARE
-    item      record;
-    facts     jsonb;
-    conn      text;
-    types     oid[] := '{}';
-    expr      record;
-    plain     name;
-    fact      jsonb;
-    category  text;
-    deadline  timestamptz := clock_timestamp() + target.timeout * 2;
+    sent     record := tbl_repl._define_sent(target, source);
+    facts    jsonb;
+    conn     text := tbl_repl._connection_name(target.server, current_user, target.timeout);
+    deadline timestamptz := clock_timestamp() + target.timeout * 2;
 BEGIN
+    target := sent.target;
+    IF NOT tbl_repl._is_alive(conn, deadline) THEN
+        PERFORM tbl_repl._open(conn, target.server, target.timeout, deadline);
+    END IF;
+    facts := tbl_repl._remote_facts(conn, target.dst_schema, target.dst_name, deadline);
+    IF tbl_repl._is_same_table(source.source_table, (facts ->> 'oid')::oid, conn, deadline) THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'object_not_in_prerequisite_state',
+            MESSAGE = format('source and target are the same table: %s', source.source_table),
+            DETAIL  = format('Server %I leads to this database.', target.server),
+            HINT    = 'Name another table in dst_table, or a server that leads to another database.';
+    END IF;
+    PERFORM tbl_repl._check_remote_table(target, facts);
+    PERFORM tbl_repl._check_key_types(target, source, facts -> 'columns');
+    PERFORM tbl_repl._check_remote_columns(target, sent.types, facts -> 'columns');
+    -- What a plain unique clash may be about; the key itself is none.
+    target.remote := facts || jsonb_build_object('unique',
+        (SELECT coalesce(jsonb_agg(u), '[]') FROM jsonb_array_elements(facts -> 'unique') AS u
+         WHERE NOT (u @> to_jsonb(target.dst_keys) AND u <@ to_jsonb(target.dst_keys))));
+    -- one that is async now may have some from before
+    target.receipts := (facts ->> 'receipts')::boolean AND (target.mode <> 'async' OR coalesce(target.receipts, false));
+    IF (facts ->> 'extension')::boolean THEN
+        target.remote := target.remote || tbl_repl._remote_node(conn, deadline);
+    END IF;
+    PERFORM tbl_repl._check_policy(target, source);
+    RETURN target;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._define(tbl_repl.target, tbl_repl.source) IS
+    'works out and checks the definition of a target on both sides';
+
+-- _define_sent(target, source): the part of the definition that this side decides; types: those of what is sent, in order.
+CREATE OR REPLACE FUNCTION tbl_repl._define_sent(
+    INOUT target tbl_repl.target,
+    source       tbl_repl.source,
+    OUT types    oid[]
+)
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    item  record;
+    expr  record;
+    plain name;
+BEGIN
+    types := '{}';
     PERFORM tbl_repl._check_columns(source.source_table, 'columns', target.columns);
     IF jsonb_typeof(target.column_map) <> 'object'
        OR EXISTS (SELECT FROM jsonb_each(CASE jsonb_typeof(target.column_map) WHEN 'object' THEN target.column_map END) AS m WHERE jsonb_typeof(m.value) <> 'string') THEN
@@ -397,12 +438,17 @@ BEGIN
         END IF;
         target.dst_keys := array_append(target.dst_keys, item.sent_columns);
     END LOOP;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._define_sent(tbl_repl.target, tbl_repl.source) IS
+    'works out and checks what a target is sent: columns, expressions, filter, key';
 
-    conn := tbl_repl._connection_name(target.server, current_user, target.timeout);
-    IF NOT tbl_repl._is_alive(conn, deadline) THEN
-        PERFORM tbl_repl._open(conn, target.server, target.timeout, deadline);
-    END IF;
-    facts := tbl_repl._remote_facts(conn, target.dst_schema, target.dst_name, deadline);
+CREATE OR REPLACE FUNCTION tbl_repl._check_remote_table(target tbl_repl.target, facts jsonb)
+RETURNS void
+LANGUAGE plpgsql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+BEGIN
     IF facts ->> 'kind' NOT IN ('r', 'p') THEN
         RAISE EXCEPTION USING
             ERRCODE = 'wrong_object_type',
@@ -411,14 +457,7 @@ BEGIN
                                                    WHEN 'f' THEN 'a foreign table' ELSE 'no table' END),
             DETAIL  = 'Rows are written into ordinary and partitioned tables only.',
             HINT    = 'Name a table in dst_table.';
-    ELSIF tbl_repl._is_same_table(source.source_table, (facts ->> 'oid')::oid, conn, deadline) THEN
-        RAISE EXCEPTION USING
-            ERRCODE = 'object_not_in_prerequisite_state',
-            MESSAGE = format('source and target are the same table: %s', source.source_table),
-            DETAIL  = format('Server %I leads to this database.', target.server),
-            HINT    = 'Name another table in dst_table, or a server that leads to another database.';
-    END IF;
-    IF NOT (facts ->> 'usable')::boolean THEN
+    ELSIF NOT (facts ->> 'usable')::boolean THEN
         RAISE EXCEPTION USING
             ERRCODE = 'insufficient_privilege',
             MESSAGE = format('role %s may not use schema %I on the target', facts ->> 'user', target.dst_schema),
@@ -439,9 +478,23 @@ BEGIN
             HINT    = format('There: CREATE UNIQUE INDEX ON %s (%s);', tbl_repl._dst_table(target),
                              (SELECT string_agg(quote_ident(k), ', ') FROM unnest(target.dst_keys) AS k));
     END IF;
-    PERFORM tbl_repl._check_key_types(target, source, facts -> 'columns');
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._check_remote_table(tbl_repl.target, jsonb) IS
+    'refuses a table on the target that rows cannot be written into';
+
+CREATE OR REPLACE FUNCTION tbl_repl._check_remote_columns(target tbl_repl.target, types oid[], columns jsonb)
+RETURNS void
+LANGUAGE plpgsql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    fact     jsonb;
+    category text;
+    missing  name;
+BEGIN
     FOR n IN 1 .. cardinality(target.sent_columns) LOOP
-        SELECT c INTO fact FROM jsonb_array_elements(facts -> 'columns') AS c WHERE c ->> 'name' = target.sent_columns[n]::text;
+        SELECT c INTO fact FROM jsonb_array_elements(columns) AS c WHERE c ->> 'name' = target.sent_columns[n]::text;
         IF NOT FOUND THEN
             RAISE EXCEPTION USING
                 ERRCODE = 'undefined_column',
@@ -463,30 +516,19 @@ BEGIN
                 HINT    = format('Cast it in column_map: {%s: "(...)::%s"}.', to_json(target.sent_columns[n]::text), fact ->> 'type');
         END IF;
     END LOOP;
-    SELECT c ->> 'name' INTO plain FROM jsonb_array_elements(facts -> 'columns') AS c
+    SELECT c ->> 'name' INTO missing FROM jsonb_array_elements(columns) AS c
     WHERE (c ->> 'notnull')::boolean AND NOT (c ->> 'has_default')::boolean AND NOT (c ->> 'generated')::boolean
       AND c ->> 'name' <> ALL (target.sent_columns::text[]);
     IF FOUND THEN
         RAISE EXCEPTION USING
             ERRCODE = 'not_null_violation',
-            MESSAGE = format('column %I of table %s on the target is NOT NULL without a default, and not sent', plain, tbl_repl._dst_table(target)),
+            MESSAGE = format('column %I of table %s on the target is NOT NULL without a default, and not sent', missing, tbl_repl._dst_table(target)),
             HINT    = 'Send it, give it a default there, or drop its NOT NULL.';
     END IF;
-    -- What a plain unique clash may be about; the key itself is none.
-    target.remote := facts || jsonb_build_object('unique',
-        (SELECT coalesce(jsonb_agg(u), '[]') FROM jsonb_array_elements(facts -> 'unique') AS u
-         WHERE NOT (u @> to_jsonb(target.dst_keys) AND u <@ to_jsonb(target.dst_keys))));
-    -- one that is async now may have some from before
-    target.receipts := (facts ->> 'receipts')::boolean AND (target.mode <> 'async' OR coalesce(target.receipts, false));
-    IF (facts ->> 'extension')::boolean THEN
-        target.remote := target.remote || tbl_repl._remote_node(conn, deadline);
-    END IF;
-    PERFORM tbl_repl._check_policy(target, source);
-    RETURN target;
 END
 $function$;
-COMMENT ON FUNCTION tbl_repl._define(tbl_repl.target, tbl_repl.source) IS
-    'works out and checks the definition of a target on both sides';
+COMMENT ON FUNCTION tbl_repl._check_remote_columns(tbl_repl.target, oid[], jsonb) IS
+    'refuses columns that the table on the target cannot take, or would miss';
 
 CREATE OR REPLACE FUNCTION tbl_repl._add_target(
     source_table   regclass,

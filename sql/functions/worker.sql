@@ -1,15 +1,5 @@
 -- Worker: what the worker needs from SQL besides replay: who serves, who sleeps, when to try again.
 
-CREATE OR REPLACE FUNCTION tbl_repl._lock_sleep() RETURNS integer
-LANGUAGE sql IMMUTABLE PARALLEL SAFE RETURN 1952607284;
-COMMENT ON FUNCTION tbl_repl._lock_sleep() IS
-    'class of the advisory lock sleep: exclusive while the worker sleeps; who writes an async table tries to share it to his commit, and notifies if he cannot';
-
-CREATE OR REPLACE FUNCTION tbl_repl._lock_worker() RETURNS integer
-LANGUAGE sql IMMUTABLE PARALLEL SAFE RETURN 1952607285;
-COMMENT ON FUNCTION tbl_repl._lock_worker() IS
-    'class of the advisory lock worker: held by the worker that serves this database';
-
 -- _servers_to_replay(busy): every server that has targets, without those named in busy.  wait_seconds: how long
 -- until something can be shipped to it, 0: now; NULL: nothing is queued.  copies: targets that can be copied in the
 -- background now, referenced tables first.  SECURITY DEFINER: the worker's role may see status only.
