@@ -328,6 +328,36 @@ def test_a_receipt_stays_until_its_keys_are_safely_queued(pair: Pair) -> None:
     assert_settled(pair, target)
 
 
+def test_a_receipt_stays_whatever_other_connection_shows_it(pair: Pair) -> None:
+    target = replicate(pair, mode="sync")
+    pair.both("CREATE TABLE o (id integer PRIMARY KEY)")
+    other = pair.add_target("o", mode="sync", timeout="4 s")
+    fails_late(pair.source.connect(), WRITES["few rows"], "raise")
+    conn = pair.source.connect()
+    conn.execute("BEGIN")
+    assert conn.execute("SELECT tbl_repl.replay()").fetchone() == (5,)
+    conn.execute("ROLLBACK")
+    assert receipts(pair.target) == 1
+    pair.target.sql("UPDATE t SET v = 'new' WHERE id IN (1, 2, 3)")
+    pair.drain()
+    assert_settled(pair, target, other)
+
+
+def test_receipts_are_found_over_a_connection_that_has_died(pair: Pair) -> None:
+    target = replicate(pair, mode="sync")
+    drainer = pair.source.connect()
+    drainer.execute("CALL tbl_repl.drain()")
+    fails_late(pair.source.connect(), WRITES["few rows"], "raise")
+    ended = pair.target.admin(
+        "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE application_name LIKE 'tbl_repl %'"
+    )
+    assert (True,) in ended
+    drainer.execute("CALL tbl_repl.drain()")
+    assert not differ(pair)
+    pair.drain()
+    assert_settled(pair, target)
+
+
 def test_the_healer_is_killed_again_and_again(pair: Pair) -> None:
     """Wherever it is, the next one finds everything."""
     target = replicate(pair, mode="sync")

@@ -329,7 +329,7 @@ DECLARE
     item    record;
 BEGIN
     BEGIN
-        PERFORM tbl_repl._connect(target_id, conn, started + timeout);
+        PERFORM tbl_repl._connect_alive(target_id, conn, started + timeout);
         listing := tbl_repl._call(conn, format('SELECT coalesce(pg_catalog.json_agg(r), ''[]'') FROM tbl_repl._receipts(%L) AS r', node),
                                   clock_timestamp() + timeout);
     EXCEPTION WHEN query_canceled OR assert_failure OR OTHERS THEN
@@ -348,11 +348,13 @@ BEGIN
         RETURN true;  -- in a moment
     END IF;
 
-    -- Those in tbl_repl.doubt have been queued by an earlier call, which has committed.
+    -- Those in tbl_repl.doubt have been queued by an earlier call, which has committed; not those that this transaction has
+    -- found over another connection to the same database.
     SELECT json_agg(r) INTO settled
     FROM json_to_recordset(listing) AS r (target_id integer, boot uuid, xid xid8)
     WHERE NOT EXISTS (SELECT FROM tbl_repl.target AS t WHERE t.target_id = r.target_id)
-       OR EXISTS (SELECT FROM tbl_repl.doubt AS b WHERE b.target_id = r.target_id AND b.xid = r.xid AND b.boot IS NOT DISTINCT FROM r.boot)
+       OR EXISTS (SELECT FROM tbl_repl.doubt AS b WHERE b.target_id = r.target_id AND b.xid = r.xid AND b.boot IS NOT DISTINCT FROM r.boot
+                                                    AND b.queued_by <> pg_current_xact_id())
        OR (r.boot = current AND tbl_repl._fate(r.xid) = 'committed');
     BEGIN
         IF settled IS NOT NULL THEN
@@ -361,13 +363,14 @@ BEGIN
             FROM json_to_recordset(settled) AS r (target_id integer, boot uuid, xid xid8);
         END IF;
         DELETE FROM tbl_repl.doubt AS b
-        WHERE b.target_id IN (SELECT o.target_id FROM tbl_repl.target AS t JOIN tbl_repl.target AS o ON o.server = t.server
+        WHERE b.queued_by <> pg_current_xact_id() AND b.target_id IN (SELECT o.target_id FROM tbl_repl.target AS t JOIN tbl_repl.target AS o ON o.server = t.server
                               WHERE t.target_id = _resolve_lane.target_id);
         FOR item IN
             SELECT r.target_id, r.boot, r.xid, r.parts, r.whole, r.row_count
             FROM json_to_recordset(listing) AS r (target_id integer, boot uuid, xid xid8, parts integer[], whole boolean, row_count bigint)
             WHERE NOT EXISTS (SELECT FROM json_to_recordset(settled) AS x (target_id integer, boot uuid, xid xid8)
                               WHERE x.target_id = r.target_id AND x.xid = r.xid AND x.boot IS NOT DISTINCT FROM r.boot)
+              AND NOT EXISTS (SELECT FROM tbl_repl.doubt AS b WHERE b.target_id = r.target_id AND b.xid = r.xid AND b.boot IS NOT DISTINCT FROM r.boot)
               AND (r.boot IS DISTINCT FROM current OR tbl_repl._fate(r.xid) IS DISTINCT FROM 'in progress')
         LOOP
             CONTINUE WHEN item.boot = current AND tbl_repl._fate(item.xid) = 'committed';  -- just now

@@ -165,12 +165,13 @@ COMMENT ON TABLE tbl_repl.receipt IS 'transactions of other nodes that have comm
 SELECT pg_catalog.pg_extension_config_dump('tbl_repl.receipt', '');
 
 -- On the source: transactions whose receipts have been found although they did not commit here.  Their keys are
--- queued by the transaction that writes the row; so the receipt may go once the row is committed.
+-- queued by the transaction that writes the row (queued_by); so the receipt may go once that one has committed.
 CREATE TABLE tbl_repl.doubt (
     target_id integer NOT NULL REFERENCES tbl_repl.target ON DELETE CASCADE,
     boot      uuid,
     xid       xid8 NOT NULL,
     row_count bigint NOT NULL,
+    queued_by xid8 NOT NULL DEFAULT pg_current_xact_id(),
     found_at  timestamptz NOT NULL DEFAULT clock_timestamp()
 );
 CREATE INDEX doubt_target ON tbl_repl.doubt (target_id);
