@@ -115,16 +115,19 @@ LANGUAGE plpgsql STABLE
 SET search_path = pg_catalog, pg_temp
 AS $function$
 DECLARE
-    quick  integer := tbl_repl._quick_target(source_id);
-    direct boolean;
-    queued boolean;
-    store  text;
+    quick   integer := tbl_repl._quick_target(source_id);
+    direct  boolean;
+    queued  boolean;
+    defined text[];
+    store   text;
 BEGIN
-    SELECT bool_or(t.mode <> 'async'), bool_or(t.mode = 'async') INTO direct, queued
+    SELECT bool_or(t.mode <> 'async'), bool_or(t.mode = 'async'),
+           array_agg(format('%s:%s:%s', t.target_id, t.generation, t.mode) ORDER BY t.target_id) FILTER (WHERE t.mode <> 'async')
+    INTO direct, queued, defined
     FROM tbl_repl.target AS t WHERE t.source_id = _capture_store_sql.source_id;
     store := concat_ws(E'\n    ',
         CASE WHEN direct THEN format(
-            $piece$IF current_setting('transaction_isolation') <> 'serializable' OR tbl_repl._queue_serializable(%1$s, {op}, {keys}{v}) THEN
+            $piece$IF current_setting('transaction_isolation') = 'read committed' OR tbl_repl._capture_by_snapshot(%1$s, %4$L, {op}, {keys}{v}) THEN
         IF cardinality({keys}) = 1 AND %2$L THEN
             INSERT INTO tbl_repl.flush (target_id, op, key) VALUES (%3$L, {op}, {keys}[1]) ON CONFLICT DO NOTHING;
             stored := FOUND;
@@ -134,7 +137,7 @@ BEGIN
             INSERT INTO tbl_repl.flush DEFAULT VALUES ON CONFLICT DO NOTHING;
         END IF;
         stored := false;
-    END IF;$piece$, source_id, quick IS NOT NULL, quick) END,
+    END IF;$piece$, source_id, quick IS NOT NULL, quick, defined) END,
         CASE WHEN queued THEN format(
             $piece$INSERT INTO tbl_repl.change (segment, source_id, op, keys, row_count{c})
     VALUES ((SELECT h.segment FROM tbl_repl.queue_head AS h), %1$s, {op}, {keys}, coalesce(cardinality({keys}), 1){v});
@@ -376,13 +379,15 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._truncates_by_key(integer) IS
     'whether a TRUNCATE is shipped as deletion of the rows that were there';
 
--- Under SERIALIZABLE our own reads at commit may be taken for conflicts, and the transaction may still fail when the
--- target has committed: so tolerant targets queue, and sync ones are shipped to (returns true) only where a receipt
--- heals that.
--- No lock queue: status is not looked at again, and a drainer looks for pending rows also while it is ok.
+-- Above READ COMMITTED a transaction may see older definitions than those its triggers are made for: defined, the direct
+-- targets of the table, as target_id:generation:mode.  No definition changes any more once the table is written.  For what it does
+-- not see tolerant targets queue, and sync ones, which could not be shipped to, fail it; an older definition of a target that
+-- it does see is turned away by _may_ship, for alter_target writes its status anew.
+-- Returns whether anything is left to be done at commit.
 -- SECURITY DEFINER: called by the capture function on behalf of any writer.
-CREATE OR REPLACE FUNCTION tbl_repl._queue_serializable(
+CREATE OR REPLACE FUNCTION tbl_repl._capture_by_snapshot(
     source_id integer,
+    defined   text[],
     op        "char",
     keys      text[],
     olds      text[] DEFAULT NULL
@@ -390,6 +395,45 @@ CREATE OR REPLACE FUNCTION tbl_repl._queue_serializable(
 RETURNS boolean
 LANGUAGE plpgsql VOLATILE
 SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    item record;
+BEGIN
+    FOR item IN
+        SELECT d.parts[1]::integer AS target_id, d.parts[3] AS mode
+        FROM (SELECT string_to_array(u, ':') AS parts FROM unnest(defined) AS u) AS d
+        WHERE NOT EXISTS (SELECT FROM tbl_repl.target AS t WHERE t.target_id = d.parts[1]::integer AND t.generation = d.parts[2]::integer)
+    LOOP
+        IF item.mode = 'sync' THEN
+            RAISE EXCEPTION USING
+                ERRCODE = 'serialization_failure',
+                MESSAGE = format('could not serialize access due to a new definition of sync target %s', item.target_id),
+                DETAIL  = 'It was added or altered after the snapshot of this transaction was taken.',
+                HINT    = 'Try the transaction again.';
+        END IF;
+        INSERT INTO tbl_repl.change (segment, source_id, target_id, op, keys, row_count, olds)
+        SELECT h.segment, source_id, item.target_id, op, keys, coalesce(cardinality(keys), 1), olds
+        FROM tbl_repl.queue_head AS h;
+    END LOOP;
+    RETURN current_setting('transaction_isolation') <> 'serializable' OR tbl_repl._queue_serializable(source_id, op, keys, olds);
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._capture_by_snapshot(integer, text[], "char", text[], text[]) IS
+    'keeps what a transaction above READ COMMITTED changes for targets that it does not see';
+
+-- Under SERIALIZABLE our own reads at commit may be taken for conflicts, and the transaction may still fail when the
+-- target has committed: so tolerant targets queue, and sync ones are shipped to (returns true) only where a receipt
+-- heals that.
+-- No lock queue: status is not looked at again, and a drainer looks for pending rows also while it is ok.
+CREATE OR REPLACE FUNCTION tbl_repl._queue_serializable(
+    source_id integer,
+    op        "char",
+    keys      text[],
+    olds      text[]
+)
+RETURNS boolean
+LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp
 AS $function$
 DECLARE

@@ -951,6 +951,8 @@ BEGIN
         filter_expr = target.filter_expr, map_path = target.map_path, filter_path = target.filter_path, dst_keys = target.dst_keys, remote = target.remote, generation = target.generation,
         receipts = target.receipts
     WHERE t.target_id = _alter_target.target_id;
+    -- who still sees the old definition finds out by this (see _may_ship)
+    UPDATE tbl_repl.target_state AS st SET status = st.status WHERE st.target_id = _alter_target.target_id;
     IF target.on_conflict <> 'overwrite' AND tbl_repl._old_value_sql(old) IS DISTINCT FROM tbl_repl._old_value_sql(target) THEN
         PERFORM tbl_repl._forget_olds(target);
     END IF;
