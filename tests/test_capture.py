@@ -498,6 +498,37 @@ def test_two_sources_of_one_table_do_not_empty_each_other(pair: Pair) -> None:
     assert pair.target.sql("SELECT id, v FROM t ORDER BY id") == []
 
 
+@pytest.mark.parametrize("isolation", ["REPEATABLE READ", "SERIALIZABLE"])
+@pytest.mark.parametrize("mode", ["tolerant", "async"])
+@pytest.mark.parametrize(
+    "partitioned, truncated, row_filter",
+    [(False, "t", None), (True, "t", None), (False, "t", "id > 0"), (True, "t", "id > 0"), (True, "t_low", None)],
+)
+def test_truncate_of_rows_that_the_snapshot_does_not_show(
+    pair: Pair, isolation: str, mode: str, partitioned: bool, truncated: str, row_filter: str | None
+) -> None:
+    """They are removed all the same: where keys have to be kept it is refused."""
+    pair.source.sql(PARTITIONED if partitioned else PLAIN.format("t"))
+    pair.target.sql(PLAIN.format("t"))
+    pair.add_target("t", mode=mode, row_filter=row_filter)
+    pair.source.sql("INSERT INTO t VALUES (1, 'x')")
+    conn = pair.source.connect()
+    conn.execute(f"BEGIN ISOLATION LEVEL {isolation}; SELECT FROM t")
+    pair.source.sql("INSERT INTO t VALUES (2, 'later')")
+    pair.drain()
+    if row_filter or truncated != "t":
+        with pytest.raises(psycopg.errors.FeatureNotSupported) as caught:
+            conn.execute(f"TRUNCATE {truncated}")
+        assert caught.value.diag.message_hint
+        conn.execute("ROLLBACK")
+    else:
+        conn.execute(f"TRUNCATE {truncated}")
+        conn.execute("COMMIT")
+        assert pair.source.rows("t") == []
+    pair.drain()
+    pair.assert_same("t")
+
+
 @pytest.mark.parametrize("partitioned", [False, True])
 @pytest.mark.parametrize("kind", ["STORED", "VIRTUAL"])
 def test_generated_columns_in_a_filter(pair: Pair, kind: str, partitioned: bool) -> None:

@@ -273,6 +273,8 @@ BEGIN
         format(E'            IF NOT EXISTS (SELECT FROM tbl_repl.source AS s WHERE s.source_id = %s AND (s.source_table = TG_RELID\n'
                '                           OR s.source_table IN (SELECT a.relid FROM pg_partition_ancestors(TG_RELID) AS a))) THEN\n'
                '                RETURN NULL;\n            END IF;\n', source.source_id),
+        format(E'            IF current_setting(''transaction_isolation'') <> ''read committed'' THEN\n'
+               '                PERFORM tbl_repl._check_truncate(%s, TG_RELID);\n            END IF;\n', source.source_id),
         E'            ', looks[1],
         E'            IF changed IS NULL THEN RETURN NULL; END IF;\n',
         E'        END IF;\n        ',
@@ -378,6 +380,31 @@ AS $function$
 $function$;
 COMMENT ON FUNCTION tbl_repl._truncates_by_key(integer) IS
     'whether a TRUNCATE is shipped as deletion of the rows that were there';
+
+-- A TRUNCATE also removes rows that the snapshot does not show, and the keys of those would be missing.  Not where the whole
+-- table goes with its partitions, and no key is needed: then it is locked by us.
+CREATE OR REPLACE FUNCTION tbl_repl._check_truncate(source_id integer, relation oid)
+RETURNS void
+LANGUAGE plpgsql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+BEGIN
+    IF EXISTS (SELECT FROM tbl_repl.target AS t WHERE t.source_id = _check_truncate.source_id AND 'truncate' = ANY (t.operations))
+       AND NOT EXISTS (SELECT FROM tbl_repl.source AS s
+                       JOIN pg_locks AS l ON l.locktype = 'relation' AND l.relation = s.source_table AND l.mode = 'AccessExclusiveLock' AND l.granted
+                       JOIN pg_database AS d ON d.oid = l.database AND d.datname = current_database()
+                       WHERE s.source_id = _check_truncate.source_id AND s.source_table <> _check_truncate.relation AND l.pid = pg_backend_pid())
+    THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'feature_not_supported',
+            MESSAGE = format('cannot TRUNCATE table %s in a transaction above READ COMMITTED', relation::regclass),
+            DETAIL  = 'A target loses the rows of this table one by one, and the snapshot of this transaction may not show them all.',
+            HINT    = 'TRUNCATE it in a READ COMMITTED transaction, or DELETE its rows.';
+    END IF;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._check_truncate(integer, oid) IS
+    'refuses a TRUNCATE whose keys the snapshot of the transaction may not show';
 
 -- Above READ COMMITTED a transaction may see older definitions than those its triggers are made for: defined, the direct
 -- targets of the table, as target_id:generation:mode.  No definition changes any more once the table is written.  For what it does
