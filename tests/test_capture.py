@@ -502,7 +502,13 @@ def test_two_sources_of_one_table_do_not_empty_each_other(pair: Pair) -> None:
 @pytest.mark.parametrize("mode", ["tolerant", "async"])
 @pytest.mark.parametrize(
     "partitioned, truncated, row_filter",
-    [(False, "t", None), (True, "t", None), (False, "t", "id > 0"), (True, "t", "id > 0"), (True, "t_low", None)],
+    [
+        (False, "t", None),
+        (True, "t", None),
+        (False, "t", "id > 0"),
+        (True, "t", "id > 0"),
+        (True, "t_low", None),
+    ],
 )
 def test_truncate_of_rows_that_the_snapshot_does_not_show(
     pair: Pair, isolation: str, mode: str, partitioned: bool, truncated: str, row_filter: str | None

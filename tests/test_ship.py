@@ -687,9 +687,13 @@ def test_a_target_that_is_newer_than_the_snapshot_misses_nothing(
     pair: Pair, isolation: str, mode: str, how: str, write: str
 ) -> None:
     """Triggers are those of now, what the transaction sees of the catalog is not: it fails, or queues."""
-    pair.both("CREATE TABLE t (id integer PRIMARY KEY, v text); CREATE TABLE o (id integer PRIMARY KEY, v text)")
+    pair.both(
+        "CREATE TABLE t (id integer PRIMARY KEY, v text); CREATE TABLE o (id integer PRIMARY KEY, v text)"
+    )
     pair.source.sql("INSERT INTO t VALUES (1, 'x'), (2, 'x')")
-    target = 0 if how == "add_target" else pair.add_target("t", mode="async" if how == "alter_target" else mode)
+    target = (
+        0 if how == "add_target" else pair.add_target("t", mode="async" if how == "alter_target" else mode)
+    )
     conn = pair.source.connect()
     conn.execute(f"BEGIN ISOLATION LEVEL {isolation}; SELECT FROM o")
     pair.source.sql(DEFINES[how].format(mode=mode, target=target, server=pair.server))

@@ -6,7 +6,8 @@ import psycopg
 import pytest
 from psycopg import errors
 
-from support import Pair
+from support import Pair, wait_until
+from support.background import start
 
 SOURCE = "CREATE TABLE t (id integer PRIMARY KEY, email text, n integer, secret text)"
 
@@ -318,6 +319,45 @@ def test_drop_target_and_define_it_again_in_one_transaction(source: Pair) -> Non
     source.assert_same("t")
     source.source.sql("DELETE FROM t")
     source.assert_same("t")
+
+
+@pytest.mark.parametrize("partitioned", [False, True])
+@pytest.mark.parametrize(
+    "options, change",
+    [
+        ({}, "SELECT tbl_repl.drop_target({0})"),
+        ({"row_filter": "n > 0"}, "SELECT tbl_repl.drop_target({0}), tbl_repl.drop_target({1})"),
+        ({"row_filter": "n > 0"}, "SELECT tbl_repl.drop_target({0})"),
+        ({"row_filter": "n > 0"}, "SELECT tbl_repl.alter_target({0}, row_filter => '')"),
+        ({}, "SELECT tbl_repl.alter_target({0}, row_filter => 'n > 0')"),
+        ({}, "SELECT tbl_repl.alter_target({0}, forward => 'any')"),
+    ],
+)
+def test_who_has_read_the_table_may_still_write_it(
+    pair: Pair, options: dict[str, str], change: str, partitioned: bool
+) -> None:
+    """Both would wait for each other, if the lock that is needed for a trigger to go were not taken at once."""
+    pair.source.sql(
+        f"CREATE TABLE t (id integer PRIMARY KEY, n integer){' PARTITION BY HASH (id)' if partitioned else ''}"
+    )
+    if partitioned:
+        pair.source.sql("CREATE TABLE t_all PARTITION OF t FOR VALUES WITH (MODULUS 1, REMAINDER 0)")
+    pair.target.sql(
+        "CREATE TABLE t (id integer PRIMARY KEY, n integer); CREATE TABLE u (LIKE t INCLUDING ALL)"
+    )
+    first = pair.add_target("t", mode="async", **options)
+    second = pair.add_target("t", mode="async", dst_table="u") if "{1}" in change or partitioned else 0
+    writer = pair.source.connect()
+    writer.execute("BEGIN; SELECT FROM t")
+    changing = start(pair.source.connect(), change.format(first, second))
+    wait_until(lambda: pair.source.one("SELECT count(*) FROM pg_locks WHERE NOT granted") or changing.done())
+    writer.execute("INSERT INTO t VALUES (1, 1)")
+    writer.execute("COMMIT")
+    changing.result(10)
+    pair.source.sql("INSERT INTO t VALUES (2, 1)")
+    pair.drain()
+    if "drop_target" not in change:
+        pair.assert_same("t")
 
 
 @pytest.mark.once

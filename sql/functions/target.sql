@@ -857,7 +857,8 @@ COMMENT ON FUNCTION tbl_repl._own_target(integer, boolean) IS 'a target that the
 
 -- alter_target: changes what is given, NULL leaves as it is; row_filter => '' and column_map => '{}' take
 -- filter and map away.  Without anything to change it looks at both sides anew and rebuilds what is generated:
--- for columns that were added or altered.  Does not copy: see resync_target.  Locks the source SHARE ROW EXCLUSIVE.
+-- for columns that were added or altered.  Does not copy: see resync_target.  Locks the source SHARE ROW EXCLUSIVE; ACCESS
+-- EXCLUSIVE where a trigger may go.
 -- Not pinned, as add_target.
 CREATE OR REPLACE FUNCTION tbl_repl.alter_target(
     target_id      integer,
@@ -934,7 +935,8 @@ BEGIN
         END IF;
         target.dst_name := parts[cardinality(parts)];
     END IF;
-    EXECUTE format('LOCK TABLE %s IN SHARE ROW EXCLUSIVE MODE', source.source_table);
+    PERFORM tbl_repl._lock_source(source.source_table,
+        coalesce(row_filter, on_conflict, forward, dst_table) IS NOT NULL AND tbl_repl._has_optional_triggers(source.source_id, source.source_table));
     source := tbl_repl._follow_keys(source);
     PERFORM tbl_repl._check_only_once(target, source.source_table);
     -- names in an expression that was given before mean what they meant then
@@ -971,6 +973,29 @@ END
 $function$;
 COMMENT ON FUNCTION tbl_repl._alter_target(integer, text, text, name[], jsonb, text, text[], text, name, text, interval, text) IS
     'alter_target with the caller''s search_path';
+
+-- The locks of DDL on a replicated table, to the end of the transaction.  What drops triggers takes at once what it needs for
+-- that: who has read the table and then writes it would wait for us, and we for him.
+CREATE OR REPLACE FUNCTION tbl_repl._lock_source(source_table regclass, dropping boolean)
+RETURNS void
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+BEGIN
+    EXECUTE format('LOCK TABLE %s IN %s MODE', source_table, CASE WHEN dropping THEN 'ACCESS EXCLUSIVE' ELSE 'SHARE ROW EXCLUSIVE' END);
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._lock_source(regclass, boolean) IS 'locks a replicated table for a change of its targets';
+
+CREATE OR REPLACE FUNCTION tbl_repl._has_optional_triggers(source_id integer, source_table regclass)
+RETURNS boolean
+LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT EXISTS (SELECT FROM tbl_repl._capture_triggers(source_id) AS h WHERE h.rel = source_table AND h.tgname ~ '_(truncate_keys|any|row)$')
+$function$;
+COMMENT ON FUNCTION tbl_repl._has_optional_triggers(integer, regclass) IS
+    'whether a table has triggers that only some definitions of targets need';
 
 -- Functions of a target that the caller cannot replace: those that a restore without owners has left go, others are told of.
 CREATE OR REPLACE FUNCTION tbl_repl._take_over(target tbl_repl.target)
@@ -1076,7 +1101,8 @@ COMMENT ON FUNCTION tbl_repl._leave_async(tbl_repl.target) IS
 
 -- drop_target: ends the replication; rows on the target stay.  With the last target of a table its
 -- triggers go, and the table is as it was.  Who has defined a target needs no right on the table to drop it.
--- Errors: 42704 unknown, 42501.  Locks the source SHARE ROW EXCLUSIVE; with its last target, ACCESS EXCLUSIVE.
+-- Errors: 42704 unknown, 42501.  Locks the source SHARE ROW EXCLUSIVE; ACCESS EXCLUSIVE where a trigger may go, as with the last
+-- target.
 CREATE OR REPLACE FUNCTION tbl_repl.drop_target(target_id integer)
 RETURNS void
 LANGUAGE plpgsql VOLATILE
@@ -1096,7 +1122,7 @@ BEGIN
     PERFORM pg_advisory_lock(tbl_repl._lock_ship(), target_id), pg_advisory_unlock(tbl_repl._lock_ship(), target_id);
     -- Writers in flight first: they may still refer to the target.
     IF rel.owned THEN
-        EXECUTE format('LOCK TABLE %s IN SHARE ROW EXCLUSIVE MODE', rel.id);
+        PERFORM tbl_repl._lock_source(rel.id, last OR NOT rel.captured OR tbl_repl._has_optional_triggers(target.source_id, rel.id));
     ELSIF last AND NOT rel.captured AND NOT pg_has_role(current_user, tbl_repl._owner(), 'USAGE') THEN
         -- its owner has dropped another target, and the trigger function is his since then
         RAISE EXCEPTION USING
