@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import psycopg
@@ -12,7 +12,7 @@ import pytest
 from support import Pair, wait_until
 from support.background import in_background
 from support.programs import dsn_of
-from tbl_repl import bulk, database
+from tbl_repl import bulk, copy, database
 
 # beside a row that fills a buffer
 SLOW_FILTER = """
@@ -183,9 +183,53 @@ def test_a_target_that_falls_silent_after_the_login_is_given_up(
     monkeypatch.setattr(bulk, "SILENCE_SECONDS", 0.2)
     with (
         pytest.raises(psycopg.OperationalError),
-        bulk.open_target(dsn_of(pair.target), "SELECT pg_sleep(20)"),
+        bulk.open_target(
+            bulk.Way(pair.server, dsn_of(pair.target), "SELECT pg_sleep(20)", "SELECT 'there'", "there")
+        ),
     ):
         pass
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("how", ["worker", "copy"])
+def test_a_server_that_is_another_one_for_the_worker_gets_nothing(
+    trio: Pair, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """Host and port lead the worker to the third node, as localhost does in a container."""
+    trio.both("CREATE TABLE t (id integer PRIMARY KEY, v text)")
+    trio.source.sql("INSERT INTO t SELECT g, 'x' FROM generate_series(1, 100) AS g")
+    third, proxy = trio.third, trio.proxy()
+    assert third is not None
+    name = trio.target.dbname
+    with third.cluster.connect() as there:
+        there.execute(f"CREATE DATABASE {name} OWNER owner")
+    with third.cluster.connect(name, "owner") as there:
+        there.execute("CREATE TABLE t (id integer PRIMARY KEY, v text)")
+    target = trio.add_target("t", mode="async", initial_copy="none")
+    trio.source.sql("UPDATE t SET v = 'y'")
+    open_target = bulk.open_target
+
+    @contextlib.contextmanager
+    def led_astray(way: bulk.Way) -> Iterator[bulk.Target]:
+        proxy.upstream = third.cluster.port
+        with open_target(way) as there:
+            yield there
+
+    monkeypatch.setattr(bulk, "open_target", led_astray)
+    if how == "worker":
+        assert ship(trio) is None
+    else:
+        with pytest.raises(bulk.ElsewhereError):
+            copy.copy(dsn_of(trio.source), target, 1)
+    assert trio.status(target) == "ok"
+    proxy.upstream = trio.target.cluster.port
+    with third.cluster.connect(name) as there:
+        assert there.execute("TABLE t").fetchall() == []
+    with third.cluster.connect() as there:
+        there.execute(f"DROP DATABASE {name} WITH (FORCE)")
+    assert trio.target.rows("t") == []
+    trio.drain()
+    trio.assert_same("t")
 
 
 @pytest.mark.once

@@ -205,7 +205,7 @@ COMMENT ON FUNCTION tbl_repl._bulk_done(pg_snapshot, jsonb) IS
 -- _bulk_session(timeout): application_name and settings of the worker's own connection to the
 -- target.  Named like a dblink connection of the backend that holds the locks, so that whoever comes after
 -- its death ends it first.
-CREATE OR REPLACE FUNCTION tbl_repl._bulk_session(timeout interval, OUT application_name text, OUT settings text)
+CREATE OR REPLACE FUNCTION tbl_repl._bulk_session(timeout interval, OUT application_name text, OUT settings text, OUT place_query text)
 LANGUAGE sql STABLE
 SET search_path = pg_catalog, pg_temp
 AS $function$
@@ -213,21 +213,37 @@ AS $function$
                   to_hex(extract(epoch FROM pg_postmaster_start_time())::bigint), 'b01d'),
            format('SET statement_timeout = 0; SET lock_timeout = %s; %s; '
                   'SET default_transaction_isolation = ''read committed''; SET tbl_repl.origin = %L',
-                  ceil(extract(epoch FROM timeout) * 800), tbl_repl._text_session(), tbl_repl.node_name())
+                  ceil(extract(epoch FROM timeout) * 800), tbl_repl._text_session(), tbl_repl.node_name()),
+           tbl_repl._place_query()
 $function$;
 COMMENT ON FUNCTION tbl_repl._bulk_session(interval) IS
-    'application_name and settings of the worker''s connection to a target';
+    'application_name and settings of the worker''s connection to a target, and what tells where it leads';
 
--- Opens the source's own connection to the target, which ends what a drainer that has died has left there.
+-- One running server and database; a copy of it has been started at another moment.
+CREATE OR REPLACE FUNCTION tbl_repl._place_query() RETURNS text
+LANGUAGE sql IMMUTABLE PARALLEL SAFE
+RETURN 'SELECT pg_catalog.format(''%s %s'', extract(epoch FROM pg_catalog.pg_postmaster_start_time()), d.oid) '
+       'FROM pg_catalog.pg_database AS d WHERE d.datname = pg_catalog.current_database()';
+COMMENT ON FUNCTION tbl_repl._place_query() IS 'query that tells on a target which server and database it is';
+
+-- Opens the source's own connection to the target, which ends what a drainer that has died has left there.  Returns where it
+-- leads: for the worker the same host and port may be another server.
 -- SECURITY DEFINER: connects as the target's owner.
 CREATE OR REPLACE FUNCTION tbl_repl._bulk_connect(target_id integer)
-RETURNS void
-LANGUAGE sql VOLATILE
+RETURNS text
+LANGUAGE plpgsql VOLATILE
 SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 AS $function$
-    SELECT tbl_repl._connect(t.target_id, tbl_repl._connection_name(t.server, t.owner, t.timeout), clock_timestamp() + t.timeout * 2)
-    FROM tbl_repl.target AS t WHERE t.target_id = _bulk_connect.target_id
+DECLARE
+    conn     text;
+    deadline timestamptz;
+BEGIN
+    SELECT tbl_repl._connection_name(t.server, t.owner, t.timeout), clock_timestamp() + t.timeout * 2 INTO conn, deadline
+    FROM tbl_repl.target AS t WHERE t.target_id = _bulk_connect.target_id;
+    PERFORM tbl_repl._connect_alive(target_id, conn, deadline);
+    RETURN tbl_repl._call(conn, tbl_repl._place_query(), deadline);
+END
 $function$;
 COMMENT ON FUNCTION tbl_repl._bulk_connect(integer) IS
     'connects to a target before the worker does, so that older sessions are gone';

@@ -22,10 +22,12 @@ from typing import Any
 import psycopg
 from psycopg import sql
 from psycopg.abc import Buffer
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.rows import tuple_row
 
 from tbl_repl import failpoint
 from tbl_repl.database import ENCODING, Connection, Row
+from tbl_repl.errors import TblReplError
 
 log = logging.getLogger("tbl_repl.bulk")
 
@@ -85,6 +87,28 @@ class Watchdog:
                 return
 
 
+class ElsewhereError(TblReplError):
+    """Host and port of a foreign server mean another server here than they do on the source."""
+
+    def __init__(self, server: str) -> None:
+        super().__init__(
+            f"server {server} leads to another server from here than from the source",
+            "Give it a host that means the same on both machines, or leave the rows to replay: "
+            "SELECT tbl_repl.resync_target(N); CALL tbl_repl.drain();",
+        )
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a target is reached from here; place: what place_query says over the source's own connection."""
+
+    server: str
+    conninfo: str
+    settings: str
+    place_query: str
+    place: str
+
+
 @dataclass(frozen=True)
 class Target:
     """A connection to a target; offset: of its clock, in seconds."""
@@ -114,8 +138,10 @@ def ship(source: Connection, server: str, min_rows: int = MIN_ROWS) -> int | Non
                 raise
             log.info("left to replay server=%s sqlstate=%s", server, error.sqlstate)
             return total or None
+        except ElsewhereError:
+            log.info("left to replay server=%s reason=leads elsewhere from here", server)
+            rows = None
         if rows is None:
-            log.info("left to replay server=%s reason=mapping of role %s", server, lane["owner"])
             left = True
         else:
             total += rows
@@ -125,10 +151,11 @@ def ship(source: Connection, server: str, min_rows: int = MIN_ROWS) -> int | Non
 def _ship_lane(source: Connection, server: str, lane: Row) -> int | None:
     """None where this role may not use the owner's mapping."""
     targets: list[int] = lane["targets"]
-    conninfo, settings = way_to(source, server, lane)
-    if conninfo is None:
+    way = way_to(source, server, lane)
+    if way is None:
+        log.info("left to replay server=%s reason=mapping of role %s", server, lane["owner"])
         return None
-    with _locked(source, targets, lane), open_target(conninfo, settings) as target:
+    with _locked(source, targets, lane), open_target(way) as target:
         failpoint.reached("copy locked")
         snapshot, counts = _move(source, target, lane)
         failpoint.reached("copy moved")
@@ -141,17 +168,25 @@ def _ship_lane(source: Connection, server: str, lane: Row) -> int | None:
 
 
 @contextmanager
-def open_target(conninfo: str, settings: str) -> Iterator[Target]:
+def open_target(way: Way) -> Iterator[Target]:
     """A connection to a target; whatever is not committed at the end is rolled back by its closing.
 
     The offset of its clock is rounded down: a lease may end early, never late.
+    Raises ElsewhereError if it leads to another server than the source's own connection.
     """
-    connection = psycopg.connect(conninfo, autocommit=True, row_factory=tuple_row, client_encoding=ENCODING)
+    options = conninfo_to_dict(way.conninfo)
+    options.setdefault("options", "")  # PGOPTIONS is meant for the source
+    connection = psycopg.connect(
+        make_conninfo("", **options), autocommit=True, row_factory=tuple_row, client_encoding=ENCODING
+    )
     with closing(connection):
         watchdog = Watchdog(connection)
         try:
             with watchdog.waiting():
-                connection.execute(settings.encode())
+                place = connection.execute(way.place_query.encode()).fetchone()
+                if place != (way.place,):
+                    raise ElsewhereError(way.server)
+                connection.execute(way.settings.encode())
                 now = connection.execute("SELECT extract(epoch FROM clock_timestamp())::float8").fetchone()
             yield Target(connection, watchdog, float(str(now[0])) - time.time() if now else 0.0)
         finally:
@@ -172,14 +207,15 @@ def commit(target: Target, timeout: float) -> None:
         raise
 
 
-def way_to(source: Connection, server: str, lane: Row) -> tuple[str | None, str]:
-    """Connection string and settings; None where this role may not use the owner's mapping.
+def way_to(source: Connection, server: str, lane: Row) -> Way | None:
+    """None where this role may not use the owner's mapping.
 
     Opening the source's own connection first ends what a worker that has died has left there.
     """
     row = source.execute("SELECT * FROM tbl_repl._bulk_session(%s)", (lane["timeout"],)).fetchone()
     assert row is not None
-    source.execute("SELECT tbl_repl._bulk_connect(%s)", (lane["targets"][0],))
+    place = source.execute("SELECT tbl_repl._bulk_connect(%s) AS place", (lane["targets"][0],)).fetchone()
+    assert place is not None
     try:
         with source.transaction():
             source.execute(sql.SQL("SET LOCAL ROLE {}").format(sql.Identifier(lane["owner"])))
@@ -188,8 +224,10 @@ def way_to(source: Connection, server: str, lane: Row) -> tuple[str | None, str]
                 (server, lane["timeout"], row["application_name"]),
             ).fetchone()
     except psycopg.errors.InsufficientPrivilege:
-        return None, ""
-    return (info["conninfo"] if info else None), str(row["settings"])
+        return None
+    if info is None or info["conninfo"] is None:
+        return None
+    return Way(server, info["conninfo"], row["settings"], row["place_query"], place["place"])
 
 
 @contextmanager

@@ -121,13 +121,13 @@ def _take_lock(source: Connection, target_id: int, milliseconds: int) -> None:
 
 @contextmanager
 def _target_of(source: Connection, lane: Row) -> Iterator[bulk.Target]:
-    conninfo, settings = bulk.way_to(source, str(lane["server"]), lane)
-    if conninfo is None:
+    way = bulk.way_to(source, str(lane["server"]), lane)
+    if way is None:
         raise TblReplError(
             f"the user mapping of role {lane['owner']} cannot be read",
             f"Connect as {lane['owner']}, or as a member of that role.",
         )
-    with bulk.open_target(conninfo, settings) as target:
+    with bulk.open_target(way) as target:
         yield target
 
 
