@@ -1050,35 +1050,83 @@ def test_a_target_that_refuses_every_row_keeps_its_queue_and_hurts_no_other(pair
     pair.assert_same("t")
 
 
+NO_TRUNCATE = """
+CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'not this one'; END $$;
+CREATE TRIGGER refuse BEFORE TRUNCATE ON t FOR EACH STATEMENT EXECUTE FUNCTION refuse()
+"""
+
+
 @pytest.mark.parametrize("mode", ["tolerant", "async"])
 def test_a_truncate_that_the_target_refuses_fails_that_target_only(pair: Pair, mode: str) -> None:
     pair.both("CREATE TABLE t (id integer PRIMARY KEY); CREATE TABLE u (id integer PRIMARY KEY)")
-    refusing, _ = pair.add_target("t", mode=mode), pair.add_target("u", mode="async")
-    pair.source.sql("INSERT INTO t VALUES (1), (2)")
+    refusing, other = pair.add_target("t", mode=mode), pair.add_target("u", mode="async")
+    pair.source.sql("INSERT INTO t VALUES (1), (2); INSERT INTO u VALUES (1)")
     pair.drain()
-    pair.target.sql("CREATE TABLE ref (id integer REFERENCES t); INSERT INTO ref VALUES (2)")
-    pair.source.sql("TRUNCATE t; INSERT INTO t VALUES (3); INSERT INTO u VALUES (1)")
+    pair.target.sql(NO_TRUNCATE)
+    pair.source.sql("TRUNCATE t, u; INSERT INTO t VALUES (3); INSERT INTO u VALUES (2)")
     pair.drain()
-    assert pair.target.rows("u") == ["(1)"]
-    assert pair.status(refusing) == "failed"
+    pair.assert_same("u")
+    assert (pair.status(refusing), pair.status(other)) == ("failed", "ok")
     last = pair.source.one("SELECT last_error FROM tbl_repl.target_status WHERE target_id = %s", [refusing])
-    assert last.startswith("23503: TRUNCATE: ")
-    pair.target.sql("DROP TABLE ref")
+    assert last == "P0001: TRUNCATE: not this one"
+    pair.target.sql("DROP TRIGGER refuse ON t")
     pair.drain()
     pair.assert_same("t")
     assert pair.status(refusing) == "ok"
 
 
-def test_a_refused_truncate_does_not_keep_that_of_another_table(pair: Pair) -> None:
+@pytest.mark.parametrize("mode", ["tolerant", "async"])
+def test_after_a_truncate_rows_that_others_refer_to_stay_and_are_told_of(pair: Pair, mode: str) -> None:
     pair.both("CREATE TABLE t (id integer PRIMARY KEY); CREATE TABLE u (id integer PRIMARY KEY)")
-    refusing, other = pair.add_target("t", mode="async"), pair.add_target("u", mode="async")
-    pair.source.sql("INSERT INTO t VALUES (1); INSERT INTO u VALUES (1)")
+    target, _ = pair.add_target("t", mode=mode), pair.add_target("u", mode="async")
+    pair.source.sql("INSERT INTO t SELECT generate_series(1, 2500)")
     pair.drain()
-    pair.target.sql("CREATE TABLE ref (id integer REFERENCES t); INSERT INTO ref VALUES (1)")
-    pair.source.sql("TRUNCATE t, u; INSERT INTO u VALUES (2)")
+    pair.target.sql("CREATE TABLE ref (id integer REFERENCES t); INSERT INTO ref VALUES (2), (2400)")
+    pair.source.sql("TRUNCATE t; INSERT INTO t VALUES (3), (2501); INSERT INTO u VALUES (1)")
     pair.drain()
     pair.assert_same("u")
-    assert (pair.status(refusing), pair.status(other)) == ("failed", "ok")
+    assert pair.target.rows("t") == ["(2)", "(2400)", "(2501)", "(3)"]
+    assert pair.source.sql("SELECT key, sqlstate FROM tbl_repl.quarantine ORDER BY key") == [
+        ({"id": 2}, "23503"),
+        ({"id": 2400}, "23503"),
+    ]
+    assert (pair.status(target), pair.pending(target)) == ("ok", 0)
+    pair.target.sql("DROP TABLE ref")
+    pair.drain()
+    pair.assert_same("t")
+    assert quarantined(pair) == []
+
+
+@pytest.mark.parametrize(
+    "parent, child", [("tolerant", "tolerant"), ("tolerant", "async"), ("async", "tolerant")]
+)
+@pytest.mark.parametrize("key", ["integer", "numeric"])
+def test_a_truncate_of_parents_whose_children_are_ahead(
+    pair: Pair, parent: str, child: str, key: str
+) -> None:
+    """Rows that belong there refer to rows that belong there: neither go for the TRUNCATE that is still queued."""
+    pair.source.sql(
+        "CREATE TABLE p (id integer PRIMARY KEY, v text); CREATE TABLE c (id integer PRIMARY KEY, p integer REFERENCES p)"
+    )
+    pair.target.sql(
+        f"CREATE TABLE p (id {key} PRIMARY KEY, v text CHECK (v <> 'bad')); CREATE TABLE c (id integer PRIMARY KEY, p {key} REFERENCES p);"
+        # what the target's own triggers look up by their search_path
+        "CREATE TABLE seen (id integer); CREATE FUNCTION see() RETURNS trigger LANGUAGE plpgsql AS $$"
+        " BEGIN INSERT INTO seen VALUES (1); RETURN NULL; END $$;"
+        " CREATE TRIGGER see AFTER INSERT OR UPDATE OR DELETE ON p FOR EACH ROW EXECUTE FUNCTION see()"
+    )
+    targets = [pair.add_target("p", mode=parent), pair.add_target("c", mode=child)]
+    pair.source.sql("INSERT INTO p VALUES (1, 'a'), (2, 'b')")
+    pair.drain()
+    pair.source.sql("INSERT INTO p VALUES (3, 'bad')")
+    pair.source.sql("TRUNCATE p CASCADE")
+    pair.source.sql("INSERT INTO p VALUES (1, 'new')")
+    pair.source.sql("INSERT INTO c VALUES (10, 1)")
+    pair.drain()
+    pair.assert_same("p")
+    pair.assert_same("c")
+    assert [pair.status(target) for target in targets] == ["ok", "ok"]
+    assert quarantined(pair) == []
 
 
 def test_an_expression_may_read_a_table_with_policies(pair: Pair) -> None:

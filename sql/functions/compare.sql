@@ -661,19 +661,19 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._unknown_to_all(tbl_repl.target, text, jsonb, jsonb) IS
     'which keys of the target no target of this node accounts for';
 
--- _unknown(target, names, conn, shape, keys): keys (of the columns names) that this target does not account for.
+-- _keys_from_there(target, names, conn, shape, keys): keys that the target has (of the columns names), as those of the source, in
+-- their order; NULL for one that none of the source becomes.
 -- A key there becomes a key here by the reverse of what assigning does: through numeric between number types,
 -- else by its text.  Where types differ it has to lead back to where it came from, or it is another key:
 -- the text '007' is not what the number 7 becomes.
--- Where this cannot be found out (other key columns, another owner, a table that was dropped) the target accounts for all of them.
-CREATE OR REPLACE FUNCTION tbl_repl._unknown(
+CREATE OR REPLACE FUNCTION tbl_repl._keys_from_there(
     target tbl_repl.target,
     names  name[],
     conn   text,
     shape  jsonb,
     keys   jsonb
 )
-RETURNS jsonb
+RETURNS text[]
 LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp
 SET datestyle = 'ISO, MDY' SET intervalstyle = 'postgres' SET timezone = 'UTC'
@@ -688,17 +688,9 @@ DECLARE
     forms     text[];
     form      text;
     returned  jsonb;
-    gone      text[];
     item      record;
 BEGIN
-    IF keys = '[]' OR NOT (target.dst_keys @> names AND target.dst_keys <@ names)
-       OR has_function_privilege(to_regprocedure((tbl_repl._target_functions(target.target_id))[1]), 'EXECUTE') IS NOT TRUE THEN
-        RETURN '[]';
-    END IF;
     SELECT * INTO STRICT source FROM tbl_repl.source AS s WHERE s.source_id = target.source_id;
-    IF NOT EXISTS (SELECT FROM pg_class AS c WHERE c.oid = source.source_table) THEN
-        RETURN '[]';
-    END IF;
     SELECT array_agg(array_position(names, k.name) - 1 ORDER BY k.n) INTO positions
     FROM unnest(target.dst_keys) WITH ORDINALITY AS k (name, n);
     SELECT string_agg(format(CASE WHEN h.type <> t.type AND y.typcategory = 'N' AND c ->> 'category' = 'N'
@@ -737,6 +729,72 @@ BEGIN
                      (SELECT jsonb_agg(keys -> (u.n - 1)::integer -> p ORDER BY o) FROM unnest(positions) WITH ORDINALITY AS q (p, o)) AS k
               FROM unnest(forms) WITH ORDINALITY AS u (form, n)) AS f;
     END IF;
+    RETURN forms;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._keys_from_there(tbl_repl.target, name[], text, jsonb, jsonb) IS
+    'keys of the target as keys of the source';
+
+-- _remote_keys(target_id, conn, timeout, after): the next keys that the table on the target has, in the order of its own index, as
+-- those of the source; last: where to go on, NULL at the end.
+CREATE OR REPLACE FUNCTION tbl_repl._remote_keys(
+    target_id integer,
+    conn      text,
+    timeout   interval,
+    after     jsonb,
+    OUT keys  text[],
+    OUT last  jsonb
+)
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    target tbl_repl.target%ROWTYPE;
+    listed jsonb;
+    shape  jsonb;
+BEGIN
+    SELECT * INTO STRICT target FROM tbl_repl.target AS t WHERE t.target_id = _remote_keys.target_id;
+    listed := tbl_repl._call(conn, tbl_repl._target_page_sql(target, after, NULL, tbl_repl._rows_per_message()), clock_timestamp() + timeout);
+    IF listed IS NOT NULL THEN
+        last := listed -> -1;
+        -- it sets a search_path, to the end of the transaction: not for triggers there
+        PERFORM tbl_repl._call(conn, 'SAVEPOINT tbl_repl', clock_timestamp() + timeout);
+        shape := tbl_repl._target_shape(target, conn);
+        PERFORM tbl_repl._call(conn, 'ROLLBACK TO tbl_repl; RELEASE tbl_repl', clock_timestamp() + timeout);
+        keys := array_remove(tbl_repl._keys_from_there(target, target.dst_keys, conn, shape, listed), NULL);
+    END IF;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._remote_keys(integer, text, interval, jsonb) IS
+    'a page of the keys that the table on the target has';
+
+-- _unknown(target, names, conn, shape, keys): keys (of the columns names) that this target does not account for.
+-- Where this cannot be found out (other key columns, another owner, a table that was dropped) the target accounts for all of them.
+CREATE OR REPLACE FUNCTION tbl_repl._unknown(
+    target tbl_repl.target,
+    names  name[],
+    conn   text,
+    shape  jsonb,
+    keys   jsonb
+)
+RETURNS jsonb
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    source tbl_repl.source%ROWTYPE;
+    forms  text[];
+    gone   text[];
+BEGIN
+    IF keys = '[]' OR NOT (target.dst_keys @> names AND target.dst_keys <@ names)
+       OR has_function_privilege(to_regprocedure((tbl_repl._target_functions(target.target_id))[1]), 'EXECUTE') IS NOT TRUE THEN
+        RETURN '[]';
+    END IF;
+    SELECT * INTO STRICT source FROM tbl_repl.source AS s WHERE s.source_id = target.source_id;
+    IF NOT EXISTS (SELECT FROM pg_class AS c WHERE c.oid = source.source_table) THEN
+        RETURN '[]';
+    END IF;
+    forms := tbl_repl._keys_from_there(target, names, conn, shape, keys);
     EXECUTE format('SELECT ARRAY(SELECT json_array_elements_text(r.deletes::json)) FROM tbl_repl.render_%s($1, false, true, ''keys'') AS r', target.target_id)
     INTO gone USING array_remove(forms, NULL);
     gone := tbl_repl._not_pending(target, coalesce(gone, '{}'));
