@@ -186,6 +186,12 @@ def test_jobs_hold_the_lock_that_says_so(filled: Pair) -> None:
     assert filled.source.admin(held, [target]) == [(0,)]
 
 
+def test_there_are_no_more_jobs_than_pieces(filled: Pair) -> None:
+    target = filled.add_target("item", mode="async", initial_copy="none")
+    filled.source.admin(f"ALTER DATABASE {filled.source.dbname} CONNECTION LIMIT 10")
+    assert run(filled, "copy", str(target), "--jobs", "50").returncode == 0
+
+
 def test_a_copy_that_ends_while_its_target_is_paused_has_ended(filled: Pair) -> None:
     target = filled.add_target("item", mode="async", initial_copy="none")
     assert filled.begin_copy(target, 5000) == 1

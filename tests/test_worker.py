@@ -152,6 +152,82 @@ def test_the_session_for_a_server_without_targets_ends(pair: Pair, queue: int) -
         assert worker.ended() == 0
 
 
+@pytest.fixture
+def many(pair: Pair) -> list[str]:
+    """Six servers, each with a target of the table of its own name."""
+    names = [f"s{n}" for n in range(6)]
+    for name in names:
+        pair.join(pair.source, pair.target, name)
+        pair.both(f"CREATE TABLE {name} (id integer PRIMARY KEY)")
+        pair.add_target(name, name, mode="async")
+    return names
+
+
+def test_many_servers_share_few_connections(pair: Pair, many: list[str]) -> None:
+    """That of the watcher comes on top."""
+
+    def sessions() -> int:
+        return len(pair.source.backends("tbl-repl worker%"))
+
+    with WorkerProcess(pair.source, constants={"CONNECTIONS": 2}) as worker:
+        for rows in (1, 2, 3):
+            for name in many:
+                pair.source.sql(f"INSERT INTO {name} VALUES ({rows})")
+            for name in many:
+                arrives(pair.target, rows, name)
+            wait_until(lambda: sessions() <= 3, 5, "two drainers are connected")
+        kept = pair.source.backends("tbl-repl worker s%")
+        assert len(kept) == 2, "who is idle stays connected while nobody waits"
+        worker.send(signal.SIGTERM)
+        assert worker.ended() == 0
+        assert not worker.events("drainer failed")
+
+
+def test_who_always_has_something_to_do_lets_others_have_their_turn(pair: Pair, many: list[str]) -> None:
+    others, done = many[1:], threading.Event()
+
+    def load() -> None:
+        with pair.source.connect() as session:
+            for n in range(1_000_000):
+                session.execute("INSERT INTO s0 VALUES (%s)", [n])
+                if done.is_set():
+                    return
+
+    with WorkerProcess(pair.source, constants={"CONNECTIONS": 1}):
+        writing = in_background(load)
+        wait_until(lambda: count(pair.target, "s0") > 100, 15)
+        for name in others:
+            pair.source.sql(f"INSERT INTO {name} VALUES (1)")
+        try:
+            for name in others:
+                arrives(pair.target, 1, name)
+        finally:
+            done.set()
+            writing.result(20)
+        same(pair, "s0")
+
+
+def test_a_drainer_that_cannot_connect_gives_its_place_away(pair: Pair, many: list[str]) -> None:
+    with WorkerProcess(pair.source, constants={"CONNECTIONS": 1}):
+        for rows in (1, 2):
+            for name in many:
+                pair.source.sql(f"INSERT INTO {name} VALUES ({rows})")
+            for name in many:
+                arrives(pair.target, rows, name)
+            for session in pair.source.backends("tbl-repl worker%"):
+                pair.source.admin("SELECT pg_terminate_backend(%s)", [session])
+
+
+def test_once_has_few_connections_too(pair: Pair, many: list[str]) -> None:
+    for name in many:
+        pair.source.sql(f"INSERT INTO {name} VALUES (1)")
+    pair.source.admin(f"ALTER DATABASE {pair.source.dbname} CONNECTION LIMIT 5")
+    pair.source.forget()
+    with WorkerProcess(pair.source, options=("--once",), constants={"CONNECTIONS": 1}, wait=False) as worker:
+        assert worker.ended() == 0, worker.output
+    assert [count(pair.target, name) for name in many] == [1] * 6
+
+
 def test_a_hung_server_delays_no_other(trio: Pair) -> None:
     assert trio.third is not None
     trio.both(TABLE)

@@ -70,8 +70,10 @@ def copy(
                 pass  # nothing is begun for one that is out of reach
         source.execute("SELECT tbl_repl._copy_begin(%s, %s)", (target_id, background))
         failpoint.reached("copy begun")
-        source.execute("SELECT tbl_repl._copy_divide(%s, %s)", (target_id, piece_rows or PIECE_ROWS))
-        assert lane is not None
+        left = source.execute(
+            "SELECT tbl_repl._copy_divide(%s, %s) AS pieces", (target_id, piece_rows or PIECE_ROWS)
+        ).fetchone()
+        assert lane is not None and left is not None
         failures: list[Exception] = []
 
         def work() -> None:
@@ -81,7 +83,10 @@ def copy(
                 failures.append(error)
                 failed.set()
 
-        threads = [threading.Thread(target=work, name=f"copy {n}", daemon=True) for n in range(jobs)]
+        threads = [
+            threading.Thread(target=work, name=f"copy {n}", daemon=True)
+            for n in range(min(jobs, int(left["pieces"])))
+        ]
         for thread in threads:
             thread.start()
         try:

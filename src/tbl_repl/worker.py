@@ -1,7 +1,7 @@
 """The worker: brings what is queued to every server, all the time.
 
-One drainer (a thread with a connection of its own) for each server of each database, so that a dead
-target hurts nobody else, and one watcher for each database, which waits for changes.  What is right
+One drainer (a thread with a connection of its own, while there are not too many) for each server of each
+database, so that a dead target hurts nobody else, and one watcher for each database, which waits for changes.  What is right
 is decided in SQL: a drainer calls ``tbl_repl._replay`` until nothing is left that can be shipped now;
 which targets wait for their next try is kept there, too.
 
@@ -18,6 +18,7 @@ import logging
 import random
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -41,8 +42,17 @@ QUARANTINE_SECONDS = 60.0
 BULK_PAUSE_SECONDS = 60.0
 """How long replay does everything after a COPY that did not work."""
 
+CONNECTIONS = 20
+"""How many drainers of one database are connected to it at a time: with many servers they take turns."""
+
+TURN_SECONDS = 1.0
+"""How long a drainer that has always something to do goes on while another one waits for its connection."""
+
+COPIES = 4
+"""How many copies in the background are made at a time, of one database."""
+
 COPY_JOBS = 2
-"""How many connections a copy in the background uses."""
+"""How many connections a copy in the background uses, and one more on the source."""
 
 SHORTEST_LOOK_SECONDS = 0.002
 LONGEST_LOOK_SECONDS = 0.05
@@ -108,6 +118,69 @@ class Observer:
     on_batch: Callable[[Batch], None] = field(default=lambda _: None)
 
 
+class Slots:
+    """Who of the drainers of one database may be connected to it.
+
+    Who is done keeps the connection until another one needs it; then the one that has been idle longest
+    gives it away.  So while somebody waits, nobody is idle and connected.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._free = count
+        self._idle: dict[Drainer, None] = {}  # those idle and connected, longest first
+        self._waiting: deque[threading.Event] = deque()
+        self._lock = threading.Lock()
+
+    @property
+    def spare(self) -> bool:
+        return self._free > 0
+
+    @property
+    def wanted(self) -> bool:
+        return bool(self._waiting)
+
+    def take(self, drainer: Drainer, stop: threading.Event) -> bool:
+        """Before it works; False: stopped before it was its turn."""
+        with self._lock:
+            if drainer in self._idle:
+                del self._idle[drainer]
+                return True
+            if self._free:
+                self._free -= 1
+                return True
+            if self._idle:
+                other = next(iter(self._idle))
+                del self._idle[other]
+                other.close()
+                return True
+            turn = threading.Event()
+            self._waiting.append(turn)
+        while not turn.wait(0.2):
+            if stop.is_set():
+                return False
+        return True
+
+    def give(self, drainer: Drainer, keep: bool = True) -> None:
+        """When it is done; keep: it may stay connected."""
+        with self._lock:
+            if keep and drainer.connected and not self._waiting:
+                self._idle[drainer] = None
+                return
+            drainer.close()
+            if self._waiting:
+                self._waiting.popleft().set()
+            else:
+                self._free += 1
+
+    def leave(self, drainer: Drainer) -> None:
+        """When it ends, idle."""
+        with self._lock:
+            if drainer in self._idle:
+                del self._idle[drainer]
+                self._free += 1
+            drainer.close()
+
+
 class Drainer(threading.Thread):
     """Drains one server of one database whenever it is woken."""
 
@@ -120,6 +193,7 @@ class Drainer(threading.Thread):
         observer: Observer,
         settled: threading.Event | None = None,
         copies: set[int] | None = None,
+        slots: Slots | None = None,
     ) -> None:
         """copies: targets whose copy in the background it makes as well; None: all."""
         super().__init__(name=f"drainer {server}", daemon=True)
@@ -135,6 +209,7 @@ class Drainer(threading.Thread):
         self.pid: int | None = None
         self._copies = copies
         self._settled = settled or threading.Event()
+        self._slots = slots or Slots(1)
         self._failures = 0
         self._retired = False
         self._due = False
@@ -149,6 +224,15 @@ class Drainer(threading.Thread):
     def ready(self) -> bool:
         """Whether it would start at once if it were woken."""
         return not self.busy and time.monotonic() >= self.rest_until
+
+    @property
+    def connected(self) -> bool:
+        return self._connection is not None
+
+    @property
+    def may_look(self) -> bool:
+        """Whether it is worth waking although nothing is due: it takes no connection from another one."""
+        return self.connected or self._slots.spare or time.monotonic() >= self._quarantine_due
 
     def wake(self, due: bool = False) -> None:
         """Something may be queued; due: something is.  Called by the watcher, and by whoever stops it."""
@@ -175,33 +259,37 @@ class Drainer(threading.Thread):
         while True:
             self._wanted.wait()
             self._wanted.clear()
-            if self.stop.is_set() or self._retired:
+            if self.stop.is_set() or self._retired or not self._slots.take(self, self.stop):
                 break
+            fine = False
             try:
                 self.drain()
                 self._failures = 0
+                fine = True
             except (psycopg.Error, TblReplError) as error:
-                self.close()
                 if not self.stop.is_set():
                     self._rest(reason(error))
             except Exception:
-                self.close()
                 self.broken = True
                 log.exception("drainer failed server=%s", self.server)
                 self._rest("internal error")
+            self._slots.give(self, keep=fine)
             self.busy = False
             self._settled.set()
         self.busy = False
         self._settled.set()
-        self.close()
+        self._slots.leave(self)
 
     def drain(self) -> None:
-        """Replay until nothing is left that can be shipped now."""
+        """Replay until nothing is left that can be shipped now, or it is another one's turn."""
         connection = self._connected()
+        turn_ends = time.monotonic() + TURN_SECONDS
         done = streak = 0
         while not self.stop.is_set():
             self._warning = None
             begun = time.monotonic()
+            if done and begun > turn_ends and self._slots.wanted:
+                return
             retry = begun >= self._quarantine_due
             failpoint.reached("before replay")
             row = self._replay(connection, retry, leave_large=begun >= self._bulk_due)
@@ -240,6 +328,7 @@ class Drainer(threading.Thread):
         if self._connection is not None:
             self._connection.close()
             self._connection = None
+            self.pid = None
 
     def _replay(self, connection: Connection, retry: bool, leave_large: bool) -> Row:
         row = connection.execute(
@@ -272,7 +361,8 @@ class Drainer(threading.Thread):
 
     def _connected(self) -> Connection:
         if self._connection is None or self._connection.closed:
-            self._connection = settle(connect(self.dsn, f"worker {self.server}"))
+            self._connection = connect(self.dsn, f"worker {self.server}")
+            settle(self._connection)
             require_rights(self._connection)
             # a position that a crash takes back only means that the same is shipped again
             self._connection.execute("SET synchronous_commit = off")
@@ -414,6 +504,7 @@ class Watcher(threading.Thread):
         self._broken = False
         self._left_to_replay: set[int] = set()
         self._settled = threading.Event()
+        self._slots = Slots(CONNECTIONS)
         self._connecting: dict[tuple[int, int], float] = {}
         self._hung_due = 0.0
         self._everybody_due = 0.0
@@ -525,8 +616,9 @@ class Watcher(threading.Thread):
                 due = due or not self._left_to_replay.isdisjoint(row["copies"])
             if due:
                 failpoint.reached("awake")
-            if everybody or due:
-                self._drainer(str(row["server"])).wake(due)
+            drainer = self._drainer(str(row["server"]))
+            if due or (everybody and drainer.may_look):
+                drainer.wake(due)
                 wait = 0
             elif row["wait_seconds"] is not None:
                 wait = min(wait, float(row["wait_seconds"]))
@@ -540,7 +632,8 @@ class Watcher(threading.Thread):
         """Let targets be copied in the background, unless it is being done already."""
         copier = self.copiers.get(server)
         wanted = [target for target in targets if target not in self._left_to_replay]
-        if wanted and (copier is None or not copier.is_alive()):
+        at_work = sum(other.is_alive() for other in self.copiers.values())
+        if wanted and at_work < COPIES and (copier is None or not copier.is_alive()):
             self._broken = self._broken or (copier is not None and copier.broken)
             copier = Copier(self.dsn, server, wanted, self.stop, self.observer, self._left_to_replay)
             self.copiers[server] = copier
@@ -609,8 +702,9 @@ class Watcher(threading.Thread):
         drainer = self.drainers.get(server)
         if drainer is None:
             drainer = Drainer(
-                self.dsn, server, self.options, self.stop, self.observer, self._settled, self._left_to_replay
-            )
+                self.dsn, server, self.options, self.stop, self.observer, self._settled, self._left_to_replay,
+                self._slots,
+            )  # fmt: skip
             self.drainers[server] = drainer
             drainer.start()
         return drainer
@@ -671,7 +765,7 @@ def drain_once(
     """
     stop = stop or threading.Event()
     problems: list[TblReplError] = []
-    drainers: list[Drainer] = []
+    drainers: list[tuple[threading.Semaphore, Drainer]] = []
     reachable: list[str] = []
     left: list[Row] = []
 
@@ -686,17 +780,20 @@ def drain_once(
             log.exception("drain failed")
             problems.append(TblReplError(f"internal error: {type(error).__name__}"))
 
-    def drain(drainer: Drainer) -> None:
-        attempt(drainer.drain)
-        drainer.close()
+    def drain(room: threading.Semaphore, drainer: Drainer) -> None:
+        with room:
+            attempt(drainer.drain)
+            drainer.close()
 
     def find(dsn: str) -> None:
         with connect(dsn, "worker") as connection:
             require_extension(connection)
             require_rights(connection)
+            room = threading.Semaphore(CONNECTIONS)
             for row in connection.execute("SELECT server FROM tbl_repl._servers_to_replay()"):
+                server = str(row["server"])
                 drainers.append(
-                    Drainer(dsn, str(row["server"]), options or Options(), stop, observer or Observer())
+                    (room, Drainer(dsn, server, options or Options(), stop, observer or Observer()))
                 )
         reachable.append(dsn)
 
@@ -714,7 +811,7 @@ def drain_once(
 
     for dsn in dsns:
         attempt(partial(find, dsn))
-    threads = [threading.Thread(target=drain, args=(drainer,), daemon=True) for drainer in drainers]
+    threads = [threading.Thread(target=drain, args=each, daemon=True) for each in drainers]
     for thread in threads:
         thread.start()
     for thread in threads:
