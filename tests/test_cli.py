@@ -11,12 +11,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from support import Node, Pair, Proxy, World, wait_until
+from support.background import in_background
 from support.programs import dsn_of, environment, tbl_repl
 from tbl_repl.database import name_of
 from tbl_repl.graph import Node as GraphNode
@@ -710,6 +712,61 @@ def test_a_database_without_tbl_repl_is_told_from_one_that_is_down(world: World,
         assert "HINT: CREATE EXTENSION tbl_repl CASCADE" in done.stderr
     finally:
         bare.close()
+
+
+@contextmanager
+def under_way(pair: Pair, *args: str) -> Iterator[subprocess.Popen[str]]:
+    """The verb, which waits for a lock on the target until the block ends."""
+    with pair.target.connect() as blocker, blocker.transaction():
+        blocker.execute("LOCK TABLE t")
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tbl_repl", *args, "--dsn", dsn_of(pair.source)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),
+        )  # fmt: skip
+        waiting = (
+            "SELECT count(*) > 0 FROM pg_stat_activity WHERE datname = current_database()"
+            " AND application_name LIKE 'tbl_repl%' AND wait_event_type = 'Lock'"
+        )
+        wait_until(lambda: pair.target.admin(waiting) == [(True,)], 20)
+        yield process
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("name", ["compare", "repair", "copy"])
+def test_a_target_that_is_dropped_meanwhile_is_told(pair: Pair, name: str) -> None:
+    pair.both(TABLE)
+    target = pair.add_target("t", mode="async", timeout="60 s")
+    pair.source.sql("INSERT INTO t SELECT i, 'x' FROM generate_series(1, 5000) AS i")
+    with under_way(pair, name, str(target), "--piece-rows", "100") as process:
+        dropped = in_background(lambda: pair.call("drop_target", target_id=target))
+        waiting = (
+            "SELECT count(*) > 0 FROM pg_stat_activity WHERE datname = current_database()"
+            " AND query LIKE '%drop_target%' AND wait_event_type = 'Lock'"
+        )
+        wait_until(lambda: pair.source.admin(waiting) == [(True,)], 20)
+    dropped.result(20)
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, said.splitlines()[-1]) == (1, f"tbl-repl: target {target} was dropped")
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("name", ["compare", "repair", "copy"])
+@pytest.mark.parametrize("side", ["source", "target"])
+def test_the_side_that_is_lost_meanwhile_is_named(pair: Pair, name: str, side: str) -> None:
+    pair.both(TABLE)
+    target = pair.add_target("t", mode="async", timeout="60 s")
+    pair.source.sql("INSERT INTO t SELECT i, 'x' FROM generate_series(1, 5000) AS i")
+    node, sessions, named = (
+        (pair.source, "tbl-repl %", name_of(dsn_of(pair.source)))
+        if side == "source"
+        else (pair.target, "tbl_repl%", f"server {pair.server} (127.0.0.1:{pair.target.cluster.port}/")
+    )
+    with under_way(pair, name, str(target), "--piece-rows", "100") as process:
+        for pid in node.backends(sessions):
+            node.admin("SELECT pg_terminate_backend(%s)", [pid])
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 3
+    assert f"tbl-repl: {named}" in said and "Traceback" not in said, said
 
 
 def test_an_error_of_the_server_is_shown_with_its_hint_and_ends_with_1(pair: Pair, target: int) -> None:

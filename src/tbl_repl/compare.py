@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from tbl_repl.database import Connection, Row, connect, settle
+from tbl_repl.database import Connection, Row, source_session
 
 PIECE_ROWS = 20_000
 
@@ -59,7 +59,7 @@ def compare(
     piece by piece in no particular order, and is called by one thread at a time.  Raises what the first job
     to fail has raised.
     """
-    with settle(connect(dsn, f"compare {target_id}")) as source:
+    with source_session(dsn, f"compare {target_id}") as source:
         row = source.execute("SELECT tbl_repl._compare_begin(%s) AS rows", (target_id,)).fetchone()
     work = _Work(int(row["rows"] or 0) if row else 0)
     queued = 0
@@ -161,7 +161,7 @@ def _in_parallel(
 
     def job() -> None:
         try:
-            with settle(connect(dsn, f"compare {target_id}")) as source:
+            with source_session(dsn, f"compare {target_id}") as source:
                 run(source)
         except Exception as error:
             work.failures.append(error)

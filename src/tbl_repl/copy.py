@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import psycopg
 
 from tbl_repl import bulk, failpoint
-from tbl_repl.database import Connection, Row, connect, settle
+from tbl_repl.database import Connection, Row, source_session
 from tbl_repl.errors import TblReplError
 
 PIECE_ROWS = 50_000
@@ -49,16 +49,16 @@ def copy(
     """Copy every row of a target; whether it has ended (False: stopped, goes on when called again).
 
     background: only what initial_copy => 'background' has left to do.  Raises TblReplError when somebody
-    else copies this target, psycopg.Error when the target is out of reach, or a piece fails: the pieces that
-    are done stay done, the rest is left to whoever drains.  What was written meanwhile is queued, and shipped
-    by replay afterwards.
+    else copies this target or drops it, CannotConnect when the source is lost, psycopg.Error when the target
+    is out of reach, or a piece fails: the pieces that are done stay done, the rest is left to whoever drains.
+    What was written meanwhile is queued, and shipped by replay afterwards.
     """
     failed = threading.Event()
 
     def stopped() -> bool:
         return failed.is_set() or (stop is not None and stop.is_set())
 
-    with settle(connect(dsn, f"copy {target_id}")) as source:
+    with source_session(dsn, f"copy {target_id}") as source:
         _take_lock(source, target_id, 10_000 if background else 1_000)
         lane = source.execute(
             "SELECT ARRAY[target_id] AS targets, owner, server, timeout "
@@ -107,6 +107,8 @@ def copy(
             if not background:
                 _leave(source, target_id, failures[0])
             raise failures[0]
+        if not source.execute("SELECT FROM tbl_repl.target WHERE target_id = %s", (target_id,)).fetchall():
+            raise TblReplError(f"target {target_id} was dropped")  # and its pieces with it
         done = source.execute("SELECT tbl_repl._copy_finish(%s) AS done", (target_id,)).fetchone()
         return bool(done and done["done"])
 
@@ -148,7 +150,7 @@ def _leave(source: Connection, target_id: int, error: Exception) -> None:
 def _job(dsn: str, lane: Row, stopped: Callable[[], bool]) -> None:
     target_id = int(lane["targets"][0])
     with (
-        settle(connect(dsn, f"copy {target_id}")) as source,
+        source_session(dsn, f"copy {target_id}") as source,
         _target_of(source, lane) as target,
     ):
         # to the end of the session: nothing else is shipped to the target while a piece is on its way

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.rows import dict_row
 
-from tbl_repl.errors import CannotConnect, TblReplError, UsageError
+from tbl_repl.errors import CannotConnect, TblReplError, UsageError, from_psycopg
 
 Row = dict[str, Any]
 Connection = psycopg.Connection[Row]
@@ -112,6 +113,21 @@ def settle(connection: Connection) -> Connection:
     for name, value in settings.items():
         connection.execute("SELECT set_config(%s, %s, false)", (name, value))
     return connection
+
+
+@contextmanager
+def source_session(dsn: str, what: str) -> Iterator[Connection]:
+    """A connection that stays for long.
+
+    CannotConnect when it is lost: another exception than that of a target that is.
+    """
+    with settle(connect(dsn, what)) as connection:
+        try:
+            yield connection
+        except psycopg.Error as error:
+            if not connection.closed:
+                raise
+            raise CannotConnect(f"{name_of(dsn)}: {from_psycopg(error)}") from error
 
 
 def require_rights(connection: Connection) -> None:

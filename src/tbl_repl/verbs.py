@@ -85,22 +85,31 @@ def _end(code: int, problems: list[TblReplError]) -> int:
 
 @contextmanager
 def _toward(args: argparse.Namespace) -> Iterator[None]:
-    """Of a target that cannot be reached, say which one it is, and where its server leads."""
-    with _open(args) as connection:
+    """Of a target out of reach, say which one it is, and where its server leads; or that it was dropped."""
+
+    def server() -> str | None:
         row = connection.execute(
             "SELECT server FROM tbl_repl.target_status WHERE target_id = %s", (args.target,)
         ).fetchone()
-        place = _places(connection).get(str(row["server"])) if row else None
+        return str(row["server"]) if row else None
+
+    with _open(args) as connection:
+        name = server()
+        place = _places(connection).get(name) if name else None
     try:
         yield
     except psycopg.Error as error:
-        # the driver's own failure to connect: only to a target, connect() has another exception
-        connecting = error.sqlstate is None and error.pgconn is not None
-        if row is None or not (connecting or (error.sqlstate or "").startswith("08")):
+        if name is None:
             raise
+        # only of the target: of the source that is raised already as such
         problem = from_psycopg(error)
+        if not isinstance(problem, CannotConnect):
+            with _open(args) as connection:
+                if server() is None:
+                    raise TblReplError(f"target {args.target} was dropped") from error
+            raise
         raise CannotConnect(
-            f"server {row['server']} ({place}) of target {args.target}: {problem}", problem.hint
+            f"server {name} ({place}) of target {args.target}: {problem}", problem.hint
         ) from error
 
 

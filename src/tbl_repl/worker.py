@@ -1,9 +1,9 @@
 """The worker: brings what is queued to every server, all the time.
 
 One drainer (a thread with a connection of its own, while there are not too many) for each server of each
-database, so that a dead target hurts nobody else, and one watcher for each database, which waits for changes.  What is right
-is decided in SQL: a drainer calls ``tbl_repl._replay`` until nothing is left that can be shipped now;
-which targets wait for their next try is kept there, too.
+database, so that a dead target hurts nobody else, and one watcher for each database, which waits for changes.
+What is right is decided in SQL: a drainer calls ``tbl_repl._replay`` until nothing is left that can be
+shipped now; which targets wait for their next try is kept there, too.
 
 Waking up.  NOTIFY takes a lock of the whole cluster at commit, so writers notify only while the
 worker sleeps.  Asleep means: the watcher holds an advisory lock that every writer tries to share.
