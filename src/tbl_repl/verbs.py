@@ -200,8 +200,11 @@ def _replay(args: argparse.Namespace) -> int:
         shipped += batch.rows
 
     dsns = _dsns(args)
-    left = drain_once(dsns, Options(args.batch_rows), Observer(count))
+    drained = drain_once(dsns, Options(args.batch_rows), Observer(count))
+    left = drained.left
     seconds = time.monotonic() - begun
+    if not drained.reached:
+        return _end(0, drained.problems)
     if args.json:
         print_json(
             {
@@ -220,7 +223,7 @@ def _replay(args: argparse.Namespace) -> int:
                 f"{row['held']:,} in quarantine, status {row['status']}: {row['last_error']}",
                 file=sys.stderr,
             )
-    return int(bool(left))
+    return _end(int(bool(left)), drained.problems)
 
 
 def _compare(args: argparse.Namespace) -> int:
@@ -419,8 +422,8 @@ def _worker(args: argparse.Namespace) -> int:
     observer = Observer() if args.metrics_port is None else _serve_metrics(dsns, args.metrics_port)
     options = Options(args.batch_rows, args.poll_seconds)
     if args.once:
-        left = drain_once(dsns, options, observer)
-        for row in left:
+        drained = drain_once(dsns, options, observer)
+        for row in drained.left:
             logs.event(
                 log,
                 logging.WARNING,
@@ -432,7 +435,7 @@ def _worker(args: argparse.Namespace) -> int:
                 quarantined=row["held"],
                 database=row["database"],
             )
-        return int(bool(left))
+        return _end(int(bool(drained.left)), drained.problems)
     _reachable(dsns)
     worker = Worker(dsns, options, observer)
     signals = 0

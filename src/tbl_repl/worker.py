@@ -19,7 +19,7 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -751,38 +751,50 @@ class Worker:
                 threading.Thread(target=drainer.cancel, daemon=True).start()
 
 
+@dataclass(frozen=True)
+class Drained:
+    """What is left when everything was drained once, and what has failed meanwhile.
+
+    left: rows of target_status, and their ``database``, of those targets for which something is still pending
+    or in quarantine (``held``).  reached: databases that have been looked at.
+    """
+
+    left: list[Row]
+    problems: list[TblReplError]
+    reached: list[str]
+
+
 def drain_once(
-    dsns: Iterable[str],
+    dsns: Sequence[str],
     options: Options | None = None,
     observer: Observer | None = None,
     stop: threading.Event | None = None,
-) -> list[Row]:
-    """Drain every server of every database once, all servers at a time.
-
-    Returns the rows of target_status, and their ``database``, of those targets for which something is still
-    pending or in quarantine (``held``).  What fails is raised when everything else is drained;
-    of several problems, the one with the highest exit code.
-    """
+) -> Drained:
+    """Drain every server of every database once, all servers at a time; what fails hinders nothing else."""
     stop = stop or threading.Event()
-    problems: list[TblReplError] = []
-    drainers: list[tuple[threading.Semaphore, Drainer]] = []
+    problems: dict[str, TblReplError] = {}  # what several drainers say alike is said once
+    drainers: list[tuple[str, threading.Semaphore, Drainer]] = []
     reachable: list[str] = []
     left: list[Row] = []
 
-    def attempt(call: Callable[[], None]) -> None:
+    def attempt(dsn: str, call: Callable[[], None]) -> None:
         try:
             call()
+            return
         except psycopg.Error as error:
-            problems.append(from_psycopg(error))
+            problem = from_psycopg(error)
         except TblReplError as error:
-            problems.append(error)
+            problem = error
         except Exception as error:
             log.exception("drain failed")
-            problems.append(TblReplError(f"internal error: {type(error).__name__}"))
+            problem = TblReplError(f"internal error: {type(error).__name__}")
+        where = f"{name_of(dsn)}: " if len(dsns) > 1 else ""
+        said = f"{where}{problem}"
+        problems[said] = type(problem)(said, problem.hint)
 
-    def drain(room: threading.Semaphore, drainer: Drainer) -> None:
+    def drain(dsn: str, room: threading.Semaphore, drainer: Drainer) -> None:
         with room:
-            attempt(drainer.drain)
+            attempt(dsn, drainer.drain)
             drainer.close()
 
     def find(dsn: str) -> None:
@@ -792,9 +804,8 @@ def drain_once(
             room = threading.Semaphore(CONNECTIONS)
             for row in connection.execute("SELECT server FROM tbl_repl._servers_to_replay()"):
                 server = str(row["server"])
-                drainers.append(
-                    (room, Drainer(dsn, server, options or Options(), stop, observer or Observer()))
-                )
+                drainer = Drainer(dsn, server, options or Options(), stop, observer or Observer())
+                drainers.append((dsn, room, drainer))
         reachable.append(dsn)
 
     def look(dsn: str) -> None:
@@ -810,7 +821,7 @@ def drain_once(
             )
 
     for dsn in dsns:
-        attempt(partial(find, dsn))
+        attempt(dsn, partial(find, dsn))
     threads = [threading.Thread(target=drain, args=each, daemon=True) for each in drainers]
     for thread in threads:
         thread.start()
@@ -818,10 +829,8 @@ def drain_once(
         while thread.is_alive():
             thread.join(0.2)
     for dsn in reachable:
-        attempt(partial(look, dsn))
-    if problems:
-        raise max(problems, key=lambda problem: problem.exit_code)
-    return left
+        attempt(dsn, partial(look, dsn))
+    return Drained(left, list(problems.values()), reachable)
 
 
 __all__ = [
