@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 import signal
 import sys
 import threading
@@ -450,33 +451,37 @@ def _worker(args: argparse.Namespace) -> int:
     return 0 if worker.run() else 1
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"not a number: {text!r}")
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value
+def _whole(text: str, least: int = 1, most: int = 2_147_483_647) -> int:
+    """A whole number; the most is that of SQL's integer, which the functions take."""
+    if not re.fullmatch("[0-9]{1,10}", text) or not least <= int(text) <= most:
+        raise argparse.ArgumentTypeError(f"must be a whole number from {least} to {most}, not {text!r}")
+    return int(text)
 
 
-def _seconds(text: str) -> float:
-    value = float(text)
-    if not 0 < value < 86400:
-        raise argparse.ArgumentTypeError("must be greater than 0, and less than a day")
-    return value
+def _jobs(text: str) -> int:
+    return _whole(text, most=1000)
 
 
 def _port(text: str) -> int:
-    value = int(text)
-    if not 0 <= value <= 65535:
-        raise argparse.ArgumentTypeError("must be a port number")
+    return _whole(text, 0, 65_535)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 86400:
+        raise argparse.ArgumentTypeError(
+            f"must be a number of seconds greater than 0, and less than a day, not {text!r}"
+        )
     return value
 
 
 def _add_pieces(parser: argparse.ArgumentParser, rows: int) -> None:
-    parser.add_argument("--jobs", type=_positive, default=2, metavar="N", help="connections at once (2)")
+    parser.add_argument("--jobs", type=_jobs, default=2, metavar="N", help="connections at once (2)")
     parser.add_argument(
-        "--piece-rows", type=_positive, default=rows, metavar="N", help=f"rows of a piece ({rows})"
+        "--piece-rows", type=_whole, default=rows, metavar="N", help=f"rows of a piece ({rows})"
     )
 
 
@@ -518,7 +523,7 @@ def register(verbs: Any) -> None:
         "--metrics-port", type=_port, metavar="N", help="serve Prometheus metrics on this port"
     )
     worker.add_argument(
-        "--batch-rows", type=_positive, default=10_000, metavar="N", help="rows of a batch (10000)"
+        "--batch-rows", type=_whole, default=10_000, metavar="N", help="rows of a batch (10000)"
     )
     worker.add_argument(
         "--poll-seconds",
@@ -552,19 +557,19 @@ def register(verbs: Any) -> None:
         several="several are drained at once",
     )
     replay.add_argument(
-        "--batch-rows", type=_positive, default=10_000, metavar="N", help="rows of a batch (10000)"
+        "--batch-rows", type=_whole, default=10_000, metavar="N", help="rows of a batch (10000)"
     )
 
     compare = verb("compare", _compare, "compare a target with its source")
-    compare.add_argument("target", type=_positive, metavar="TARGET", help="target_id")
+    compare.add_argument("target", type=_whole, metavar="TARGET", help="target_id")
     _add_pieces(compare, 20_000)
 
     copy = verb("copy", _copy, "copy every row of a target, in pieces, while writers go on")
-    copy.add_argument("target", type=_positive, metavar="TARGET", help="target_id")
+    copy.add_argument("target", type=_whole, metavar="TARGET", help="target_id")
     _add_pieces(copy, 50_000)
 
     repair = verb("repair", _repair, "queue what differs between a target and its source")
-    repair.add_argument("target", type=_positive, metavar="TARGET", help="target_id")
+    repair.add_argument("target", type=_whole, metavar="TARGET", help="target_id")
     _add_pieces(repair, 20_000)
     repair.add_argument(
         "--delete-extra", action="store_true", help="also delete rows that only the target has"
