@@ -902,6 +902,30 @@ def test_whatever_breaks_under_load_the_tables_become_equal(
 
 
 @pytest.mark.once
+@pytest.mark.once
+def test_a_standby_is_refused_waited_for_and_served_after_its_promotion(pair: Pair, queue: int) -> None:
+    cluster = pair.source.cluster
+    pair.source.stop()
+    (cluster.data / "standby.signal").touch()
+    pair.source.start()
+    dsn = dsn_of(pair.source)
+    for verb in ("status", "check", "replay", "top"):
+        done = tbl_repl(verb, "--dsn", dsn)
+        assert done.returncode == 1 and "is a standby" in done.stderr, done.stderr
+        assert "target_session_attrs=primary" in done.stderr
+    with WorkerProcess(dsns=(dsn,), wait=False) as worker:
+        failed = wait_until(lambda: worker.events("source failed")[3:], 20)
+        assert "is a standby" in failed[0]["reason"]
+        assert failed[0]["retry_in_seconds"] >= 0.4, "each time twice as long"
+        assert not worker.events("serving")
+        pair.source.admin("SELECT pg_promote()")
+        pair.source.forget()
+        pair.source.sql("INSERT INTO t VALUES (1, 'x')")
+        arrives(pair.target, 1)
+        worker.send(signal.SIGTERM)
+        assert worker.ended() == 0
+
+
 def test_it_survives_the_end_of_its_sessions(pair: Pair, queue: int) -> None:
     with WorkerProcess(pair.source) as worker:
         for i in range(1, 4):

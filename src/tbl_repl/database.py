@@ -12,7 +12,7 @@ import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.rows import dict_row
 
-from tbl_repl.errors import CannotConnect, TblReplError, UsageError, from_psycopg
+from tbl_repl.errors import CannotConnect, IsStandby, TblReplError, UsageError, from_psycopg
 
 Row = dict[str, Any]
 Connection = psycopg.Connection[Row]
@@ -149,8 +149,15 @@ def require_rights(connection: Connection) -> None:
 
 
 def require_extension(connection: Connection) -> None:
-    """Raise TblReplError unless tbl_repl is in this database, as an extension or by plain SQL."""
-    row = connection.execute("SELECT to_regnamespace('tbl_repl') IS NOT NULL AS found").fetchone()
+    """Raise TblReplError unless tbl_repl is in this database, as an extension or by plain SQL, on a primary."""
+    row = connection.execute(
+        "SELECT to_regnamespace('tbl_repl') IS NOT NULL AS found, pg_is_in_recovery() AS is_standby"
+    ).fetchone()
+    if row is not None and row["is_standby"]:
+        raise IsStandby(
+            f"the server of database {connection.info.dbname} is a standby",
+            "Connect to the primary, as by target_session_attrs=primary and several hosts in the DSN.",
+        )
     if row is None or not row["found"]:
         raise TblReplError(
             f"extension tbl_repl is not in database {connection.info.dbname}",

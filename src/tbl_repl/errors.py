@@ -29,6 +29,10 @@ class CannotConnect(TblReplError):
     exit_code = 3
 
 
+class IsStandby(TblReplError):
+    """A database that can only be read, until its server is promoted."""
+
+
 class ServerError(TblReplError):
     """A PostgreSQL program (initdb, pg_ctl, pg_config) failed or is missing."""
 

@@ -30,7 +30,7 @@ from tbl_repl.database import (
     require_rights,
     resolve_dsn,
 )
-from tbl_repl.errors import CannotConnect, TblReplError, UsageError, from_psycopg, tell
+from tbl_repl.errors import CannotConnect, IsStandby, TblReplError, UsageError, from_psycopg, tell
 from tbl_repl.graph import Node, mermaid
 from tbl_repl.progress import progress
 from tbl_repl.report import as_json, console, fitting, human_seconds, lag, print_json, show, table
@@ -413,6 +413,8 @@ def _reachable(dsns: list[str]) -> None:
                 require_rights(connection)
         except CannotConnect as error:
             problems.append(error)
+        except IsStandby as error:
+            log.warning("%s", error)  # it may be promoted
     if len(problems) == len(dsns):
         raise problems[0]
 

@@ -502,6 +502,7 @@ class Watcher(threading.Thread):
         self.drainers: dict[str, Drainer] = {}
         self.copiers: dict[str, Copier] = {}
         self._broken = False
+        self._failures = 0
         self._left_to_replay: set[int] = set()
         self._settled = threading.Event()
         self._slots = Slots(CONNECTIONS)
@@ -510,7 +511,6 @@ class Watcher(threading.Thread):
         self._everybody_due = 0.0
 
     def run(self) -> None:
-        failures = 0
         while not self.stop.is_set():
             try:
                 with settle(connect(self.dsn, "worker")) as connection:
@@ -518,16 +518,13 @@ class Watcher(threading.Thread):
                     require_rights(connection)
                     if not self._take_turn(connection):
                         break
-                    failures = 0
                     self._watch(connection)
             except (psycopg.Error, TblReplError) as error:
-                failures += 1
-                self._rest(failures, reason(error))
+                self._rest(reason(error))
             except Exception:
-                failures += 1
                 self._broken = True
                 log.exception("watcher failed database=%s", name_of(self.dsn))
-                self._rest(failures, "internal error")
+                self._rest("internal error")
         for drainer in self.drainers.values():
             drainer.wake()
         for thread in (*self.drainers.values(), *self.copiers.values()):
@@ -539,8 +536,9 @@ class Watcher(threading.Thread):
         threads: list[Drainer | Copier] = [*self.drainers.values(), *self.copiers.values()]
         return self._broken or any(thread.broken for thread in threads)
 
-    def _rest(self, failures: int, why: str) -> None:
-        delay = retry_after(failures)
+    def _rest(self, why: str) -> None:
+        self._failures += 1
+        delay = retry_after(self._failures)
         event(
             log, logging.WARNING, "source failed",
             database=name_of(self.dsn), reason=why, retry_in_seconds=round(delay, 1),
@@ -576,6 +574,7 @@ class Watcher(threading.Thread):
                 self._wake(connection)
             just_looked = False
             self._cancel_hung(connection)
+            self._failures = 0  # a whole look has worked
             if not self._all_settled(pause):
                 pause = min(pause * 2, LONGEST_LOOK_SECONDS)
                 continue
