@@ -166,6 +166,43 @@ def test_compare_and_repair(pair: Pair, target: int) -> None:
 
 
 @pytest.mark.once
+def test_compare_shows_a_thousand_differences_and_lists_all(pair: Pair) -> None:
+    pair.both(TABLE)
+    pair.source.sql("INSERT INTO t SELECT i, 'x' FROM generate_series(1, 1500) AS i")
+    target = str(pair.add_target("t", mode="async", initial_copy="none"))
+    shown = verb(pair, "compare", target, code=1).splitlines()
+    assert shown[0].split() == ["difference", "key"]
+    assert shown[-2:] == ["and 500 more; --json lists all", "1,500 differences"]
+    assert len(shown) == 1 + 1000 + 2
+    found = as_json(pair, "compare", target, code=1)
+    assert sorted(row["key"]["id"] for row in found) == list(range(1, 1501))
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("more", [(), ("--json",)], ids=["text", "json"])
+@pytest.mark.parametrize("side", ["source", "target"])
+def test_memory_does_not_grow_with_the_differences(pair: Pair, more: tuple[str, ...], side: str) -> None:
+    program = (
+        "import resource, sys, tbl_repl.cli\n"
+        "code = tbl_repl.cli.main()\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, file=sys.stderr)"
+    )
+    peaks = []
+    for table, rows in (("few", 10_000), ("many", 60_000)):
+        pair.both(f"CREATE TABLE {table} (id integer PRIMARY KEY)")
+        node = pair.source if side == "source" else pair.target
+        node.sql(f"INSERT INTO {table} SELECT generate_series(1, {rows})")
+        target = str(pair.add_target(table, mode="async", initial_copy="none"))
+        command = [sys.executable, "-c", program, "compare", target, *more, "--dsn", dsn_of(pair.source)]
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=environment(), check=False, timeout=90
+        )
+        assert (f'"id": {rows}' in done.stdout) == (more != ())
+        peaks.append(int(done.stderr.splitlines()[-1]))
+    assert peaks[1] - peaks[0] < 30_000_000, peaks
+
+
+@pytest.mark.once
 @pytest.mark.parametrize("name", ["compare", "repair", "copy"])
 def test_progress_is_told_in_lines_on_stderr(pair: Pair, target: int, name: str) -> None:
     """A line a second; here every look is one."""

@@ -98,14 +98,15 @@ def compare(
                 if not work.extra:
                     return
                 piece = work.extra.pop()
-            handle(
-                source,
-                source.execute(
+            # as many as the target has: they are not to be here all at once
+            with source.transaction(), source.cursor("extra") as cursor:
+                cursor.execute(
                     "SELECT 'extra_on_target' AS difference, key_text, key "
                     "FROM tbl_repl._compare_extra(%s, %s, %s)",
                     (target_id, *piece),
-                ).fetchall(),
-            )
+                )
+                while found := cursor.fetchmany(PIECE_ROWS):
+                    handle(source, found)
 
     def report() -> None:
         on_progress(Progress(work.rows, work.rows_planned))

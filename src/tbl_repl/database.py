@@ -149,7 +149,7 @@ def require_rights(connection: Connection) -> None:
 
 
 def require_extension(connection: Connection) -> None:
-    """Raise TblReplError unless tbl_repl is in this database, as an extension or by plain SQL, on a primary."""
+    """Raise TblReplError unless tbl_repl is in this database, as an extension or not, of a primary."""
     row = connection.execute(
         "SELECT to_regnamespace('tbl_repl') IS NOT NULL AS found, pg_is_in_recovery() AS is_standby"
     ).fetchone()

@@ -81,6 +81,26 @@ def print_json(value: Any) -> None:
     sys.stdout.write(as_json(value) + "\n")
 
 
+class JsonArray:
+    """One array, written while it is found; without its end when something fails before that."""
+
+    def __init__(self) -> None:
+        self._written = 0
+
+    def extend(self, values: Iterable[Any]) -> None:
+        for value in values:
+            sys.stdout.write((", " if self._written else "[") + as_json(value))
+            self._written += 1
+
+    def end(self) -> None:
+        sys.stdout.write("]\n" if self._written else "[]\n")
+
+
+def counted(number: int, what: str) -> str:
+    """1 row, 2 rows, 1,000 rows."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
 def cell(value: Any) -> Text:
     """One value as a person reads it; nothing for NULL, state words in their colour."""
     if value is None:

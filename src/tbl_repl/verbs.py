@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import psycopg
@@ -33,7 +34,18 @@ from tbl_repl.database import (
 from tbl_repl.errors import CannotConnect, IsStandby, TblReplError, UsageError, from_psycopg, tell
 from tbl_repl.graph import Node, mermaid
 from tbl_repl.progress import progress
-from tbl_repl.report import as_json, console, fitting, human_seconds, lag, print_json, show, table
+from tbl_repl.report import (
+    JsonArray,
+    as_json,
+    console,
+    counted,
+    fitting,
+    human_seconds,
+    lag,
+    print_json,
+    show,
+    table,
+)
 from tbl_repl.worker import POLL_SECONDS, Batch, Observer, Options, Worker, drain_once
 
 log = logging.getLogger("tbl_repl.verbs")
@@ -49,6 +61,9 @@ STATUS_LAYOUTS = (
     (*STATUS_COLUMNS[:3], *STATUS_COLUMNS[4:8]),
     (*STATUS_COLUMNS[:2], *STATUS_COLUMNS[4:8]),
 )
+SHOWN_DIFFERENCES = 1000
+"""How many compare shows to a person."""
+
 CHECK_COLUMNS = ("severity", "target_id", "code", "message", "hint")
 
 
@@ -230,7 +245,19 @@ def _replay(args: argparse.Namespace) -> int:
 def _compare(args: argparse.Namespace) -> int:
     from tbl_repl.compare import compare
 
-    found: list[Row] = []
+    listed = JsonArray()
+    shown: list[Row] = []
+    differences = 0
+
+    def note(found: list[Row]) -> None:
+        nonlocal differences
+        differences += len(found)
+        rows = ({"difference": row["difference"], "key": row["key"]} for row in found)
+        if args.json:
+            listed.extend(rows)
+        else:
+            shown.extend(islice(rows, SHOWN_DIFFERENCES - len(shown)))
+
     dsn = resolve_dsn(args.dsn)
     with _toward(args), progress(args.target, args.json) as tick:
         compare(
@@ -238,18 +265,19 @@ def _compare(args: argparse.Namespace) -> int:
             args.target,
             args.jobs,
             args.piece_rows,
-            on_found=found.extend,
+            on_found=note,
             on_progress=lambda seen: tick(seen.rows, seen.rows_planned, 0),
         )
-    rows = [{"difference": row["difference"], "key": row["key"]} for row in found]
     if args.json:
-        print_json(rows)
-    elif rows:
-        show(console(), table(rows, ("difference", "key")))
-        print(f"{len(rows):,} differences")
+        listed.end()
+    elif differences:
+        show(console(), table(shown, ("difference", "key")))
+        if differences > len(shown):
+            print(f"and {differences - len(shown):,} more; --json lists all")
+        print(counted(differences, "difference"))
     else:
         print("equal")
-    return int(bool(rows))
+    return int(differences > 0)
 
 
 def _repair(args: argparse.Namespace) -> int:
