@@ -286,19 +286,42 @@ def terminals() -> Iterator[list[Terminal]]:
         terminal.close()
 
 
-def test_top_refreshes_and_ends_by_ctrl_c(pair: Pair, target: int, terminals: list[Terminal]) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_top_refreshes_and_ends_by_ctrl_c(
+    pair: Pair, target: int, terminals: list[Terminal], number: signal.Signals
+) -> None:
     top = Terminal("top", "--interval", "0.05", "--dsn", dsn_of(pair.source))
     terminals.append(top)
     wait_until(lambda: "tolerant" in top.read(), 20)
     pair.call("pause_target", target_id=target)
     wait_until(lambda: "paused" in top.read(), 20)
     assert ESCAPE in top.text
-    top.process.send_signal(signal.SIGINT)
+    top.process.send_signal(number)
     assert top.end() == 130
     assert "Traceback" not in top.text
     assert top.text.count(f"{ESCAPE}[?1049l") == top.text.count(f"{ESCAPE}[?1049h") == 1, (
         "the screen is given back"
     )
+
+
+@pytest.mark.once
+def test_top_without_cursor_movements_shows_one_look_after_the_other(
+    pair: Pair, target: int, terminals: list[Terminal]
+) -> None:
+    dumb = Terminal("top", "--interval", "0.05", "--dsn", dsn_of(pair.source), TERM="dumb")
+    terminals.append(dumb)
+    wait_until(lambda: dumb.read().count("tolerant") > 2, 20)
+    assert ESCAPE not in dumb.text
+    with subprocess.Popen(
+        [sys.executable, "-m", "tbl_repl", "top", "--interval", "0.05", "--dsn", dsn_of(pair.source)],
+        stdout=subprocess.PIPE, text=True, env=environment(),
+    ) as piped:  # fmt: skip
+        assert piped.stdout is not None
+        lines = [piped.stdout.readline() for _ in range(6)]
+        piped.stdout.close()
+        assert piped.wait(20) == 1
+    assert all("every 0.05 s" in line for line in lines[::3]), lines
+    assert all("tolerant" in line for line in lines[2::3]), lines
 
 
 def test_top_outlives_a_restart_of_the_server(pair: Pair, target: int, terminals: list[Terminal]) -> None:

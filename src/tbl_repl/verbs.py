@@ -46,6 +46,7 @@ from tbl_repl.report import (
     show,
     table,
 )
+from tbl_repl.signals import terminated_as_interrupted
 from tbl_repl.worker import POLL_SECONDS, Batch, Observer, Options, Worker, drain_once
 
 log = logging.getLogger("tbl_repl.verbs")
@@ -407,10 +408,15 @@ def _top(args: argparse.Namespace) -> int:
         if args.once:
             show(out, fitting(top.look(), TOP_LAYOUTS, out))
             return 0
-        with Live(top.view(), console=out, screen=out.is_terminal, auto_refresh=False) as live:
+        if not out.is_terminal or out.is_dumb_terminal:
             while True:
+                show(out, top.view())
+                sys.stdout.flush()
                 time.sleep(args.interval)
+        with terminated_as_interrupted(), Live(console=out, screen=True, auto_refresh=False) as live:
+            while True:
                 live.update(top.view(), refresh=True)
+                time.sleep(args.interval)
     finally:
         top.close()
 
