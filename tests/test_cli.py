@@ -417,6 +417,34 @@ def test_a_pipe_gets_no_escape_sequences_and_whole_lines(
     assert ESCAPE not in done.stdout + done.stderr
 
 
+@pytest.mark.once
+@pytest.mark.parametrize(
+    "args",
+    [("status",), ("status", "--graph"), ("top", "--once"), ("check",), ("replay",), ("worker", "--once"),
+     ("compare", "1"), ("copy", "1")],
+    ids=" ".join,
+)  # fmt: skip
+def test_control_characters_of_names_and_messages_reach_no_terminal(
+    pair: Pair, terminals: list[Terminal], args: tuple[str, ...]
+) -> None:
+    evil = "\x1b]0;title\x07\x7f\x9b31mred"
+    quoted = f'"{evil}"'
+    pair.join(pair.source, pair.target, quoted)
+    pair.both(f"CREATE TABLE {quoted} (id text PRIMARY KEY)")
+    pair.source.sql(f"INSERT INTO {quoted} VALUES (%s)", [evil])
+    pair.call("add_target", source_table=quoted, server=evil, mode="async", initial_copy="none")
+    if args[0] != "compare":
+        pair.target.sql(f"DROP TABLE {quoted}")
+    pair.source.sql(f"INSERT INTO {quoted} VALUES ('x')")
+    for more in ({"TERM": "dumb"}, {"COLUMNS": "60"}):
+        shown = Terminal(*args, "--dsn", dsn_of(pair.source), NO_COLOR="1", **more)
+        terminals.append(shown)
+        assert shown.end() in (0, 1)
+        text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.text)  # rich's own
+        assert not re.search(r"[\x00-\x09\x0b\x0c\x0e-\x1f\x7f-\x9f]", text), repr(text)
+        assert r"\x7F" in text
+
+
 def test_who_closes_a_pipe_early_sees_no_traceback(pair: Pair, target: int) -> None:
     process = subprocess.Popen(
         [

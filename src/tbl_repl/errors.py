@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 import psycopg
@@ -63,9 +64,17 @@ def from_psycopg(error: psycopg.Error) -> TblReplError:
     return kind(message, error.diag.message_hint)
 
 
+def printable(text: str) -> str:
+    r"""Text for a terminal: control characters as \xNN, as psql has them; line ends stay.
+
+    Names and messages come from servers, and may hold sequences that a terminal obeys.
+    """
+    return re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02X}", text)
+
+
 def tell(problem: TblReplError) -> int:
     """Say on stderr what is wrong, and what to do about it; the exit code."""
-    print(f"tbl-repl: {problem}", file=sys.stderr)
+    print(printable(f"tbl-repl: {problem}"), file=sys.stderr)
     if problem.hint:
-        print(f"HINT: {problem.hint}", file=sys.stderr)
+        print(printable(f"HINT: {problem.hint}"), file=sys.stderr)
     return problem.exit_code

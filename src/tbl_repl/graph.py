@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tbl_repl.database import Row
+from tbl_repl.errors import printable
 
 _SHAPES = {"sync": "==>", "tolerant": "-->", "async": "-.->"}
 _CLASSES = {
@@ -48,7 +49,7 @@ def _quoted(text: object) -> str:
     """Text inside a Mermaid label: what Mermaid would take for syntax or markup as entities."""
     escaped = str(text).replace("#", "#35;").replace("&", "#amp;").replace('"', "#quot;")
     escaped = escaped.replace("<", "#lt;").replace(">", "#gt;").replace("`", "#96;")
-    return '"' + " ".join(escaped.split()) + '"'
+    return '"' + printable(" ".join(escaped.split())) + '"'
 
 
 def _label(row: Row) -> str:

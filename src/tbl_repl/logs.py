@@ -15,7 +15,7 @@ from typing import TextIO
 
 import psycopg
 
-from tbl_repl.errors import TblReplError
+from tbl_repl.errors import TblReplError, printable
 
 # connection, authorization, database, schema, resources, operator intervention, system error
 _SHOWN = ("08", "28", "3D", "3F", "53", "57", "58")
@@ -29,7 +29,7 @@ _NAMES = ("namespace.c", "parse_func.c", "parse_relation.c")
 def event(log: logging.Logger, level: int, name: str, **fields: object) -> None:
     """One line about one thing that has happened."""
     text = " ".join([name, *(f"{key}={value}" for key, value in fields.items())])
-    log.log(level, "%s", text, extra={"event": name, "fields": fields})
+    log.log(level, "%s", printable(text), extra={"event": name, "fields": fields})
 
 
 def reason(problem: Exception | psycopg.errors.Diagnostic | None) -> str:

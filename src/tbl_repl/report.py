@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tbl_repl.database import Row
+from tbl_repl.errors import printable
 from tbl_repl.logs import is_unicode
 
 STYLES = {
@@ -101,6 +102,11 @@ def counted(number: int, what: str) -> str:
     return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
+def one_line(value: Any) -> str:
+    """A value of a server for a person: in one line, without control characters."""
+    return printable(" ".join(str(value).splitlines()))
+
+
 def cell(value: Any) -> Text:
     """One value as a person reads it; nothing for NULL, state words in their colour."""
     if value is None:
@@ -108,12 +114,12 @@ def cell(value: Any) -> Text:
     if isinstance(value, dt.datetime):
         return Text(value.astimezone().strftime("%Y-%m-%d %H:%M:%S"))
     if isinstance(value, dict | list):
-        return Text(as_json(value))
+        return Text(printable(as_json(value)))
     if isinstance(value, bool):
         return Text("yes" if value else "no")
     if isinstance(value, int):
         return Text(f"{value:,}", justify="right")
-    return Text(" ".join(str(value).splitlines()), style=STYLES.get(str(value), ""))
+    return Text(one_line(value), style=STYLES.get(str(value), ""))
 
 
 def _shown(row: Row, name: str) -> Text:
@@ -148,7 +154,8 @@ def fitting(rows: Sequence[Row], layouts: Sequence[Sequence[str]], out: Console)
 
 
 def _name(row: Row) -> str:
-    return " ".join(str(part) for part in (row.get("node"), "target", row["target_id"]) if part is not None)
+    parts = (row.get("node"), "target", row["target_id"])
+    return " ".join(one_line(part) for part in parts if part is not None)
 
 
 def _width(rows: Iterable[Row], columns: Sequence[str], short: bool) -> int:

@@ -31,7 +31,7 @@ from tbl_repl.database import (
     require_rights,
     resolve_dsn,
 )
-from tbl_repl.errors import CannotConnect, IsStandby, TblReplError, UsageError, from_psycopg, tell
+from tbl_repl.errors import CannotConnect, IsStandby, TblReplError, UsageError, from_psycopg, printable, tell
 from tbl_repl.graph import Node, mermaid
 from tbl_repl.progress import progress
 from tbl_repl.report import (
@@ -42,6 +42,7 @@ from tbl_repl.report import (
     fitting,
     human_seconds,
     lag,
+    one_line,
     print_json,
     show,
     table,
@@ -235,11 +236,12 @@ def _replay(args: argparse.Namespace) -> int:
         print(f"{shipped:,} rows in {human_seconds(seconds)}")
         for row in left:
             where = f"{row['database']}: " if len(dsns) > 1 else ""
-            print(
-                f"{where}target {row['target_id']} ({row['server']}): {row['pending_rows']:,} rows left, "
-                f"{row['held']:,} in quarantine, status {row['status']}: {row['last_error']}",
-                file=sys.stderr,
+            left_rows = counted(row["pending_rows"], "row")
+            line = (
+                f"{where}target {row['target_id']} ({row['server']}): {left_rows} left, "
+                f"{row['held']:,} in quarantine, status {row['status']}: {row['last_error']}"
             )
+            print(one_line(line), file=sys.stderr)
     return _end(int(bool(left)), drained.problems)
 
 
@@ -384,7 +386,7 @@ class _Top:
         head = f"{name_of(self._dsn)}   {time.strftime('%H:%M:%S')}   every {self._interval:g} s, Ctrl-C ends"
         parts = [Text(head, style="dim")]
         if self.problem:
-            parts.append(Text(self.problem, style="bold red"))
+            parts.append(Text(printable(self.problem), style="bold red"))
         return Group(*parts, fitting(rows, TOP_LAYOUTS, self._out))
 
     def close(self) -> None:
