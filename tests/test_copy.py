@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
+import sys
 import threading
 
 import psycopg
@@ -11,7 +13,7 @@ import pytest
 
 from support import Pair, wait_until
 from support.background import start
-from support.programs import dsn_of, started, tbl_repl
+from support.programs import dsn_of, environment, started, tbl_repl
 from tbl_repl import bulk, copy
 
 # beside a row that fills a buffer
@@ -118,6 +120,22 @@ def test_an_interrupted_copy_goes_on_where_it_was(filled: Pair) -> None:
     filled.source.sql("SELECT tbl_repl.resync_target(%s)", (target,))
     filled.drain()
     filled.assert_same("item")
+
+
+def test_the_rows_of_an_earlier_run_do_not_count_as_speed(filled: Pair) -> None:
+    target = filled.add_target("item", mode="async", initial_copy="none")
+    filled.begin_copy(target, 100)
+    filled.source.sql("UPDATE tbl_repl.piece SET state = 'done', rows_copied = 100000 WHERE n <= 49")
+    program = (
+        "import sys, tbl_repl.cli, tbl_repl.progress as p; p.LINE_SECONDS = 0; sys.exit(tbl_repl.cli.main())"
+    )
+    command = [sys.executable, "-c", program, "copy", str(target), "--dsn", dsn_of(filled.source)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), check=False, timeout=60)
+    assert done.returncode == 0, done.stderr
+    first, *_, last = done.stderr.splitlines()
+    assert f"target {target}: 4,900,000 of 4,900,000 rows, 0 rows/s" in first
+    (speed,) = re.findall(r"rows, ([\d,]+) rows/s", last)
+    assert 0 < int(speed.replace(",", "")) < 100_000, "of 100 rows"
 
 
 def test_two_copies_of_one_target_do_not_meet(filled: Pair) -> None:

@@ -169,6 +169,7 @@ def _in_parallel(
             work.stop.set()
 
     threads = [threading.Thread(target=job, name=f"compare {n}", daemon=True) for n in range(jobs)]
+    report()
     for thread in threads:
         thread.start()
     try:

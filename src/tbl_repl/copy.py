@@ -76,6 +76,11 @@ def copy(
         assert lane is not None and left is not None
         failures: list[Exception] = []
 
+        def look() -> None:
+            seen = progress(source, target_id)
+            if seen is not None:
+                on_progress(seen)
+
         def work() -> None:
             try:
                 _job(dsn, lane, stopped)
@@ -87,22 +92,19 @@ def copy(
             threading.Thread(target=work, name=f"copy {n}", daemon=True)
             for n in range(min(jobs, int(left["pieces"])))
         ]
+        look()
         for thread in threads:
             thread.start()
         try:
             for thread in threads:
                 while thread.is_alive():
                     thread.join(0.2)
-                    seen = progress(source, target_id)
-                    if seen is not None:
-                        on_progress(seen)
+                    look()
         finally:
             failed.set()
             for thread in threads:
                 thread.join()
-        seen = progress(source, target_id)
-        if seen is not None:
-            on_progress(seen)
+        look()
         if failures:
             if not background:
                 _leave(source, target_id, failures[0])

@@ -15,21 +15,33 @@ from tbl_repl.report import human_seconds
 LINE_SECONDS = 1.0
 
 Show = Callable[[int, int, int], None]
-"""Takes rows done, rows planned and bytes carried (0: not known)."""
+"""Takes rows done, rows planned and bytes carried (0: not known); called first before anything is done."""
 
 
-def _speed(rows: int, size: int, seconds: float) -> str:
-    if seconds <= 0:
-        return ""
-    speed = f"{rows / seconds:,.0f} rows/s"
-    return f"{speed}, {size / seconds / 1e6:,.1f} MB/s" if size else speed
+class _Rate:
+    """Rows and bytes a second since the first look: what an earlier run has done does not count."""
+
+    def __init__(self) -> None:
+        self._begun: tuple[float, int, int] | None = None
+        self.rows = self.bytes = 0.0
+
+    def look(self, rows: int, size: int) -> None:
+        now = time.monotonic()
+        begun, rows_before, size_before = self._begun = self._begun or (now, rows, size)
+        if now > begun:
+            self.rows = (rows - rows_before) / (now - begun)
+            self.bytes = (size - size_before) / (now - begun)
+
+    def __str__(self) -> str:
+        speed = f"{self.rows:,.0f} rows/s"
+        return f"{speed}, {self.bytes / 1e6:,.1f} MB/s" if self.bytes else speed
 
 
 @contextmanager
 def progress(target: int, quiet: bool) -> Iterator[Show]:
     """Show progress on stderr, so that what the command prints can go elsewhere."""
     out = Console(stderr=True, highlight=False)
-    begun = time.monotonic()
+    rate = _Rate()
     if quiet:
         yield lambda rows, planned, size: None
     elif out.is_terminal:
@@ -41,22 +53,23 @@ def progress(target: int, quiet: bool) -> Iterator[Show]:
             task = bar.add_task("rows", total=None, target=target, speed="")
 
             def show(rows: int, planned: int, size: int) -> None:
-                speed = _speed(rows, size, time.monotonic() - begun)
-                bar.update(task, total=max(rows, planned), completed=rows, speed=speed)
+                rate.look(rows, size)
+                bar.update(task, total=max(rows, planned), completed=rows, speed=str(rate))
 
             yield show
     else:
-        due = begun + LINE_SECONDS
+        due = time.monotonic() + LINE_SECONDS
 
         def say(rows: int, planned: int, size: int) -> None:
             nonlocal due
+            rate.look(rows, size)
             now = time.monotonic()
             if now >= due:
                 due = now + LINE_SECONDS
-                left = (max(rows, planned) - rows) / (rows / (now - begun)) if rows else None
+                left = (max(rows, planned) - rows) / rate.rows if rate.rows else None
                 print(
                     f"target {target}: {rows:,} of {max(rows, planned):,} rows, "
-                    f"{_speed(rows, size, now - begun)}, {human_seconds(left)} left",
+                    f"{rate}, {human_seconds(left)} left",
                     file=sys.stderr,
                     flush=True,
                 )
