@@ -510,6 +510,18 @@ def test_output_that_cannot_be_written_is_one_line_and_ends_with_1(
     assert "No space left on device" in done.stderr
 
 
+@pytest.mark.once
+@pytest.mark.parametrize("closed", ["1>&-", "2>&-", "1>&- 2>&-"])
+@pytest.mark.parametrize("args", ["status", "status --json", "replay"])
+def test_closed_streams_are_no_error(pair: Pair, target: int, closed: str, args: str) -> None:
+    command = f'exec "$0" -m tbl_repl {args} --dsn "$1" {closed}'
+    done = subprocess.run(
+        ["/bin/sh", "-c", command, sys.executable, dsn_of(pair.source)],
+        capture_output=True, text=True, env=environment(), check=False, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 # --- whatever the source says
 
 SETTINGS = [
@@ -1149,6 +1161,11 @@ def test_tle_registers_the_script_as_it_is(bare: Pair, way: str) -> None:
 
 
 @pytest.mark.once
+def test_tle_statements_for_programs(server: object) -> None:
+    done = tbl_repl("install", "--tle", "--json")
+    assert json.loads(done.stdout) == {"sql": "\n".join(tle_statements())}
+
+
 def test_tle_statements_are_two(server: object) -> None:
     first, second = tle_statements()
     assert first == "SET standard_conforming_strings = on;"

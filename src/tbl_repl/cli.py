@@ -35,7 +35,8 @@ def _install(args: argparse.Namespace) -> int:
         installed = [f"schema tbl_repl, version {install_plain(resolve_dsn(args.dsn))}"]
         following = "next: SELECT tbl_repl.add_target(...)"
     elif args.tle and args.dsn is None:
-        print("\n".join(tle_statements()))
+        statements = "\n".join(tle_statements())
+        print_json({"sql": statements}) if args.json else print(statements)
         return 0
     elif args.tle:
         installed = [f"tbl_repl {install_tle(resolve_dsn(args.dsn))} in pg_tle"]
@@ -99,6 +100,10 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the shell, as by >&-: who runs it wants to see nothing
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            setattr(sys, name, os.fdopen(nowhere, "w", encoding="utf-8", closefd=False))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # names of tables may have what the terminal's encoding has not
