@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -398,6 +399,11 @@ def test_a_pipe_gets_each_target_in_one_line(pair: Pair, target: int, proxy: Pro
     pair.source.sql("UPDATE tbl_repl.target_state SET last_error = repeat('word ', 200) || E'\nend'")
     head, row = verb(pair, "status", code=1, COLUMNS="40").splitlines()
     assert head.split()[:2] == ["target", "id"]
+    (known,) = as_json(pair, "status", code=1)
+    missing = {name for name in known if name.replace("_", " ") not in head}
+    assert missing == set(), "everything is shown"
+    for name in ("oldest_pending_at", "last_error_at"):
+        assert datetime.fromisoformat(known[name]).astimezone().strftime("%Y-%m-%d %H:%M:%S") in row
     assert row.endswith("word  end")
 
 

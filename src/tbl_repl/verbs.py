@@ -56,7 +56,12 @@ STATUS_COLUMNS = (
     "target_id", "source_table", "server", "dst_table", "mode", "status", "pending_rows", "lag",
     "rows_shipped", "last_shipped_at", "next_try_at", "last_error",
 )  # fmt: skip
+EVERY_STATUS_COLUMN = (
+    *STATUS_COLUMNS[:8], "oldest_pending_at", "in_doubt", *STATUS_COLUMNS[8:-1],
+    "last_error_at", "last_error",
+)  # fmt: skip
 STATUS_LAYOUTS = (
+    EVERY_STATUS_COLUMN,
     STATUS_COLUMNS,
     STATUS_COLUMNS[:-1],
     STATUS_COLUMNS[:8],
