@@ -27,8 +27,8 @@ class Served:
     def __init__(self, port: int) -> None:
         self.port = port
 
-    def families(self) -> dict[str, Metric]:
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=20) as answer:
+    def families(self, host: str = "127.0.0.1") -> dict[str, Metric]:
+        with urllib.request.urlopen(f"http://{host}:{self.port}/metrics", timeout=20) as answer:
             assert answer.headers["Content-Type"].startswith("text/plain; version=")
             text = answer.read().decode()
         return {family.name: family for family in text_string_to_metric_families(text)}
@@ -83,6 +83,14 @@ def test_metrics_count_what_is_shipped_and_what_waits(pair: Pair, port: int) -> 
             for state in ("ok", "copying", "queueing", "paused", "failed")
         }
         assert states == {"ok": 0, "copying": 0, "queueing": 0, "paused": 1, "failed": 0}
+
+
+@pytest.mark.once
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6")
+def test_metrics_are_served_on_all_addresses(node: Node, port: int) -> None:
+    with serving(port, node):
+        hosts = ("127.0.0.1", "[::1]")
+        assert all("tbl_repl_source_up" in Served(port).families(host) for host in hosts)
 
 
 def test_metrics_count_errors_by_sqlstate_and_rows_in_quarantine(pair: Pair, port: int, proxy: Proxy) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import logging
+import socket
 from collections.abc import Iterator
 
 import psycopg
@@ -67,6 +68,16 @@ class TargetCollector(Collector):
         yield from (up, pending, age, shipped, held, status)
 
 
+def _every_address() -> str:
+    """What stands for all of them: that of IPv6 where it takes IPv4 as well."""
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            only = probe.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
+    except OSError:
+        only = 1
+    return "0.0.0.0" if only else "::"
+
+
 class Metrics:
     """Counters that only the worker knows, and the collector above, served by HTTP."""
 
@@ -97,6 +108,6 @@ class Metrics:
             self.batches.labels(batch.database, batch.server).inc()
             self.seconds.labels(batch.database, batch.server).observe(batch.seconds)
 
-    def serve(self, port: int, address: str = "0.0.0.0") -> None:
-        """Serve /metrics from a thread of its own."""
-        start_http_server(port, addr=address, registry=self.registry)
+    def serve(self, port: int) -> None:
+        """Serve /metrics from a thread of its own, on all addresses."""
+        start_http_server(port, addr=_every_address(), registry=self.registry)
