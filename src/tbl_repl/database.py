@@ -148,6 +148,19 @@ def require_rights(connection: Connection) -> None:
         )
 
 
+def require_usage(connection: Connection, access: str) -> None:
+    """Raise TblReplError unless this role may use the schema; access: what grant_access is to give it."""
+    row = connection.execute(
+        "SELECT current_user AS role, quote_literal(quote_ident(current_user)) AS quoted, "
+        "has_schema_privilege('tbl_repl', 'USAGE') AS allowed"
+    ).fetchone()
+    if row is not None and not row["allowed"]:
+        raise TblReplError(
+            f"role {row['role']} has no right to use tbl_repl in database {connection.info.dbname}",
+            f"As the owner of tbl_repl: SELECT tbl_repl.grant_access({row['quoted']}, '{access}');",
+        )
+
+
 def require_extension(connection: Connection) -> None:
     """Raise TblReplError unless tbl_repl is in this database, as an extension or not, of a primary."""
     row = connection.execute(

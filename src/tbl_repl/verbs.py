@@ -29,6 +29,7 @@ from tbl_repl.database import (
     place_of,
     require_extension,
     require_rights,
+    require_usage,
     resolve_dsn,
 )
 from tbl_repl.errors import CannotConnect, IsStandby, TblReplError, UsageError, from_psycopg, printable, tell
@@ -78,9 +79,10 @@ def _dsns(args: argparse.Namespace) -> list[str]:
     return list(dict.fromkeys(resolve_dsn(dsn) for dsn in (args.dsn or [None])))
 
 
-def _open(args: argparse.Namespace) -> Connection:
+def _open(args: argparse.Namespace, access: str = "reader") -> Connection:
     connection = connect(resolve_dsn(args.dsn))
     require_extension(connection)
+    require_usage(connection, access)
     return connection
 
 
@@ -91,6 +93,7 @@ def _each(dsns: Sequence[str], look: Callable[[str, Connection], None]) -> list[
         try:
             with connect(dsn) as connection:
                 require_extension(connection)
+                require_usage(connection, "reader")
                 look(dsn, connection)
         except (psycopg.Error, TblReplError) as error:
             if len(dsns) == 1:
@@ -116,7 +119,7 @@ def _toward(args: argparse.Namespace) -> Iterator[None]:
         ).fetchone()
         return str(row["server"]) if row else None
 
-    with _open(args) as connection:
+    with _open(args, "operator") as connection:
         name = server()
         place = _places(connection).get(name) if name else None
     try:
@@ -238,7 +241,7 @@ def _replay(args: argparse.Namespace) -> int:
             }
         )
     else:
-        print(f"{shipped:,} rows in {human_seconds(seconds)}")
+        print(f"{counted(shipped, 'row')} in {human_seconds(seconds)}")
         for row in left:
             where = f"{row['database']}: " if len(dsns) > 1 else ""
             left_rows = counted(row["pending_rows"], "row")
@@ -312,10 +315,10 @@ def _repair(args: argparse.Namespace) -> int:
     if args.json:
         print_json({"queued": queued})
     else:
-        print(f"{queued:,} rows queued; the worker or tbl-repl replay ships them")
+        print(f"{counted(queued, 'row')} queued; the worker or tbl-repl replay ships them")
     if out_of_reach and args.delete_extra:
         print(
-            f"{out_of_reach:,} rows of the target have keys that no row of the source can have; "
+            f"{counted(out_of_reach, 'row')} of the target with keys that no row of the source can have: "
             "delete them there, tbl-repl compare lists them",
             file=sys.stderr,
         )
@@ -342,7 +345,9 @@ def _copy(args: argparse.Namespace) -> int:
     if args.json:
         print_json({"rows": last.rows, "bytes": last.bytes, "seconds": seconds, "ended": ended})
     elif ended:
-        print(f"{last.rows:,} rows in {human_seconds(seconds)}; what was written meanwhile is queued")
+        print(
+            f"{counted(last.rows, 'row')} in {human_seconds(seconds)}; what was written meanwhile is queued"
+        )
     else:
         print("stopped; the same command goes on with it")
     return int(not ended)
@@ -434,7 +439,8 @@ def _serve_metrics(dsns: list[str], port: int) -> Observer:
         from tbl_repl.metrics import Metrics
     except ImportError as error:
         raise UsageError(
-            "metrics need the package prometheus-client", "pip install 'tbl-repl[metrics]'"
+            "metrics need the package prometheus-client",
+            "In a checkout of tbl_repl: pip install '.[metrics]'",
         ) from error
     metrics = Metrics(dsns)
     try:
