@@ -933,6 +933,30 @@ def test_the_dsn_may_come_from_the_environment(pair: Pair, target: int) -> None:
 
 
 @pytest.mark.once
+@pytest.mark.parametrize("way", ["environment", "service in the environment", "service"])
+def test_a_database_is_named_by_what_the_environment_says(
+    pair: Pair, target: int, tmp_path: Path, way: str
+) -> None:
+    cluster = pair.source.cluster
+    services = tmp_path / "services"
+    services.write_text(
+        f"[s1]\nhost={cluster.socket_dir}\nport={cluster.port}\ndbname={pair.source.dbname}\n"
+    )
+    env = {"PGSERVICEFILE": str(services)}
+    dsn, name = f"user={pair.source.user}", f"{cluster.socket_dir}:{cluster.port}/{pair.source.dbname}"
+    if way == "environment":
+        env = {
+            "PGHOST": str(cluster.socket_dir), "PGPORT": str(cluster.port), "PGDATABASE": pair.source.dbname,
+        }  # fmt: skip
+    elif way == "service":
+        dsn, name = f"{dsn} service=s1", "service=s1"
+    else:
+        env["PGSERVICE"] = "s1"
+    done = tbl_repl("check", "--json", "--dsn", dsn, "--dsn", NOWHERE, env=env)
+    assert {row["database"] for row in json.loads(done.stdout)} == {name}
+
+
+@pytest.mark.once
 def test_a_metrics_port_in_use_is_told(node: Node) -> None:
     taken = node.cluster.port
     done = tbl_repl("worker", "--once", "--metrics-port", str(taken), "--dsn", dsn_of(node))

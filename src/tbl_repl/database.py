@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import psycopg
+from psycopg import pq
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.rows import dict_row
 
@@ -179,11 +180,19 @@ def require_extension(connection: Connection) -> None:
 
 
 def name_of(dsn: str) -> str:
-    """What a person reads in place of a DSN: host, port, database; never a password."""
-    return place_of(conninfo_to_dict(dsn))
+    """What a person reads in place of a DSN: host, port, database; never a password.
+
+    What the DSN leaves to environment and service file is looked up there, as libpq does; a service that the
+    DSN names itself is called by its name, because libpq reads it only when it connects.
+    """
+    given = conninfo_to_dict(dsn)
+    if "service" in given:
+        return f"service={given['service']}" + (f"/{given['dbname']}" if "dbname" in given else "")
+    found = {d.keyword.decode(): d.val.decode() for d in pq.Conninfo.get_defaults() if d.val} | given
+    return place_of({"dbname": found.get("user"), **found})
 
 
 def place_of(options: Mapping[str, Any]) -> str:
     """host:port/database of libpq's options."""
     host = options.get("host") or options.get("hostaddr") or "local"
-    return f"{host}:{options.get('port') or 5432}/{options.get('dbname') or options.get('service') or ''}"
+    return f"{host}:{options.get('port') or 5432}/{options.get('dbname') or ''}"
