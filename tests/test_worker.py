@@ -378,7 +378,7 @@ def test_tables_that_refer_to_each_other_are_copied_in_order_while_writers_go_on
                     )
             wait_until(
                 lambda: (
-                    not pair.source.one("SELECT count(*) FROM tbl_repl.target_state WHERE status <> 'ok'")
+                    not pair.source.one("SELECT count(*) FROM tbl_repl.target_state WHERE status = 'copying'")
                 ),
                 60,
             )
@@ -386,6 +386,9 @@ def test_tables_that_refer_to_each_other_are_copied_in_order_while_writers_go_on
             writer.result(20)
             same(pair, "parent")
             same(pair, "child")
+            wait_until(
+                lambda: not pair.source.one("SELECT count(*) FROM tbl_repl.target_state WHERE status <> 'ok'")
+            )
             assert worker.events("copied")
     finally:
         stop.set()
