@@ -193,7 +193,7 @@ def test_a_definer_who_lost_the_rights_on_tbl_repl(definers: tuple[Pair, int]) -
     assert problems(pair) == [("error", "capture_without_rights", target)]
     mend(pair, "capture_without_rights")
     pair.source.admin(
-        'REVOKE EXECUTE ON FUNCTION tbl_repl._queue_serializable(integer, "char", text[], text[]) FROM definer'
+        'REVOKE EXECUTE ON FUNCTION tbl_repl._capture_by_snapshot(integer, text[], "char", text[], text[]) FROM definer'
     )
     assert problems(pair) == [("error", "capture_without_rights", target)]
     mend(pair, "capture_without_rights")
