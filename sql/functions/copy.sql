@@ -132,12 +132,13 @@ LANGUAGE sql VOLATILE
 SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 AS $function$
-    UPDATE tbl_repl.piece AS p
-    SET state = 'done', done_at = clock_timestamp(), rows_copied = _copy_done.rows, bytes_copied = _copy_done.bytes
-    WHERE p.target_id = _copy_done.target_id AND p.n = _copy_done.n;
+    -- the state first, as drop_target does
     UPDATE tbl_repl.target_state AS st
     SET rows_copied = st.rows_copied + _copy_done.rows
     WHERE st.target_id = _copy_done.target_id;
+    UPDATE tbl_repl.piece AS p
+    SET state = 'done', done_at = clock_timestamp(), rows_copied = _copy_done.rows, bytes_copied = _copy_done.bytes
+    WHERE p.target_id = _copy_done.target_id AND p.n = _copy_done.n;
     SELECT tbl_repl._advance(_copy_done.target_id, _copy_done.rows);
 $function$;
 COMMENT ON FUNCTION tbl_repl._copy_done(integer, integer, bigint, bigint) IS
@@ -154,10 +155,10 @@ BEGIN
     IF EXISTS (SELECT FROM tbl_repl.piece AS p WHERE p.target_id = _copy_finish.target_id AND p.state <> 'done') THEN
         RETURN false;
     END IF;
-    DELETE FROM tbl_repl.piece AS p WHERE p.target_id = _copy_finish.target_id;
     UPDATE tbl_repl.target_state AS st
     SET status = CASE WHEN st.status = 'copying' THEN 'queueing' ELSE st.status END, copy_after = NULL
     WHERE st.target_id = _copy_finish.target_id;
+    DELETE FROM tbl_repl.piece AS p WHERE p.target_id = _copy_finish.target_id;
     PERFORM pg_notify('tbl_repl', '');
     RETURN true;
 END
