@@ -735,15 +735,15 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._keys_from_there(tbl_repl.target, name[], text, jsonb, jsonb) IS
     'keys of the target as keys of the source';
 
--- _remote_keys(target_id, conn, timeout, after): the next keys that the table on the target has, in the order of its own index, as
--- those of the source; last: where to go on, NULL at the end.
+-- _remote_keys(target_id, conn, timeout, after, shape): the next keys that the table on the target has, in the order of its own
+-- index, as those of the source; after: where to go on, NULL at the beginning and at the end; shape: NULL at first.
 CREATE OR REPLACE FUNCTION tbl_repl._remote_keys(
-    target_id integer,
-    conn      text,
-    timeout   interval,
-    after     jsonb,
-    OUT keys  text[],
-    OUT last  jsonb
+    target_id   integer,
+    conn        text,
+    timeout     interval,
+    INOUT after jsonb,
+    INOUT shape jsonb,
+    OUT keys    text[]
 )
 LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp
@@ -751,21 +751,22 @@ AS $function$
 DECLARE
     target tbl_repl.target%ROWTYPE;
     listed jsonb;
-    shape  jsonb;
 BEGIN
     SELECT * INTO STRICT target FROM tbl_repl.target AS t WHERE t.target_id = _remote_keys.target_id;
     listed := tbl_repl._call(conn, tbl_repl._target_page_sql(target, after, NULL, tbl_repl._rows_per_message()), clock_timestamp() + timeout);
+    after := listed -> -1;
     IF listed IS NOT NULL THEN
-        last := listed -> -1;
-        -- it sets a search_path, to the end of the transaction: not for triggers there
-        PERFORM tbl_repl._call(conn, 'SAVEPOINT tbl_repl', clock_timestamp() + timeout);
-        shape := tbl_repl._target_shape(target, conn);
-        PERFORM tbl_repl._call(conn, 'ROLLBACK TO tbl_repl; RELEASE tbl_repl', clock_timestamp() + timeout);
+        IF shape IS NULL THEN
+            -- it sets a search_path, to the end of the transaction: not for triggers there
+            PERFORM tbl_repl._call(conn, 'SAVEPOINT tbl_repl', clock_timestamp() + timeout);
+            shape := tbl_repl._target_shape(target, conn);
+            PERFORM tbl_repl._call(conn, 'ROLLBACK TO tbl_repl; RELEASE tbl_repl', clock_timestamp() + timeout);
+        END IF;
         keys := array_remove(tbl_repl._keys_from_there(target, target.dst_keys, conn, shape, listed), NULL);
     END IF;
 END
 $function$;
-COMMENT ON FUNCTION tbl_repl._remote_keys(integer, text, interval, jsonb) IS
+COMMENT ON FUNCTION tbl_repl._remote_keys(integer, text, interval, jsonb, jsonb) IS
     'a page of the keys that the table on the target has';
 
 -- _unknown(target, names, conn, shape, keys): keys (of the columns names) that this target does not account for.

@@ -1059,6 +1059,7 @@ DECLARE
     counted  bigint;
     kept     integer[] := '{}';  -- targets whose tables cannot be emptied, for rows that stay refer to some of theirs
     after    jsonb;
+    shape    jsonb;
 BEGIN
     shipped := 0;
     by_target := '{}';
@@ -1102,6 +1103,7 @@ BEGIN
         slow := 0;
         size := tbl_repl._rows_per_message();
         after := NULL;
+        shape := NULL;
         IF item.origin IS NOT NULL THEN
             PERFORM tbl_repl._call(conn, tbl_repl._set_origin(item.origin), clock_timestamp() + timeout);
         END IF;
@@ -1111,7 +1113,7 @@ BEGIN
                 FETCH portal INTO keys;
                 IF NOT FOUND THEN
                     EXIT WHEN NOT item.truncate OR item.target_id <> ALL (kept);
-                    SELECT r.keys, r.last INTO keys, after FROM tbl_repl._remote_keys(item.target_id, conn, timeout, after) AS r;
+                    SELECT r.keys, r.after, r.shape INTO keys, after, shape FROM tbl_repl._remote_keys(item.target_id, conn, timeout, after, shape) AS r;
                     EXIT WHEN after IS NULL;
                     CONTINUE WHEN cardinality(keys) = 0;
                 END IF;
