@@ -563,7 +563,8 @@ def test_every_verb_reads_times_whatever_their_style(
         assert "async" in verb(pair, name, *more, **env)
     assert verb(pair, "replay", **env).startswith("10 rows in ")
     assert verb(pair, "compare", target, **env) == "equal\n"
-    assert verb(pair, "copy", target, **env).startswith("3,010 rows in ")
+    copied = verb(pair, "copy", target, **env)
+    assert copied.startswith("3,010 rows in ") and "tbl-repl replay" in copied
     assert "0 rows queued" in verb(pair, "repair", target, **env)
     verb(pair, "check", code=1, **env)
 

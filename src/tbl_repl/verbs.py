@@ -346,7 +346,8 @@ def _copy(args: argparse.Namespace) -> int:
         print_json({"rows": last.rows, "bytes": last.bytes, "seconds": seconds, "ended": ended})
     elif ended:
         print(
-            f"{counted(last.rows, 'row')} in {human_seconds(seconds)}; what was written meanwhile is queued"
+            f"{counted(last.rows, 'row')} in {human_seconds(seconds)}; the worker or tbl-repl replay ships "
+            "what was written meanwhile, and sets the target back to ok"
         )
     else:
         print("stopped; the same command goes on with it")
