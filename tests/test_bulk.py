@@ -184,7 +184,7 @@ def test_a_target_that_falls_silent_after_the_login_is_given_up(
     with (
         pytest.raises(psycopg.OperationalError),
         bulk.open_target(
-            bulk.Way(pair.server, dsn_of(pair.target), "SELECT pg_sleep(20)", "SELECT 'there'", "there")
+            bulk.Way(pair.server, dsn_of(pair.target), "SELECT pg_sleep(20)", "SELECT 'there'", "there", "")
         ),
     ):
         pass
@@ -270,6 +270,29 @@ def test_a_target_that_hangs_is_given_up(pair: Pair, monkeypatch: pytest.MonkeyP
     monkeypatch.undo()
     pair.drain()
     assert pair.pending(target) == 0
+    pair.assert_same("t")
+
+
+def test_a_commit_that_comes_too_late_is_undone(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY)")
+    pair.add_target("t", mode="async")
+    pair.source.sql("INSERT INTO t SELECT generate_series(1, 10)")
+    commit = bulk.commit
+    failures = []
+
+    def late(there: bulk.Target, timeout: float) -> None:
+        try:
+            commit(there, -0.1)
+        except psycopg.Error as error:
+            failures.append(error.sqlstate)
+            raise
+
+    monkeypatch.setattr(bulk, "commit", late)
+    assert ship(pair) is None
+    assert failures == ["08000"]
+    assert pair.target.rows("t") == []
+    monkeypatch.undo()
+    assert ship(pair) == 10
     pair.assert_same("t")
 
 

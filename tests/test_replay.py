@@ -308,6 +308,38 @@ def test_the_first_replay_after_a_restart_of_the_target_ships(pair: Pair) -> Non
     assert pair.source.one("SELECT count(*) FROM tbl_repl.error_log WHERE target_id = %s", [target_id]) == 0
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_drainer_goes_on_after_a_clock_was_set(pair: Pair, rows: int) -> None:
+    target_id = async_table(pair)
+    with pair.source.connect() as conn:
+        conn.execute(f"INSERT INTO t SELECT g, 'a' FROM generate_series(1, {rows}) AS g")
+        assert conn.execute("SELECT tbl_repl.replay()").fetchone() == (rows,)
+        conn.execute(
+            "SELECT dblink_exec(c, 'SET tbl_repl.clock = -3600') FROM unnest(dblink_get_connections()) AS c"
+        )
+        conn.execute("UPDATE t SET v = 'b'")
+        assert conn.execute("SELECT tbl_repl.replay()").fetchone() == (0,)
+        assert pair.source.one("SELECT sqlstate FROM tbl_repl.error_log") == "08000"
+        assert quarantined(pair) == []
+        conn.execute("CALL tbl_repl.drain()")
+    pair.assert_same("t")
+    assert pair.status(target_id) == "ok"
+
+
+def test_a_division_by_zero_on_the_target_is_an_error_of_the_row(pair: Pair) -> None:
+    async_table(pair)
+    pair.target.sql(
+        "CREATE FUNCTION divide() RETURNS trigger LANGUAGE plpgsql AS"
+        " $$BEGIN PERFORM 1 / (NEW.id - 2); RETURN NULL; END$$;"
+        "CREATE CONSTRAINT TRIGGER divide AFTER INSERT ON t DEFERRABLE INITIALLY DEFERRED"
+        " FOR EACH ROW EXECUTE FUNCTION divide()"
+    )
+    pair.source.sql("INSERT INTO t VALUES (1, 'a'), (2, 'b'), (3, 'c')")
+    pair.drain()
+    assert [row[0] for row in pair.target.sql("SELECT id FROM t ORDER BY id")] == [1, 3]
+    assert quarantined(pair)[0][:2] == ({"id": 2}, "22012")
+
+
 def test_single_rows_go_by_statements_that_the_connection_has_prepared(pair: Pair) -> None:
     async_table(pair)
     query = (
@@ -1264,7 +1296,6 @@ def test_a_tolerant_target_returns_to_ok_with_a_row_in_quarantine(pair: Pair) ->
 
 @pytest.mark.parametrize("where", ["filter", "map"])
 def test_an_expression_that_fails_on_a_row_hurts_only_that_row(pair: Pair, where: str) -> None:
-    """Division by zero is also how a message says that its lease was over: not to be mixed up."""
     options: dict[str, Any] = {
         "filter": {"row_filter": "10 / n > 0"},
         "map": {"column_map": {"n": "10 / n"}},

@@ -558,6 +558,66 @@ def test_a_late_message_of_a_tolerant_writer_does_not_overwrite_a_newer_value(pa
     assert pair.status(target) == "ok"
 
 
+def set_clock_of_target(conn: psycopg.Connection, seconds: int) -> None:
+    """What setting the clock there by so many seconds does to the connections that are open."""
+    conn.execute(
+        "SELECT dblink_exec(c, format('SET tbl_repl.clock = %%L', x.clock::numeric - %s))"
+        " FROM unnest(dblink_get_connections()) AS c, dblink(c, 'SHOW tbl_repl.clock') AS x (clock text)",
+        [seconds],
+    )
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("mode", ["sync", "tolerant"])
+@pytest.mark.parametrize("seconds", [3600, -3600])
+def test_writers_do_not_notice_that_a_clock_was_set(pair: Pair, mode: str, rows: int, seconds: int) -> None:
+    target = replicate(pair, mode=mode)
+    pair.source.sql(f"INSERT INTO t SELECT g, 'x' FROM generate_series(1, {rows}) g")
+    with pair.source.connect() as conn:
+        conn.execute("UPDATE t SET v = 'y'")
+        set_clock_of_target(conn, seconds)
+        for v in "zab":
+            with within(2):
+                conn.execute("UPDATE t SET v = %s", [v])
+            pair.assert_same("t")
+    assert pair.status(target) == "ok"
+    assert pair.source.sql("SELECT * FROM tbl_repl.error_log") == []
+
+
+def test_two_sync_targets_do_not_notice_that_a_clock_was_set(trio: Pair) -> None:
+    assert trio.third
+    replicate(trio, mode="sync")
+    trio.add_target("t", trio.third_server, mode="sync")
+    with trio.source.connect() as conn:
+        conn.execute("INSERT INTO t VALUES (1, 'x')")
+        set_clock_of_target(conn, 3600)
+        with within(2):
+            conn.execute("UPDATE t SET v = 'y'")
+    trio.assert_same("t")
+    trio.assert_same("t", there=trio.third)
+
+
+@pytest.mark.parametrize("mode", ["sync", "tolerant"])
+def test_one_large_statement_fails_after_a_clock_was_set(pair: Pair, mode: str) -> None:
+    """Several messages cannot be repeated; the connection that follows has measured the clocks anew."""
+    target = replicate(pair, mode=mode)
+    pair.source.sql(f"INSERT INTO t SELECT g, 'x' FROM generate_series(1, {MANY}) g")
+    with pair.source.connect() as conn:
+        conn.execute("UPDATE t SET v = 'y'")
+        set_clock_of_target(conn, 3600)
+        with within(2):
+            if mode == "sync":
+                with pytest.raises(errors.ConnectionException, match="too late"):
+                    conn.execute("UPDATE t SET v = 'z'")
+            else:
+                conn.execute("UPDATE t SET v = 'z'")
+                assert pair.source.one("SELECT sqlstate FROM tbl_repl.error_log") == "08000"
+                pair.drain()
+        conn.execute("UPDATE t SET v = 'a'")
+    pair.assert_same("t")
+    assert pair.status(target) == "ok"
+
+
 @pytest.mark.parametrize("rows", [1, MANY])
 def test_a_late_message_of_a_sync_writer_does_not_overwrite_a_newer_value(pair: Pair, rows: int) -> None:
     replicate(pair, mode="sync", timeout="600 ms")

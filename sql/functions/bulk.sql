@@ -202,10 +202,10 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._bulk_done(pg_snapshot, jsonb) IS
     'moves the positions after a batch that went by COPY';
 
--- _bulk_session(timeout): application_name and settings of the worker's own connection to the
+-- _bulk_session(timeout): application_name, settings and lease (of the deadline $1) of the worker's own connection to the
 -- target.  Named like a dblink connection of the backend that holds the locks, so that whoever comes after
 -- its death ends it first.
-CREATE OR REPLACE FUNCTION tbl_repl._bulk_session(timeout interval, OUT application_name text, OUT settings text, OUT place_query text)
+CREATE OR REPLACE FUNCTION tbl_repl._bulk_session(timeout interval, OUT application_name text, OUT settings text, OUT place_query text, OUT lease text)
 LANGUAGE sql STABLE
 SET search_path = pg_catalog, pg_temp
 AS $function$
@@ -214,10 +214,10 @@ AS $function$
            format('SET statement_timeout = 0; SET lock_timeout = %s; %s; '
                   'SET default_transaction_isolation = ''read committed''; SET tbl_repl.origin = %L',
                   ceil(extract(epoch FROM timeout) * 800), tbl_repl._text_session(), tbl_repl.node_name()),
-           tbl_repl._place_query()
+           tbl_repl._place_query(), 'SELECT ' || tbl_repl._in_time('$1')
 $function$;
 COMMENT ON FUNCTION tbl_repl._bulk_session(interval) IS
-    'application_name and settings of the worker''s connection to a target, and what tells where it leads';
+    'application_name and settings of the worker''s connection to a target, what tells where it leads, and the end of its messages';
 
 -- One running server and database; a copy of it has been started at another moment.
 CREATE OR REPLACE FUNCTION tbl_repl._place_query() RETURNS text

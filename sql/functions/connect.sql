@@ -263,12 +263,20 @@ AS $function$
 $function$;
 COMMENT ON FUNCTION tbl_repl._connect_key(text) IS 'second part of the advisory lock connect';
 
--- Runs on the target: fails (22012) once its clock has passed the deadline, given in seconds of ours.
+-- Runs on the target: fails (22P02, see _is_lease_over) once its clock has passed the deadline, given in seconds of ours.
 CREATE OR REPLACE FUNCTION tbl_repl._in_time(deadline text) RETURNS text
 LANGUAGE sql IMMUTABLE
 SET search_path = pg_catalog, pg_temp
-RETURN format('1 / (pg_catalog.date_part(''epoch'', pg_catalog.clock_timestamp()) < %s + pg_catalog.current_setting(''tbl_repl.clock'')::float8)::int', deadline);
+RETURN format('(CASE WHEN pg_catalog.date_part(''epoch'', pg_catalog.clock_timestamp()) < %s + pg_catalog.current_setting(''tbl_repl.clock'')::float8 '
+              'THEN ''1'' ELSE ''tbl_repl: lease over'' END)::pg_catalog.int4', deadline);
 COMMENT ON FUNCTION tbl_repl._in_time(text) IS 'SQL expression that fails on the target after a deadline';
+
+-- In whatever language the target speaks, it quotes what it could not read as a number.
+CREATE OR REPLACE FUNCTION tbl_repl._is_lease_over(code text, message text) RETURNS boolean
+LANGUAGE sql IMMUTABLE PARALLEL SAFE
+SET search_path = pg_catalog, pg_temp
+RETURN code = '22P02' AND strpos(message, 'tbl_repl: lease over') > 0;
+COMMENT ON FUNCTION tbl_repl._is_lease_over(text, text) IS 'whether an error of the target is that of a lease that is over';
 
 -- _send(conn, message): sends without waiting.  Error 08006 when the connection is known to be dead,
 -- in which case nothing has been sent.
@@ -288,8 +296,9 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._send(text, text) IS 'sends a message over a connection, does not wait';
 
 -- _receive(conn, deadline): the answer to the message sent last: the first column of its last row.
--- Errors: the remote one as it is; 08006 if there is no answer by the deadline, or none any more; the
--- connection is then closed.  An error of the target leaves the connection usable.
+-- Errors: the remote one as it is; 08006 if there is no answer by the deadline, or none any more; 08000 if the target says
+-- that the lease is over, so that the message is undone.  In both cases the connection is closed, for with 08000 one of the two
+-- clocks may have been set since it was opened.  Other errors of the target leave it usable.
 -- A cancel that comes while we wait is kept back until the fate of the message is known, or its lease is
 -- over: given up earlier, the message could still take effect after something newer.  At commit it is
 -- dropped, elsewhere raised afterwards.  harmless: the message commits nothing, so that a cancel ends the waiting at
@@ -394,6 +403,13 @@ BEGIN
             GET STACKED DIAGNOSTICS code = RETURNED_SQLSTATE;
             IF code ~ '^(08|57P)' THEN
                 PERFORM tbl_repl._dblink_disconnect(conn);
+            ELSIF tbl_repl._is_lease_over(code, SQLERRM) THEN
+                PERFORM tbl_repl._dblink_disconnect(conn);
+                RAISE EXCEPTION USING
+                    ERRCODE = 'connection_exception',
+                    MESSAGE = 'the target has got the message too late',
+                    DETAIL  = 'By its clock the time was over, as measured when the connection was opened.',
+                    HINT    = 'The target is busy or far away, or its clock, or the one here, has been set.';
             ELSE
                 PERFORM tbl_repl._read_on(conn, deadline);
             END IF;

@@ -948,11 +948,10 @@ BEGIN
             RETURN;
         EXCEPTION WHEN query_canceled OR assert_failure OR OTHERS THEN
             GET STACKED DIAGNOSTICS context = PG_EXCEPTION_CONTEXT;
-            -- 22012: the lease was over, or some expression divides by zero
-            IF tbl_repl._is_transient(SQLSTATE) AND (committing OR NOT (SQLSTATE = '22012' OR tbl_repl._is_too_slow(SQLSTATE, context, conn)
+            IF tbl_repl._is_transient(SQLSTATE) AND (committing OR NOT (tbl_repl._is_too_slow(SQLSTATE, context, conn)
                                                                         OR tbl_repl._is_stubborn(loads, SQLSTATE))) THEN
                 RAISE;
-            ELSIF tbl_repl._is_transient(SQLSTATE) AND SQLSTATE NOT IN ('22012', '57014') THEN
+            ELSIF tbl_repl._is_transient(SQLSTATE) AND SQLSTATE <> '57014' THEN
                 stubborn := SQLSTATE;
             END IF;
             IF conn = ANY (tbl_repl._dblink_connections()) THEN
@@ -986,10 +985,10 @@ RETURNS boolean
 LANGUAGE sql IMMUTABLE
 SET search_path = pg_catalog, pg_temp
 AS $function$
-    SELECT code ~ '^(08|25|28|40|53|55|57|58|XX)' OR code IN ('3D000', '22012', '42704')
+    SELECT code ~ '^(08|25|28|40|53|55|57|58|XX)' OR code IN ('3D000', '42704')
 $function$;
 COMMENT ON FUNCTION tbl_repl._is_transient(text) IS
-    'whether an error says something about the target rather than about a row; 22012 is a lease that was over, 42704 a missing mapping';
+    'whether an error says something about the target rather than about a row; 42704 is a missing mapping';
 
 -- A statement that the target has cancelled (its statement_timeout), not one that was cancelled here: only what dblink
 -- raises names the connection in its context, in every language.
@@ -1276,7 +1275,7 @@ BEGIN
             RETURN '{}';
         EXCEPTION WHEN query_canceled OR assert_failure OR OTHERS THEN
             GET STACKED DIAGNOSTICS context = PG_EXCEPTION_CONTEXT;
-            IF tbl_repl._is_transient(SQLSTATE) AND NOT (SQLSTATE = '22012' OR tbl_repl._is_too_slow(SQLSTATE, context, conn)
+            IF tbl_repl._is_transient(SQLSTATE) AND NOT (tbl_repl._is_too_slow(SQLSTATE, context, conn)
                                                            OR SQLSTATE IS NOT DISTINCT FROM stubborn) THEN
                 RAISE;
             END IF;

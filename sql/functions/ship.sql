@@ -896,11 +896,6 @@ LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp
 AS $function$
 BEGIN
-    IF code = '22012' AND clock_timestamp() > lane.deadline - interval '50 milliseconds' THEN
-        -- the lease, not a division of the target's own
-        code := '08006';
-        error := 'the target did not answer in time';
-    END IF;
     lane.state := 'failed';
     lane.code := _lane_failed.code;
     lane.error := _lane_failed.error;
@@ -1066,7 +1061,7 @@ BEGIN
             EXIT;
         END;
     END LOOP;
-    IF code ~ '^08' AND NOT two_phase THEN
+    IF code ~ '^08' AND code <> '08000' AND NOT two_phase THEN
         -- Lost, and the old session could not be ended: its message dies with the lease.
         PERFORM tbl_repl._outlive(lane.deadline);
     ELSIF NOT two_phase AND lane.conn = ANY (tbl_repl._dblink_connections()) THEN
@@ -1227,7 +1222,7 @@ BEGIN
     RETURN lane;
 EXCEPTION WHEN query_canceled OR assert_failure OR OTHERS THEN
     GET STACKED DIAGNOSTICS error_text = MESSAGE_TEXT, error_detail = PG_EXCEPTION_DETAIL, error_hint = PG_EXCEPTION_HINT;
-    IF SQLSTATE ~ '^08' THEN
+    IF SQLSTATE ~ '^08' AND SQLSTATE <> '08000' THEN
         PERFORM tbl_repl._outlive(lane.deadline);
     ELSIF lane.conn = ANY (tbl_repl._dblink_connections()) THEN
         PERFORM tbl_repl._dblink_disconnect(lane.conn);

@@ -333,10 +333,11 @@ DECLARE
     deadline timestamptz := clock_timestamp() + timeout;
 BEGIN
     PERFORM tbl_repl._call(conn, 'SET CONSTRAINTS ALL IMMEDIATE' || tbl_repl._lease(deadline) || '; COMMIT', deadline, true);
-EXCEPTION WHEN connection_exception OR sqlclient_unable_to_establish_sqlconnection OR connection_does_not_exist
-            OR connection_failure OR sqlserver_rejected_establishment_of_sqlconnection THEN
-    -- nobody knows what became of it: it must not come after something newer
-    PERFORM tbl_repl._outlive(deadline);
+EXCEPTION WHEN connection_exception THEN
+    IF SQLSTATE <> '08000' THEN
+        -- nobody knows what became of it: it must not come after something newer
+        PERFORM tbl_repl._outlive(deadline);
+    END IF;
     RAISE;
 END
 $function$;

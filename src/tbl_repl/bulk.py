@@ -100,22 +100,27 @@ class ElsewhereError(TblReplError):
 
 @dataclass(frozen=True)
 class Way:
-    """How a target is reached from here; place: what place_query says over the source's own connection."""
+    """How a target is reached from here.
+
+    place: what place_query says over the source's own connection; lease: statement that fails there once
+    the time $1, in seconds of our clock, is over.
+    """
 
     server: str
     conninfo: str
     settings: str
     place_query: str
     place: str
+    lease: str
 
 
 @dataclass(frozen=True)
 class Target:
-    """A connection to a target; offset: of its clock, in seconds."""
+    """A connection to a target, and the way it has come."""
 
     connection: psycopg.Connection[tuple[object, ...]]
     watchdog: Watchdog
-    offset: float
+    way: Way
 
     def execute(self, statement: str, seconds: float | None = None) -> psycopg.Cursor[tuple[object, ...]]:
         """Within so many seconds, SILENCE_SECONDS if nothing is said."""
@@ -188,7 +193,9 @@ def open_target(way: Way) -> Iterator[Target]:
                     raise ElsewhereError(way.server)
                 connection.execute(way.settings.encode())
                 now = connection.execute("SELECT extract(epoch FROM clock_timestamp())::float8").fetchone()
-            yield Target(connection, watchdog, float(str(now[0])) - time.time() if now else 0.0)
+                assert now is not None
+                connection.execute(f"SET tbl_repl.clock = '{float(str(now[0])) - time.time():.6f}'".encode())
+            yield Target(connection, watchdog, way)
         finally:
             watchdog.stop()
 
@@ -198,10 +205,12 @@ def commit(target: Target, timeout: float) -> None:
     deadline = time.time() + timeout
     try:
         target.execute(
-            "SET CONSTRAINTS ALL IMMEDIATE; "
-            f"SELECT 1 / (extract(epoch FROM clock_timestamp()) < {deadline + target.offset})::int; COMMIT",
-            timeout,
+            f"SET CONSTRAINTS ALL IMMEDIATE; {target.way.lease.replace('$1', str(deadline))}; COMMIT", timeout
         )
+    except psycopg.errors.InvalidTextRepresentation as error:
+        if "tbl_repl: lease over" in str(error):
+            raise psycopg.errors.ConnectionException("the target has got the message too late") from error
+        raise
     except psycopg.OperationalError:
         time.sleep(max(0.0, deadline - time.time()))
         raise
@@ -227,7 +236,7 @@ def way_to(source: Connection, server: str, lane: Row) -> Way | None:
         return None
     if info is None or info["conninfo"] is None:
         return None
-    return Way(server, info["conninfo"], row["settings"], row["place_query"], place["place"])
+    return Way(server, info["conninfo"], row["settings"], row["place_query"], place["place"], row["lease"])
 
 
 @contextmanager
