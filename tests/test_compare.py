@@ -260,6 +260,39 @@ def test_values_are_compared_in_the_form_of_the_target(pair: Pair, name: str) ->
     assert differences(pair, target) == []
 
 
+@pytest.mark.parametrize("where", ["filter", "map", "raise"])
+def test_a_row_on_which_an_expression_fails_is_a_difference(pair: Pair, where: str) -> None:
+    """Of many: the others are compared all the same."""
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY, n integer)")
+    pair.source.sql(
+        "CREATE FUNCTION checked(n integer) RETURNS integer LANGUAGE plpgsql AS"
+        " $$BEGIN IF n = 0 THEN RAISE EXCEPTION 'no'; END IF; RETURN n; END$$"
+    )
+    options: dict[str, Any] = {
+        "filter": {"row_filter": "10 / n > -100"},
+        "map": {"column_map": {"n": "10 / n"}},
+        "raise": {"column_map": {"n": "public.checked(n)"}},
+    }[where]
+    target = pair.add_target("t", mode="async", **options)
+    pair.source.sql(
+        "INSERT INTO t SELECT g, 5 FROM generate_series(1, 2500) AS g; UPDATE t SET n = 0 WHERE id IN (7, 9)"
+    )
+    pair.drain()
+    pair.target.sql("DELETE FROM t WHERE id = 1500; INSERT INTO t VALUES (9, 1), (3000, 1)")
+    found = [
+        ("different", 9),
+        ("extra_on_target", 3000),
+        ("missing_on_target", 7),
+        ("missing_on_target", 1500),
+    ]
+    assert sorted(differences(pair, target), key=str) == sorted(found, key=str)
+    repaired(pair, target, delete_extra=True)
+    assert sorted(differences(pair, target), key=str) == sorted([found[0], found[2]], key=str)
+    pair.source.sql("UPDATE t SET n = 3 WHERE n = 0")
+    pair.drain()
+    assert differences(pair, target) == []
+
+
 def test_what_the_target_cannot_hold_is_a_difference(pair: Pair) -> None:
     pair.source.sql("CREATE TABLE t (id bigint PRIMARY KEY, v text, n integer, c text)")
     pair.target.sql("""

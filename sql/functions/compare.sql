@@ -499,15 +499,19 @@ BEGIN
         'SELECT pg_catalog.md5(pg_catalog.string_agg(pg_catalog.concat(''('', pg_catalog.array_to_string(ARRAY[%s], '', ''), '')''), '', '' ORDER BY e.n)) FROM %s',
         (SELECT string_agg(format('pg_catalog.quote_nullable(d.%I::text)', c), ', ' ORDER BY n) FROM unnest(target.sent_columns) WITH ORDINALITY AS u (c, n)),
         tbl_repl._by_key_list(target, tbl_repl._key_list(cardinality(target.dst_keys), keys))), clock_timestamp() + target.timeout);
-EXCEPTION WHEN data_exception OR integrity_constraint_violation THEN
-    RETURN false;  -- a key that the target's column cannot hold
+EXCEPTION WHEN assert_failure OR OTHERS THEN
+    IF tbl_repl._is_definition_error(SQLSTATE) OR tbl_repl._is_transient(SQLSTATE) THEN
+        RAISE;
+    END IF;
+    RETURN false;  -- a key that the target's column cannot hold, or a row on which an expression fails
 END
 $function$;
 COMMENT ON FUNCTION tbl_repl._is_same(tbl_repl.target, text, text[]) IS
     'whether a hash over the rows with these keys is the same on both sides';
 
 -- _differences(target, conn, shape, keys): {key: 'missing_on_target' | 'different'}.  Keys without a row here
--- are left out.  A value that the target's column cannot hold is a difference too: halving finds it.
+-- are left out.  A value that the target's column cannot hold is a difference too, and so is a row on which filter or map
+-- fail: halving finds it.
 CREATE OR REPLACE FUNCTION tbl_repl._differences(
     target tbl_repl.target,
     conn   text,
@@ -525,13 +529,13 @@ DECLARE
     half       integer := cardinality(keys) / 2;
     present    boolean := false;
 BEGIN
-    EXECUTE format('SELECT r.upserts FROM tbl_repl.render_%s($1, false, true, ''values'') AS r', target.target_id) INTO row_values USING keys;
-    IF row_values IS NULL THEN
-        RETURN '{}';
-    END IF;
     SELECT array_agg(array_position(target.sent_columns, k.name) ORDER BY k.n) INTO positions
     FROM unnest(target.dst_keys) WITH ORDINALITY AS k (name, n);
     BEGIN
+        EXECUTE format('SELECT r.upserts FROM tbl_repl.render_%s($1, false, true, ''values'') AS r', target.target_id) INTO row_values USING keys;
+        IF row_values IS NULL THEN
+            RETURN '{}';
+        END IF;
         -- IS NULL, of a key that is a composite, would look at its fields
         answer := tbl_repl._call(conn, (
             SELECT format('WITH v (%s) AS (VALUES %s) SELECT pg_catalog.json_agg(pg_catalog.json_build_array(d.%I IS NOT DISTINCT FROM NULL, pg_catalog.json_build_array(%s))) '
@@ -546,8 +550,10 @@ BEGIN
                           string_agg(format('(%s) COLLATE "C" IS DISTINCT FROM d.%I::text COLLATE "C"',
                                             tbl_repl._assigned(c, format('v.c%s', n)), c ->> 'name'), ' OR ' ORDER BY n))
             FROM jsonb_array_elements(shape) WITH ORDINALITY AS s (c, n)), clock_timestamp() + target.timeout);
-    EXCEPTION WHEN data_exception OR integrity_constraint_violation THEN
-        IF half > 0 THEN
+    EXCEPTION WHEN assert_failure OR OTHERS THEN
+        IF tbl_repl._is_definition_error(SQLSTATE) OR tbl_repl._is_transient(SQLSTATE) THEN
+            RAISE;
+        ELSIF half > 0 THEN
             RETURN tbl_repl._differences(target, conn, shape, keys[:half]) || tbl_repl._differences(target, conn, shape, keys[half + 1:]);
         END IF;
         BEGIN
@@ -769,6 +775,30 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._remote_keys(integer, text, interval, jsonb, jsonb) IS
     'a page of the keys that the table on the target has';
 
+-- A row on which the filter fails is there.
+CREATE OR REPLACE FUNCTION tbl_repl._without_row(target_id integer, keys text[])
+RETURNS text[]
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    gone text[];
+    half integer := cardinality(keys) / 2;
+BEGIN
+    EXECUTE format('SELECT ARRAY(SELECT json_array_elements_text(r.deletes::json)) FROM tbl_repl.render_%s($1, false, true, ''keys'') AS r', target_id)
+    INTO gone USING keys;
+    RETURN coalesce(gone, '{}');
+EXCEPTION WHEN assert_failure OR OTHERS THEN
+    IF tbl_repl._is_definition_error(SQLSTATE) OR tbl_repl._is_transient(SQLSTATE) THEN
+        RAISE;
+    ELSIF half = 0 THEN
+        RETURN '{}';
+    END IF;
+    RETURN tbl_repl._without_row(target_id, keys[:half]) || tbl_repl._without_row(target_id, keys[half + 1:]);
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._without_row(integer, text[]) IS 'the keys for which the source has nothing to send';
+
 -- _unknown(target, names, conn, shape, keys): keys (of the columns names) that this target does not account for.
 -- Where this cannot be found out (other key columns, another owner, a table that was dropped) the target accounts for all of them.
 CREATE OR REPLACE FUNCTION tbl_repl._unknown(
@@ -796,9 +826,7 @@ BEGIN
         RETURN '[]';
     END IF;
     forms := tbl_repl._keys_from_there(target, names, conn, shape, keys);
-    EXECUTE format('SELECT ARRAY(SELECT json_array_elements_text(r.deletes::json)) FROM tbl_repl.render_%s($1, false, true, ''keys'') AS r', target.target_id)
-    INTO gone USING array_remove(forms, NULL);
-    gone := tbl_repl._not_pending(target, coalesce(gone, '{}'));
+    gone := tbl_repl._not_pending(target, tbl_repl._without_row(target.target_id, array_remove(forms, NULL)));
     RETURN coalesce((
         SELECT jsonb_agg(jsonb_build_object('k', keys -> (f.n - 1)::integer, 's', f.form) ORDER BY f.n)
         FROM unnest(forms) WITH ORDINALITY AS f (form, n)
