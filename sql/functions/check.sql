@@ -86,26 +86,17 @@ SET search_path = pg_catalog, pg_temp
 AS $function$
     -- Named connections belong to the session: whoever may call dblink in a session that has shipped something can run
     -- anything on the target through it.
-    WITH open AS (
-        SELECT format('%I.%I(%s)', n.nspname, f.proname, pg_get_function_identity_arguments(f.oid)) AS signature
-        FROM pg_extension AS e
-        JOIN pg_depend AS d ON d.refclassid = 'pg_extension'::regclass AND d.refobjid = e.oid AND d.deptype = 'e' AND d.classid = 'pg_proc'::regclass
-        JOIN pg_proc AS f ON f.oid = d.objid
-        JOIN pg_namespace AS n ON n.oid = f.pronamespace
-        WHERE e.extname = 'dblink' AND f.proname <> 'dblink_fdw_validator'
-          AND EXISTS (SELECT FROM aclexplode(coalesce(f.proacl, acldefault('f', f.proowner))) AS a WHERE a.grantee = 0 AND a.privilege_type = 'EXECUTE')
-    ), functions AS (
-        SELECT string_agg(o.signature, ', ' ORDER BY o.signature) AS list FROM open AS o
-    ), callers AS (
-        SELECT string_agg(format('%I', c.name), ', ' ORDER BY c.name) AS list
-        FROM (SELECT tbl_repl._owner()
-              UNION SELECT t.owner FROM tbl_repl.target AS t) AS c (name)
-    )
     SELECT 'warning', 'dblink_public', 'everybody may execute the functions of dblink',
            format('Who writes a replicated table could run any SQL on its targets over our connections. As the owner of dblink: '
-                  'REVOKE EXECUTE ON FUNCTION %1$s FROM PUBLIC; GRANT EXECUTE ON FUNCTION %1$s TO %2$s;', f.list, c.list)
-    FROM functions AS f, callers AS c
-    WHERE f.list IS NOT NULL AND EXISTS (SELECT FROM tbl_repl.target)
+                  'DO $dblink$DECLARE f regprocedure; BEGIN FOR f IN SELECT d.objid FROM pg_depend AS d JOIN pg_extension AS e ON e.oid = d.refobjid '
+                  'WHERE d.classid = ''pg_proc''::regclass AND d.deptype = ''e'' AND e.extname = ''dblink'' AND has_function_privilege(''public'', d.objid, ''EXECUTE'') '
+                  'LOOP EXECUTE format(''REVOKE EXECUTE ON FUNCTION %%1$s FROM PUBLIC; GRANT EXECUTE ON FUNCTION %%1$s TO %1$s'', f); END LOOP; END$dblink$;',
+                  (SELECT string_agg(replace(replace(quote_ident(c.name), '%', '%%'), '''', ''''''), ', ' ORDER BY c.name)
+                   FROM (SELECT tbl_repl._owner() UNION SELECT t.owner FROM tbl_repl.target AS t) AS c (name)))
+    WHERE EXISTS (SELECT FROM tbl_repl.target)
+      AND EXISTS (SELECT FROM pg_depend AS d JOIN pg_extension AS e ON e.oid = d.refobjid JOIN pg_proc AS f ON f.oid = d.objid
+                  WHERE d.classid = 'pg_proc'::regclass AND d.deptype = 'e' AND e.extname = 'dblink' AND f.proname <> 'dblink_fdw_validator'
+                    AND has_function_privilege('public', f.oid, 'EXECUTE'))
 $function$;
 COMMENT ON FUNCTION tbl_repl._node_problems() IS 'problems that concern the whole node';
 
