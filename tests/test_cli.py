@@ -305,6 +305,19 @@ def test_top_refreshes_and_ends_by_ctrl_c(
 
 
 @pytest.mark.once
+def test_top_with_few_lines_shows_the_worst(pair: Pair, target: int, terminals: list[Terminal]) -> None:
+    for n in range(8):
+        pair.both(f"CREATE TABLE more_{n} (id integer PRIMARY KEY)")
+        last = pair.add_target(f"more_{n}")
+    pair.call("pause_target", target_id=last)
+    top = Terminal("top", "--interval", "0.05", "--dsn", dsn_of(pair.source), LINES="6")
+    terminals.append(top)
+    wait_until(lambda: "not shown, for want of lines: 6 ok" in top.read(), 20)
+    wait_until(lambda: "paused" in top.read(), 20)
+    assert "more_7" in top.text and "more_6" not in top.text
+
+
+@pytest.mark.once
 def test_top_without_cursor_movements_shows_one_look_after_the_other(
     pair: Pair, target: int, terminals: list[Terminal]
 ) -> None:

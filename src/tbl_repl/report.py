@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -151,6 +152,16 @@ def fitting(rows: Sequence[Row], layouts: Sequence[Sequence[str]], out: Console)
             errors = (Text.assemble(_name(row), ": ", _shown(row, "last_error")) for row in left)
             return Group(table(rows, columns, short=n > 0), *errors)
     return Group(*(_record(row, layouts[0]) for row in rows))
+
+
+def worst_first(rows: Sequence[Row], limit: int) -> tuple[list[Row], str]:
+    """So many target_status rows, those that need somebody first; how many there are besides, by status."""
+    order = ("failed", "queueing", "copying", "paused", "ok")
+    ranked = sorted(rows, key=lambda row: order.index(row["status"]))
+    hidden = Counter(row["status"] for row in ranked[max(0, limit) :])
+    return ranked[: max(0, limit)], ", ".join(
+        f"{hidden[status]:,} {status}" for status in order if hidden[status]
+    )
 
 
 def _name(row: Row) -> str:

@@ -47,6 +47,7 @@ from tbl_repl.report import (
     print_json,
     show,
     table,
+    worst_first,
 )
 from tbl_repl.signals import terminated_as_interrupted
 from tbl_repl.worker import POLL_SECONDS, Batch, Observer, Options, Worker, drain_once
@@ -398,6 +399,10 @@ class _Top:
         parts = [Text(head, style="dim")]
         if self.problem:
             parts.append(Text(printable(self.problem), style="bold red"))
+        live = self._out.is_terminal and not self._out.is_dumb_terminal
+        if live and len(rows) > (lines := self._out.height - len(parts) - 1):
+            rows, hidden = worst_first(rows, lines - 1)
+            parts.append(Text(f"not shown, for want of lines: {hidden}", style="dim"))
         return Group(*parts, fitting(rows, TOP_LAYOUTS, self._out))
 
     def close(self) -> None:
