@@ -273,7 +273,7 @@ def test_a_failed_target_delays_no_neighbour_on_its_server(pair: Pair, queue: in
         wait_until(lambda: pair.status(bad) == "failed" and state(pair, bad)["next_try_at"])
         # as after many failures
         pair.source.sql(
-            "UPDATE tbl_repl.target_state SET next_try_at = clock_timestamp() + '1 h' WHERE target_id = %s",
+            "UPDATE tbl_repl.target_state SET next_try_at = clock_timestamp() + '25 s' WHERE target_id = %s",
             [bad],
         )
         pair.target.sql("CREATE TABLE bad (id integer PRIMARY KEY)")
@@ -283,6 +283,16 @@ def test_a_failed_target_delays_no_neighbour_on_its_server(pair: Pair, queue: in
         assert (pair.status(bad), count(pair.target, "bad")) == ("failed", 0), "its next try is not due"
         pair.source.sql("CALL tbl_repl.drain()")
         assert (pair.status(bad), count(pair.target, "bad")) == ("ok", 1), "a person need not wait"
+
+
+def test_a_try_far_ahead_is_due_for_the_clock_was_set_back(pair: Pair, queue: int) -> None:
+    pair.source.sql("INSERT INTO t VALUES (1, 'x')")
+    for wait, due in (("25 s", False), ("1 h", True)):
+        pair.source.sql(f"UPDATE tbl_repl.target_state SET next_try_at = clock_timestamp() + '{wait}'")
+        seconds = pair.source.one("SELECT wait_seconds FROM tbl_repl._servers_to_replay()")
+        assert (seconds == 0) is due
+    with WorkerProcess(pair.source):
+        arrives(pair.target, 1)
 
 
 def test_a_table_locked_on_the_source_delays_no_neighbour(pair: Pair) -> None:

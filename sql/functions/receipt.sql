@@ -300,7 +300,7 @@ BEGIN
         setting := format('tbl_repl.receipts_after_%s', lane.server_id);
         CONTINUE WHEN lane.busy AND NOT tbl_repl._is_usable(lane.conn);
         CONTINUE WHEN NOT always AND NOT lane.healing
-                  AND extract(epoch FROM clock_timestamp()) < nullif(current_setting(setting, true), '')::numeric;
+                  AND tbl_repl._seconds_until(to_timestamp(nullif(current_setting(setting, true), '')::double precision)) > 0;
         CONTINUE WHEN NOT pg_try_advisory_xact_lock(tbl_repl._lock_resolve(), lane.server_id::integer);
         waits := CASE WHEN tbl_repl._resolve_lane(lane.target_id, lane.conn, lane.timeout) THEN 2 ELSE 30 END;
         IF NOT always THEN

@@ -79,7 +79,7 @@ BEGIN
                           ELSE coalesce(t.target_id = ANY (copies), true) END AS queued
               FROM tbl_repl.target AS t JOIN tbl_repl.target_state AS st USING (target_id)
               WHERE (_replay.server IS NULL OR t.server = _replay.server) AND tbl_repl._may_replay(st)
-                AND (retry OR st.next_try_at IS NULL OR st.next_try_at <= clock_timestamp())) AS w
+                AND (retry OR tbl_repl._seconds_until(st.next_try_at) = 0)) AS w
         CROSS JOIN LATERAL (SELECT retry AND EXISTS (SELECT FROM tbl_repl.quarantined AS q WHERE q.target_id = w.target_id) AS tries) AS q
         WHERE w.queued OR w.status <> 'ok' OR q.tries OR w.mode = 'async'
         GROUP BY w.server, w.owner, w.timeout, CASE WHEN w.status = 'failed' THEN w.target_id END

@@ -18,7 +18,7 @@ AS $function$
     JOIN tbl_repl.source AS s USING (source_id)
     CROSS JOIN LATERAL (
         SELECT CASE WHEN tbl_repl._may_replay(st)
-                    THEN greatest(0, coalesce(extract(epoch FROM st.next_try_at - clock_timestamp()), 0)) END AS seconds) AS w
+                    THEN tbl_repl._seconds_until(st.next_try_at) END AS seconds) AS w
     WHERE t.server <> ALL (busy)
     GROUP BY t.server
     ORDER BY t.server
@@ -59,6 +59,17 @@ AS $function$
     SELECT make_interval(secs => least(30, 0.1 * 2 ^ least(failures, 12)) * (0.5 + random() / 2))
 $function$;
 COMMENT ON FUNCTION tbl_repl._retry_after(integer) IS 'how long a target waits after so many failures in a row';
+
+-- More than the 30 seconds that anybody waits: the clock was set back meanwhile.
+CREATE OR REPLACE FUNCTION tbl_repl._seconds_until(moment timestamptz)
+RETURNS double precision
+LANGUAGE sql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT CASE WHEN s.seconds BETWEEN 0 AND 30 THEN s.seconds ELSE 0 END
+    FROM (SELECT extract(epoch FROM moment - clock_timestamp())::double precision AS seconds) AS s
+$function$;
+COMMENT ON FUNCTION tbl_repl._seconds_until(timestamptz) IS 'how long until something is tried again, 0: now';
 
 -- Sessions that are connecting to a server now; who has been at it for longer than patience_seconds hangs.
 CREATE OR REPLACE FUNCTION tbl_repl._connecting()
