@@ -54,10 +54,13 @@ BEGIN
         E'\n#variable_conflict use_column\nDECLARE\n',
         -- a variable: an expression over TG_OP would be planned anew at every call
         E'    op "char" := left(TG_OP, 1);\n',
-        E'    changed text[];\n    former text[];\n    olds text[];\n    stored boolean := false;\n', CASE WHEN policy.old IS NOT NULL THEN E'    former_olds text[];\n' END,
+        E'    root oid;\n    changed text[];\n    former text[];\n    olds text[];\n    stored boolean := false;\n', CASE WHEN policy.old IS NOT NULL THEN E'    former_olds text[];\n' END,
         E'    carried text := current_setting(''tbl_repl.origin'', true);\n',
         CASE WHEN key_type IS NOT NULL THEN format(E'    new_keys %1$s;\n    old_keys %1$s;\n', key_type) END, E'BEGIN\n',
         CASE WHEN NOT tbl_repl._carries(source_id) THEN E'    IF carried <> '''' THEN RETURN NULL; END IF;\n' END,
+        CASE WHEN source.capture = 'row' AND tbl_repl._takes_any(source_id)
+             -- left from a time when the other one was not needed
+             THEN format(E'    IF TG_NAME = %L THEN RETURN NULL; END IF;\n', format('_tbl_repl_%s_row', source_id)) END,
         tbl_repl._capture_truncate_sql(source, key_s, policy.old, store), E'\n', collect,
         E'\n    IF changed IS NOT NULL THEN\n    ',
         concat_ws(E'\n    ', tbl_repl._filled_in(store, 'op', 'changed', 'olds'), tbl_repl._bury_sql(source, 'changed', 'olds', 'false')),
@@ -254,7 +257,8 @@ LANGUAGE plpgsql STABLE
 SET search_path = pg_catalog, pg_temp
 AS $function$
 DECLARE
-    looks text[];  -- which rows a TRUNCATE removes
+    needed boolean := tbl_repl._needs_truncated_keys(source.source_id);
+    looks  text[];  -- which rows a TRUNCATE removes
 BEGIN
     SELECT array_agg(format(E'EXECUTE format(CASE WHEN EXISTS (SELECT FROM pg_class AS c WHERE c.oid = TG_RELID AND c.relkind = ''p'')\n'
                '                                THEN %L ELSE %L END, TG_RELID::regclass, TG_NAME) INTO changed, olds;\n',
@@ -267,16 +271,27 @@ BEGIN
         looks[1] := concat(E'BEGIN\n                ', looks[1], E'            EXCEPTION WHEN assert_failure OR OTHERS THEN\n                ', looks[2], E'            END;\n');
     END IF;
     RETURN concat(
-        E'    IF TG_OP = ''TRUNCATE'' THEN\n',
-        E'        IF TG_WHEN = ''BEFORE'' THEN\n',
-        -- one that was a partition is somebody else's table
-        format(E'            IF NOT EXISTS (SELECT FROM tbl_repl.source AS s WHERE s.source_id = %s AND (s.source_table = TG_RELID\n'
-               '                           OR s.source_table IN (SELECT a.relid FROM pg_partition_ancestors(TG_RELID) AS a))) THEN\n'
-               '                RETURN NULL;\n            END IF;\n', source.source_id),
-        format(E'            IF current_setting(''transaction_isolation'') <> ''read committed'' THEN\n'
-               '                PERFORM tbl_repl._check_truncate(%s, TG_RELID);\n            END IF;\n', source.source_id),
-        E'            ', looks[1],
-        E'            IF changed IS NULL THEN RETURN NULL; END IF;\n',
+        E'    IF TG_OP = ''TRUNCATE'' THEN\n        IF TG_WHEN = ''BEFORE'' THEN\n',
+        CASE WHEN source.capture = 'statement' AND NOT needed THEN E'            RETURN NULL;\n' ELSE concat(
+            -- not visible to a snapshot that is older than the first target
+            format(E'            SELECT s.source_table INTO root FROM tbl_repl.source AS s WHERE s.source_id = %s;\n', source.source_id),
+            CASE WHEN source.capture = 'row' THEN concat(
+                E'            IF root = TG_RELID THEN\n',
+                format(E'                PERFORM set_config(''tbl_repl.truncating'', ''%s'', true);\n', source.source_id),
+                CASE WHEN NOT needed THEN E'                RETURN NULL;\n' END,
+                E'            END IF;\n') END,
+            -- one that was a partition is somebody else's table
+            E'            IF root <> TG_RELID AND root NOT IN (SELECT a.relid FROM pg_partition_ancestors(TG_RELID) AS a) THEN\n'
+             '                RETURN NULL;\n            END IF;\n',
+            -- rows that the snapshot does not show go, too, and their keys would be missing; not where the whole table
+            -- goes with its partitions, and no key is needed
+            CASE WHEN EXISTS (SELECT FROM tbl_repl.target AS t WHERE t.source_id = source.source_id AND 'truncate' = ANY (t.operations)) THEN concat(
+                E'            IF current_setting(''transaction_isolation'') <> ''read committed''',
+                CASE WHEN NOT needed THEN format(' AND current_setting(''tbl_repl.truncating'', true) IS DISTINCT FROM ''%s''', source.source_id) END,
+                E' THEN\n                PERFORM tbl_repl._refuse_truncate(TG_RELID);\n            END IF;\n') END,
+            E'            ', looks[1],
+            E'            IF changed IS NULL THEN RETURN NULL; END IF;\n') END,
+        CASE WHEN source.capture = 'row' THEN E'        ELSE\n            PERFORM set_config(''tbl_repl.truncating'', '''', true);\n' END,
         E'        END IF;\n        ',
         concat_ws(E'\n        ', replace(tbl_repl._filled_in(store, '''T''', 'changed', 'olds'), E'\n', E'\n        '),
                   tbl_repl._bury_sql(source, 'changed', 'olds', 'true')),
@@ -296,6 +311,17 @@ AS $function$
                    WHERE t.source_id = _carries.source_id AND (t.forward = 'any' OR t.remote ->> 'node' IS NOT NULL))
 $function$;
 COMMENT ON FUNCTION tbl_repl._carries(integer) IS 'whether changes made by appliers are captured, too';
+
+-- Once there is a row trigger that fires for appliers, too, it stays (see _drop_triggers).
+CREATE OR REPLACE FUNCTION tbl_repl._takes_any(source_id integer)
+RETURNS boolean
+LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT tbl_repl._carries(source_id)
+        OR EXISTS (SELECT FROM tbl_repl._capture_triggers(source_id) AS h WHERE h.tgname = format('_tbl_repl_%s_any', source_id))
+$function$;
+COMMENT ON FUNCTION tbl_repl._takes_any(integer) IS 'whether the row trigger of a table fires for appliers, too';
 
 -- A filter that fails on a row must not fail the application: then all keys are taken, and what the failure means
 -- is decided where they are shipped.
@@ -330,10 +356,6 @@ AS $function$
         UNION
         SELECT t.relid FROM s, pg_partition_tree(s.source_table) AS t WHERE s.capture = 'row' AND t.isleaf
     ),
-    keyed AS (  -- does any target need the keys that a TRUNCATE of the whole table removes?
-        SELECT coalesce(bool_or(tbl_repl._truncates_by_key(t.target_id)), false) AS needed
-        FROM tbl_repl.target AS t WHERE t.source_id = _trigger_sql.source_id
-    ),
     wanted AS (
         SELECT s.source_table AS rel, v.suffix, v.event, v.referencing
         FROM s, (VALUES
@@ -342,14 +364,14 @@ AS $function$
             ('delete', 'AFTER DELETE', 'REFERENCING OLD TABLE AS old_rows')) AS v (suffix, event, referencing)
         WHERE s.capture = 'statement'
         UNION ALL
-        SELECT s.source_table, CASE WHEN tbl_repl._carries(s.source_id) THEN 'any' ELSE 'row' END, 'AFTER INSERT OR UPDATE OR DELETE', NULL
+        SELECT s.source_table, CASE WHEN tbl_repl._takes_any(s.source_id) THEN 'any' ELSE 'row' END, 'AFTER INSERT OR UPDATE OR DELETE', NULL
         FROM s WHERE s.capture = 'row'
         UNION ALL
         SELECT s.source_table, 'truncate', 'AFTER TRUNCATE', NULL FROM s
         UNION ALL
         SELECT p.rel, 'truncate_keys', 'BEFORE TRUNCATE', NULL
-        FROM parts AS p, s, keyed
-        WHERE p.rel <> s.source_table OR keyed.needed
+        FROM parts AS p, s
+        WHERE s.capture = 'row' OR tbl_repl._needs_truncated_keys(s.source_id)
     )
     SELECT w.rel, format('_tbl_repl_%s_%s', source_id, w.suffix)::name,
            concat_ws(' ', format('CREATE TRIGGER %I %s ON %s', format('_tbl_repl_%s_%s', source_id, w.suffix), w.event, w.rel),
@@ -362,6 +384,17 @@ AS $function$
 $function$;
 COMMENT ON FUNCTION tbl_repl._trigger_sql(integer) IS
     'the triggers a replicated table has to have, and the statements that create them';
+
+-- Does any target need the keys that a TRUNCATE of the whole table removes?
+CREATE OR REPLACE FUNCTION tbl_repl._needs_truncated_keys(source_id integer)
+RETURNS boolean
+LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT EXISTS (SELECT FROM tbl_repl.target AS t WHERE t.source_id = _needs_truncated_keys.source_id AND tbl_repl._truncates_by_key(t.target_id))
+$function$;
+COMMENT ON FUNCTION tbl_repl._needs_truncated_keys(integer) IS
+    'whether a TRUNCATE of a replicated table is captured by the keys of its rows';
 
 -- A TRUNCATE of the source empties the target's table only where nothing else can be in it.
 CREATE OR REPLACE FUNCTION tbl_repl._truncates_by_key(target_id integer)
@@ -381,35 +414,26 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._truncates_by_key(integer) IS
     'whether a TRUNCATE is shipped as deletion of the rows that were there';
 
--- A TRUNCATE also removes rows that the snapshot does not show, and the keys of those would be missing.  Not where the whole
--- table goes with its partitions, and no key is needed: then it is locked by us.
-CREATE OR REPLACE FUNCTION tbl_repl._check_truncate(source_id integer, relation oid)
+CREATE OR REPLACE FUNCTION tbl_repl._refuse_truncate(relation oid)
 RETURNS void
 LANGUAGE plpgsql STABLE
 SET search_path = pg_catalog, pg_temp
 AS $function$
 BEGIN
-    IF EXISTS (SELECT FROM tbl_repl.target AS t WHERE t.source_id = _check_truncate.source_id AND 'truncate' = ANY (t.operations))
-       AND NOT EXISTS (SELECT FROM tbl_repl.source AS s
-                       JOIN pg_locks AS l ON l.locktype = 'relation' AND l.relation = s.source_table AND l.mode = 'AccessExclusiveLock' AND l.granted
-                       JOIN pg_database AS d ON d.oid = l.database AND d.datname = current_database()
-                       WHERE s.source_id = _check_truncate.source_id AND s.source_table <> _check_truncate.relation AND l.pid = pg_backend_pid())
-    THEN
-        RAISE EXCEPTION USING
-            ERRCODE = 'feature_not_supported',
-            MESSAGE = format('cannot TRUNCATE table %s in a transaction above READ COMMITTED', relation::regclass),
-            DETAIL  = 'A target loses the rows of this table one by one, and the snapshot of this transaction may not show them all.',
-            HINT    = 'TRUNCATE it in a READ COMMITTED transaction, or DELETE its rows.';
-    END IF;
+    RAISE EXCEPTION USING
+        ERRCODE = 'feature_not_supported',
+        MESSAGE = format('cannot TRUNCATE table %s in a transaction above READ COMMITTED', relation::regclass),
+        DETAIL  = 'A target loses the rows of this table one by one, and the snapshot of this transaction may not show them all.',
+        HINT    = 'TRUNCATE it in a READ COMMITTED transaction, or DELETE its rows.';
 END
 $function$;
-COMMENT ON FUNCTION tbl_repl._check_truncate(integer, oid) IS
+COMMENT ON FUNCTION tbl_repl._refuse_truncate(oid) IS
     'refuses a TRUNCATE whose keys the snapshot of the transaction may not show';
 
 -- Above READ COMMITTED a transaction may see older definitions than those its triggers are made for: defined, the direct
 -- targets of the table, as target_id:generation:mode.  No definition changes any more once the table is written.  For what it does
 -- not see tolerant targets queue, and sync ones, which could not be shipped to, fail it; an older definition of a target that
--- it does see is turned away by _may_ship, for alter_target writes its status anew.
+-- it does see is turned away by _may_ship.
 -- Returns whether anything is left to be done at commit.
 -- SECURITY DEFINER: called by the capture function on behalf of any writer.
 CREATE OR REPLACE FUNCTION tbl_repl._capture_by_snapshot(
@@ -491,7 +515,7 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._queue_serializable(integer, "char", text[], text[]) IS
     'queues what a SERIALIZABLE transaction changed for tolerant targets; whether there are sync ones; 0A000 for those without receipts';
 
--- Creates or replaces what _capture_sql and _trigger_sql say, drops triggers no longer wanted.
+-- Creates or replaces what _capture_sql and _trigger_sql say, drops triggers that are in the way.
 -- only_function: for who has no right on the table.  With fewer targets the triggers that are there are enough.
 CREATE OR REPLACE FUNCTION tbl_repl._rebuild_capture(source_id integer, only_function boolean DEFAULT false)
 RETURNS void
@@ -532,6 +556,9 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._rebuild_capture(integer, boolean) IS
     'makes trigger function and triggers of a replicated table what the catalog says';
 
+-- Not everything: those on tables that are none of ours any more, or of another kind.  Those that only some definitions of
+-- targets need stay until the last target goes, and do nothing: to drop one takes ACCESS EXCLUSIVE, for which we would wait
+-- for who has read the table, and he, when he writes it, for us.
 CREATE OR REPLACE FUNCTION tbl_repl._drop_triggers(source_id integer, everything boolean)
 RETURNS void
 LANGUAGE plpgsql VOLATILE
@@ -542,7 +569,9 @@ DECLARE
 BEGIN
     FOR item IN
         SELECT * FROM tbl_repl._capture_triggers(source_id) AS h
-        WHERE everything OR NOT EXISTS (SELECT FROM tbl_repl._trigger_sql(source_id) AS w WHERE w.table_name = h.rel AND w.trigger_name = h.tgname)
+        WHERE everything OR NOT EXISTS (
+            SELECT FROM tbl_repl._trigger_sql(source_id) AS w
+            WHERE w.table_name = h.rel AND (w.trigger_name = h.tgname OR h.tgname ~ '_truncate_keys$' OR h.tgname ~ '_row$' AND w.trigger_name ~ '_any$'))
     LOOP
         EXECUTE format('DROP TRIGGER %I ON %s', item.tgname, item.rel);
     END LOOP;

@@ -195,8 +195,8 @@ AS $function$
         WHERE NOT %8$s AND b.local_table = (%1$s) AND b.key = u.tbl_repl_key
           AND EXISTS (SELECT FROM %3$s AS s WHERE %4$s);
     END IF;$piece$,
-        -- not its number: a restored table has another one
-        format('SELECT x.source_table FROM tbl_repl.source AS x WHERE x.source_id = %s', source.source_id),
+        -- by name: a restored table has another number; and not from the catalog, which may be newer than the snapshot
+        format('%L::regclass', source.source_table),
         CASE v.type WHEN 'timestamptz' THEN 'greatest(u.old::timestamptz, clock_timestamp())' ELSE 'coalesce(u.old::int8, -9223372036854775808)' END,
         source.source_table, tbl_repl._key_match(source.source_table, source.key_columns), v.type, keys, olds, gone)
     FROM (SELECT t.version_column FROM tbl_repl.target AS t

@@ -530,8 +530,8 @@ LANGUAGE sql IMMUTABLE PARALLEL SAFE RETURN 1000;
 COMMENT ON FUNCTION tbl_repl._rows_per_message() IS 'how many rows one message carries at the most';
 
 -- May this transaction ship to the target directly?  Takes ship (shared) if so.
--- A REPEATABLE READ writer sees the status of its snapshot: FOR SHARE fails (40001) when it has changed
--- since, and holds it from then on.  Others look once more when they have got ship: who has held it may have paused the
+-- A REPEATABLE READ writer sees status and definition of its snapshot: FOR SHARE fails (40001) when they have changed
+-- since, and holds them from then on.  Others look once more when they have got ship: who has held it may have paused the
 -- target, or begun to copy it.  A sync writer that finds a drainer at work while the status is ok waits for it, bounded.
 CREATE OR REPLACE FUNCTION tbl_repl._may_ship(
     target_id  integer,
@@ -552,7 +552,7 @@ BEGIN
     END IF;
     IF repeatable THEN
         BEGIN
-            PERFORM FROM tbl_repl.target_state AS st WHERE st.target_id = _may_ship.target_id FOR SHARE;
+            PERFORM FROM tbl_repl.target_state AS st JOIN tbl_repl.target AS t USING (target_id) WHERE st.target_id = _may_ship.target_id FOR SHARE;
         EXCEPTION WHEN serialization_failure THEN
             RETURN false;
         END;

@@ -331,13 +331,12 @@ AS $function$
 DECLARE
     sent     record := tbl_repl._define_sent(target, source);
     facts    jsonb;
-    conn     text := tbl_repl._connection_name(target.server, current_user, target.timeout);
-    deadline timestamptz := clock_timestamp() + target.timeout * 2;
+    conn     text;
+    deadline timestamptz;
 BEGIN
     target := sent.target;
-    IF NOT tbl_repl._is_alive(conn, deadline) THEN
-        PERFORM tbl_repl._open(conn, target.server, target.timeout, deadline);
-    END IF;
+    conn := tbl_repl._connect_to_define(target);
+    deadline := clock_timestamp() + target.timeout * 2;
     facts := tbl_repl._remote_facts(conn, target.dst_schema, target.dst_name, deadline);
     IF tbl_repl._is_same_table(source.source_table, (facts ->> 'oid')::oid, conn, deadline) THEN
         RAISE EXCEPTION USING
@@ -366,6 +365,25 @@ COMMENT ON FUNCTION tbl_repl._define(tbl_repl.target, tbl_repl.source) IS
     'works out and checks the definition of a target on both sides';
 
 -- _define_sent(target, source): the part of the definition that this side decides; types: those of what is sent, in order.
+-- Called before the table is locked, too: what hangs must not hang its readers and writers.
+CREATE OR REPLACE FUNCTION tbl_repl._connect_to_define(target tbl_repl.target)
+RETURNS text
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    conn     text := tbl_repl._connection_name(target.server, current_user, target.timeout);
+    deadline timestamptz := clock_timestamp() + target.timeout * 2;
+BEGIN
+    IF NOT tbl_repl._is_alive(conn, deadline) THEN
+        PERFORM tbl_repl._open(conn, target.server, target.timeout, deadline);
+    END IF;
+    RETURN conn;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._connect_to_define(tbl_repl.target) IS
+    'the connection over which a target is looked at when it is defined, open and alive';
+
 CREATE OR REPLACE FUNCTION tbl_repl._define_sent(
     INOUT target tbl_repl.target,
     source       tbl_repl.source,
@@ -606,6 +624,26 @@ BEGIN
     END IF;
     parts := tbl_repl._parse_dst_table(coalesce(dst_table, format('%I.%I', rel.nspname, rel.relname)));
 
+    target.owner := current_user;
+    target.server := server;
+    target.dst_schema := CASE WHEN cardinality(parts) = 2 THEN parts[1] ELSE rel.nspname::text END;
+    target.dst_name := parts[cardinality(parts)];
+    target.mode := mode;
+    target.columns := columns;
+    target.column_map := nullif(column_map, '{}');
+    target.row_filter := nullif(btrim(row_filter), '');
+    target.operations := operations;
+    target.on_conflict := on_conflict;
+    target.version_column := version_column;
+    target.forward := forward;
+    target.timeout := timeout;
+    target.map_path := path;
+    target.filter_path := path;
+    source.source_table := source_table;
+    source.key_columns := tbl_repl._find_key(source_table, key_columns);
+    PERFORM tbl_repl._define_sent(target, source);
+    PERFORM tbl_repl._connect_to_define(target);
+
     -- Writers in flight have ended when this is granted; the next ones meet the triggers.
     EXECUTE format('LOCK TABLE %s IN SHARE ROW EXCLUSIVE MODE', source_table);
     SELECT * INTO source FROM tbl_repl.source AS s
@@ -628,23 +666,8 @@ BEGIN
     END IF;
 
     target.source_id := source.source_id;
-    target.owner := current_user;
-    target.server := server;
-    target.dst_schema := CASE WHEN cardinality(parts) = 2 THEN parts[1] ELSE rel.nspname::text END;
-    target.dst_name := parts[cardinality(parts)];
-    target.mode := mode;
-    target.columns := columns;
-    target.column_map := nullif(column_map, '{}');
-    target.row_filter := nullif(btrim(row_filter), '');
-    target.operations := operations;
-    target.on_conflict := on_conflict;
-    target.version_column := version_column;
-    target.forward := forward;
-    target.timeout := timeout;
     target.generation := tbl_repl._new_generation();
     PERFORM tbl_repl._check_only_once(target, source_table);
-    target.map_path := path;
-    target.filter_path := path;
     target := tbl_repl._define(target, source);
     target.target_id := nextval('tbl_repl.target_target_id_seq');
     whole := tbl_repl._truncate_whole(target);
@@ -857,8 +880,7 @@ COMMENT ON FUNCTION tbl_repl._own_target(integer, boolean) IS 'a target that the
 
 -- alter_target: changes what is given, NULL leaves as it is; row_filter => '' and column_map => '{}' take
 -- filter and map away.  Without anything to change it looks at both sides anew and rebuilds what is generated:
--- for columns that were added or altered.  Does not copy: see resync_target.  Locks the source SHARE ROW EXCLUSIVE; ACCESS
--- EXCLUSIVE where a trigger may go.
+-- for columns that were added or altered.  Does not copy: see resync_target.  Locks the source SHARE ROW EXCLUSIVE.
 -- Not pinned, as add_target.
 CREATE OR REPLACE FUNCTION tbl_repl.alter_target(
     target_id      integer,
@@ -935,8 +957,8 @@ BEGIN
         END IF;
         target.dst_name := parts[cardinality(parts)];
     END IF;
-    PERFORM tbl_repl._lock_source(source.source_table,
-        coalesce(row_filter, on_conflict, forward, dst_table) IS NOT NULL AND tbl_repl._has_optional_triggers(source.source_id, source.source_table));
+    PERFORM tbl_repl._connect_to_define(target);
+    EXECUTE format('LOCK TABLE %s IN SHARE ROW EXCLUSIVE MODE', source.source_table);
     source := tbl_repl._follow_keys(source);
     PERFORM tbl_repl._check_only_once(target, source.source_table);
     -- names in an expression that was given before mean what they meant then
@@ -953,8 +975,6 @@ BEGIN
         filter_expr = target.filter_expr, map_path = target.map_path, filter_path = target.filter_path, dst_keys = target.dst_keys, remote = target.remote, generation = target.generation,
         receipts = target.receipts
     WHERE t.target_id = _alter_target.target_id;
-    -- who still sees the old definition finds out by this (see _may_ship)
-    UPDATE tbl_repl.target_state AS st SET status = st.status WHERE st.target_id = _alter_target.target_id;
     IF target.on_conflict <> 'overwrite' AND tbl_repl._old_value_sql(old) IS DISTINCT FROM tbl_repl._old_value_sql(target) THEN
         PERFORM tbl_repl._forget_olds(target);
     END IF;
@@ -973,29 +993,6 @@ END
 $function$;
 COMMENT ON FUNCTION tbl_repl._alter_target(integer, text, text, name[], jsonb, text, text[], text, name, text, interval, text) IS
     'alter_target with the caller''s search_path';
-
--- The locks of DDL on a replicated table, to the end of the transaction.  What drops triggers takes at once what it needs for
--- that: who has read the table and then writes it would wait for us, and we for him.
-CREATE OR REPLACE FUNCTION tbl_repl._lock_source(source_table regclass, dropping boolean)
-RETURNS void
-LANGUAGE plpgsql VOLATILE
-SET search_path = pg_catalog, pg_temp
-AS $function$
-BEGIN
-    EXECUTE format('LOCK TABLE %s IN %s MODE', source_table, CASE WHEN dropping THEN 'ACCESS EXCLUSIVE' ELSE 'SHARE ROW EXCLUSIVE' END);
-END
-$function$;
-COMMENT ON FUNCTION tbl_repl._lock_source(regclass, boolean) IS 'locks a replicated table for a change of its targets';
-
-CREATE OR REPLACE FUNCTION tbl_repl._has_optional_triggers(source_id integer, source_table regclass)
-RETURNS boolean
-LANGUAGE sql STABLE
-SET search_path = pg_catalog, pg_temp
-AS $function$
-    SELECT EXISTS (SELECT FROM tbl_repl._capture_triggers(source_id) AS h WHERE h.rel = source_table AND h.tgname ~ '_(truncate_keys|any|row)$')
-$function$;
-COMMENT ON FUNCTION tbl_repl._has_optional_triggers(integer, regclass) IS
-    'whether a table has triggers that only some definitions of targets need';
 
 -- Functions of a target that the caller cannot replace: those that a restore without owners has left go, others are told of.
 CREATE OR REPLACE FUNCTION tbl_repl._take_over(target tbl_repl.target)
@@ -1101,8 +1098,7 @@ COMMENT ON FUNCTION tbl_repl._leave_async(tbl_repl.target) IS
 
 -- drop_target: ends the replication; rows on the target stay.  With the last target of a table its
 -- triggers go, and the table is as it was.  Who has defined a target needs no right on the table to drop it.
--- Errors: 42704 unknown, 42501.  Locks the source SHARE ROW EXCLUSIVE; ACCESS EXCLUSIVE where a trigger may go, as with the last
--- target.
+-- Errors: 42704 unknown, 42501.  Locks the source ACCESS EXCLUSIVE.
 CREATE OR REPLACE FUNCTION tbl_repl.drop_target(target_id integer)
 RETURNS void
 LANGUAGE plpgsql VOLATILE
@@ -1118,22 +1114,21 @@ BEGIN
             WHERE f.pronamespace = 'tbl_repl'::regnamespace AND f.proname = format('capture_%s', s.source_id)) AS captured
     INTO rel
     FROM tbl_repl.source AS s JOIN pg_class AS c ON c.oid = s.source_table WHERE s.source_id = target.source_id;
-    -- A batch at work may be a long one: it ends before anybody has to wait for us.
-    PERFORM pg_advisory_lock(tbl_repl._lock_ship(), target_id), pg_advisory_unlock(tbl_repl._lock_ship(), target_id);
-    -- Writers in flight first: they may still refer to the target.
+    -- Writers in flight have ended when this is granted: they may refer to the target.
     IF rel.owned THEN
-        PERFORM tbl_repl._lock_source(rel.id, last OR NOT rel.captured OR tbl_repl._has_optional_triggers(target.source_id, rel.id));
+        PERFORM tbl_repl._lock_to_drop(target, rel.id);
     ELSIF last AND NOT rel.captured AND NOT pg_has_role(current_user, tbl_repl._owner(), 'USAGE') THEN
         -- its owner has dropped another target, and the trigger function is his since then
         RAISE EXCEPTION USING
             ERRCODE = 'insufficient_privilege',
             MESSAGE = format('must be owner of table %s to drop its last target', rel.id),
             HINT    = format('Let role %I drop it.', rel.owner);
-    ELSIF last THEN
-        PERFORM tbl_repl._drop_capture(target.source_id);
+    ELSE
+        PERFORM tbl_repl._wait_for_ship(target);
+        IF last THEN
+            PERFORM tbl_repl._drop_capture(target.source_id);
+        END IF;
     END IF;
-    -- a drainer at work reads the table, and may yet log what the target says: nothing it needs is locked before it has ended
-    PERFORM tbl_repl._wait_for_ship(target);
     DELETE FROM tbl_repl.target AS t WHERE t.target_id = drop_target.target_id;
     PERFORM tbl_repl._forget_tombstones(target.source_id);
     IF rel.owned AND NOT rel.captured THEN
@@ -1155,6 +1150,38 @@ BEGIN
 END
 $function$;
 COMMENT ON FUNCTION tbl_repl.drop_target(integer) IS 'ends the replication to a target';
+
+-- Locks ship of a target, which turns drainers away, and then its table, to the end of the transaction.  Whoever waits for ship
+-- must not wait for long, and who ships holds the table: so ship is given back again and again until the table is free.
+-- The mode in which triggers go, at once: several targets may be dropped in one transaction, and who has read the table
+-- and then writes it would wait for us, and we for him.  Ends by lock_timeout, if the caller has one (55P03).
+CREATE OR REPLACE FUNCTION tbl_repl._lock_to_drop(target tbl_repl.target, source_table regclass)
+RETURNS void
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    old_limit text := current_setting('lock_timeout');
+    give_up   timestamptz := (SELECT CASE WHEN s.setting = '0' THEN 'infinity' ELSE clock_timestamp() + make_interval(secs => s.setting::double precision / 1000) END
+                              FROM pg_settings AS s WHERE s.name = 'lock_timeout');
+BEGIN
+    LOOP
+        BEGIN
+            PERFORM pg_advisory_xact_lock(tbl_repl._lock_ship(), target.target_id);
+            PERFORM set_config('lock_timeout', least(1000, ceil(extract(epoch FROM target.timeout) * 200))::text, true);
+            EXECUTE format('LOCK TABLE %s IN ACCESS EXCLUSIVE MODE', source_table);
+            PERFORM set_config('lock_timeout', old_limit, true);
+            RETURN;
+        EXCEPTION WHEN lock_not_available THEN
+            IF clock_timestamp() > give_up THEN
+                RAISE;
+            END IF;
+        END;
+        PERFORM pg_sleep(0.05);
+    END LOOP;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._lock_to_drop(tbl_repl.target, regclass) IS 'takes the locks of drop_target';
 
 -- Takes ship exclusively, to the end of the transaction; 55P03 if a drainer keeps it for longer than twice the timeout,
 -- for whoever writes the table waits as well.
