@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
+from typing import Any
 
 import psycopg
 import pytest
@@ -531,6 +532,38 @@ def test_truncate_of_rows_that_the_snapshot_does_not_show(
         conn.execute(f"TRUNCATE {truncated}")
         conn.execute("COMMIT")
         assert pair.source.rows("t") == []
+    pair.drain()
+    pair.assert_same("t")
+
+
+@pytest.mark.parametrize("isolation", ["REPEATABLE READ", "SERIALIZABLE"])
+@pytest.mark.parametrize("mode", ["tolerant", "async"])
+@pytest.mark.parametrize("how", ["filtered", "partition", "operations", "locked root"])
+def test_truncate_older_than_what_its_target_asks_for(
+    pair: Pair, isolation: str, mode: str, how: str
+) -> None:
+    """What has to be kept is not found out from the catalog that the snapshot shows."""
+    partitioned = how in ("partition", "locked root")
+    pair.source.sql(PARTITIONED if partitioned else PLAIN.format("t"))
+    pair.target.sql(PLAIN.format("t"))
+    pair.source.sql("INSERT INTO t VALUES (1, 'x')")
+    options: dict[str, Any] = {} if partitioned else {"row_filter": "id > 0"}
+    older = how in ("operations", "locked root")
+    if older:
+        kinds = "{insert,update,delete}" if how == "operations" else "{insert,update,delete,truncate}"
+        target = pair.add_target("t", mode=mode, operations=kinds, **options)
+    conn = pair.source.connect()
+    conn.execute(f"BEGIN ISOLATION LEVEL {isolation}; SELECT count(*) FROM pg_class")
+    if not older:
+        pair.add_target("t", mode=mode, **options)
+    elif how == "operations":
+        pair.call("alter_target", target_id=target, operations="{insert,update,delete,truncate}")
+    pair.source.sql("INSERT INTO t VALUES (2, 'later')")
+    if how == "locked root":
+        conn.execute("LOCK TABLE t")
+    with pytest.raises(psycopg.errors.FeatureNotSupported):
+        conn.execute("TRUNCATE t_low" if partitioned else "TRUNCATE t")
+    conn.execute("ROLLBACK")
     pair.drain()
     pair.assert_same("t")
 

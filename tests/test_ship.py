@@ -790,6 +790,46 @@ def test_who_sees_an_older_definition_does_not_write_into_the_former_table(pair:
     assert errors_of(pair) == []
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_what_is_captured_is_shipped_although_no_other_trigger_fires_any_more(
+    pair: Pair, mode: str, rows: int
+) -> None:
+    replicate(pair, mode=mode)
+    with pair.source.cluster.connect(pair.source.dbname) as superuser:
+        superuser.execute(
+            f"BEGIN; INSERT INTO t SELECT g, 'x' FROM generate_series(1, {rows}) AS g;"
+            "SET LOCAL session_replication_role = replica; INSERT INTO t VALUES (9, 'not captured'); COMMIT"
+        )
+    pair.drain()
+    assert pair.target.one("SELECT count(*) FROM t") == rows
+    assert pair.source.one("SELECT count(*) FROM tbl_repl.flush") == 0
+
+
+@pytest.mark.parametrize("mode", ["sync", "tolerant", "async"])
+def test_a_table_that_takes_the_name_of_a_replicated_one_is_not_taken_for_it(pair: Pair, mode: str) -> None:
+    target = replicate(pair, mode=mode)
+    pair.source.sql("INSERT INTO t VALUES (1, 'x'), (2, 'x'); CREATE TABLE other (LIKE t INCLUDING ALL)")
+    pair.drain()
+    pair.source.sql("BEGIN; ALTER TABLE t RENAME TO old; ALTER TABLE other RENAME TO t; COMMIT")
+    write = "UPDATE old SET v = 'y' WHERE id = 2"
+    if mode == "sync":
+        with pytest.raises(errors.UndefinedTable, match="another table") as caught:
+            pair.source.sql(write)
+        assert caught.value.diag.message_hint
+    else:
+        pair.source.sql(write)
+        pair.drain()
+        assert (pair.status(target), pair.pending(target)) == ("failed", 1)
+        assert "another table" in pair.source.one("SELECT last_error FROM tbl_repl.target_status")
+    assert pair.target.rows("t") == ["(1,x)", "(2,x)"]
+    pair.call("alter_target", target_id=target)
+    if mode == "sync":
+        pair.source.sql(write)
+    pair.drain()
+    assert pair.target.rows("t") == ["(1,x)", "(2,y)"]
+
+
 def test_a_serializable_writer_queues_for_a_tolerant_target(pair: Pair) -> None:
     target = replicate(pair, mode="tolerant")
     conn = pair.source.connect()

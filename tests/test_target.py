@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
 import psycopg
 import pytest
 from psycopg import errors
 
 from support import Pair, wait_until
-from support.background import start
+from support.background import start, within
 
 SOURCE = "CREATE TABLE t (id integer PRIMARY KEY, email text, n integer, secret text)"
 
@@ -331,6 +336,8 @@ def test_drop_target_and_define_it_again_in_one_transaction(source: Pair) -> Non
         ({"row_filter": "n > 0"}, "SELECT tbl_repl.alter_target({0}, row_filter => '')"),
         ({}, "SELECT tbl_repl.alter_target({0}, row_filter => 'n > 0')"),
         ({}, "SELECT tbl_repl.alter_target({0}, forward => 'any')"),
+        ({"forward": "any"}, "SELECT tbl_repl.alter_target({0}, forward => 'local')"),
+        ({}, "SELECT tbl_repl.add_target('t', '{server}', 'u', 'async', forward => 'any')"),
     ],
 )
 def test_who_has_read_the_table_may_still_write_it(
@@ -346,10 +353,11 @@ def test_who_has_read_the_table_may_still_write_it(
         "CREATE TABLE t (id integer PRIMARY KEY, n integer); CREATE TABLE u (LIKE t INCLUDING ALL)"
     )
     first = pair.add_target("t", mode="async", **options)
-    second = pair.add_target("t", mode="async", dst_table="u") if "{1}" in change or partitioned else 0
+    two = "{1}" in change or (partitioned and "add_target" not in change)
+    second = pair.add_target("t", mode="async", dst_table="u") if two else 0
     writer = pair.source.connect()
     writer.execute("BEGIN; SELECT FROM t")
-    changing = start(pair.source.connect(), change.format(first, second))
+    changing = start(pair.source.connect(), change.format(first, second, server=pair.server))
     wait_until(lambda: pair.source.one("SELECT count(*) FROM pg_locks WHERE NOT granted") or changing.done())
     writer.execute("INSERT INTO t VALUES (1, 1)")
     writer.execute("COMMIT")
@@ -358,6 +366,72 @@ def test_who_has_read_the_table_may_still_write_it(
     pair.drain()
     if "drop_target" not in change:
         pair.assert_same("t")
+
+
+@pytest.mark.parametrize("partitioned", [False, True])
+def test_dropping_a_target_beside_drainers_and_readers(pair: Pair, partitioned: bool) -> None:
+    """Readers that come and go, a drainer that has ship and wants to read: nobody is the victim of a deadlock."""
+    pair.source.sql(
+        f"CREATE TABLE t (id integer PRIMARY KEY, n integer){' PARTITION BY HASH (id)' if partitioned else ''}"
+    )
+    if partitioned:
+        pair.source.sql("CREATE TABLE t_all PARTITION OF t FOR VALUES WITH (MODULUS 1, REMAINDER 0)")
+    pair.target.sql(
+        "CREATE TABLE t (id integer PRIMARY KEY, n integer); CREATE TABLE u (LIKE t INCLUDING ALL)"
+    )
+    stop = threading.Event()
+
+    def repeat(statement: str) -> Callable[[], None]:
+        def run() -> None:
+            with pair.source.connect() as conn:
+                if pair.major >= 15:
+                    conn.execute("SET deadlock_timeout = '100 ms'")
+                while not stop.is_set():
+                    conn.execute(statement)
+
+        return run
+
+    if pair.major >= 15:
+        with pair.source.cluster.connect() as superuser:
+            superuser.execute("GRANT SET ON PARAMETER deadlock_timeout TO owner")
+    statements = ["SELECT count(*), pg_sleep(0.2) FROM t", "INSERT INTO t SELECT coalesce(max(id), 0) + 1, 1 FROM t",
+                  "SELECT tbl_repl.replay()"]  # fmt: skip
+    with ThreadPoolExecutor() as pool:
+        running = [pool.submit(repeat(statement)) for statement in statements]
+        try:
+            for _ in range(5):
+                first = pair.add_target("t", mode="async", initial_copy="none", row_filter="n > 0")
+                second = pair.add_target("t", mode="async", initial_copy="none", dst_table="u")
+                with within(10):
+                    pair.call("drop_target", target_id=first)
+                    pair.call("drop_target", target_id=second)
+        finally:
+            stop.set()
+        for each in running:
+            each.result(30)
+
+
+@pytest.mark.parametrize("change", ["alter", "add"])
+def test_who_defines_a_target_that_hangs_is_in_nobody_s_way(trio: Pair, change: str) -> None:
+    trio.source.sql("CREATE TABLE t (id integer PRIMARY KEY, n integer)")
+    trio.target.sql("CREATE TABLE t (id integer PRIMARY KEY, n integer)")
+    proxy = trio.proxy()
+    target = trio.add_target("t", mode="async", timeout="1 s")
+    proxy.set("blackhole")
+    proxy.cut()
+    statement = {
+        "alter": f"SELECT tbl_repl.alter_target({target}, row_filter => 'n > 0')",
+        "add": f"SELECT tbl_repl.add_target('t', '{trio.server}', 'u', 'async', timeout => '1 s')",
+    }[change]
+    before = proxy.connections
+    changing = start(trio.source.connect(), statement)
+    wait_until(lambda: proxy.connections > before or changing.done())
+    with within(0.5):
+        trio.source.sql("SELECT count(*) FROM t; INSERT INTO t VALUES (1, 1)")
+    proxy.set("pass")
+    proxy.cut()
+    with contextlib.suppress(psycopg.Error):
+        changing.result(60)
 
 
 @pytest.mark.once

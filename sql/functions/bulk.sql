@@ -211,9 +211,8 @@ SET search_path = pg_catalog, pg_temp
 AS $function$
     SELECT format('tbl_repl %s %s.%s.%s', tbl_repl.node_name(), pg_backend_pid(),
                   to_hex(extract(epoch FROM pg_postmaster_start_time())::bigint), 'b01d'),
-           format('SET statement_timeout = 0; SET lock_timeout = %s; %s; '
-                  'SET default_transaction_isolation = ''read committed''; SET tbl_repl.origin = %L',
-                  ceil(extract(epoch FROM timeout) * 800), tbl_repl._text_session(), tbl_repl.node_name()),
+           format('SET statement_timeout = 0; SET lock_timeout = %s; %s; %s; SET tbl_repl.origin = %L',
+                  ceil(extract(epoch FROM timeout) * 800), tbl_repl._text_session(), tbl_repl._transaction_session(), tbl_repl.node_name()),
            tbl_repl._place_query(), 'SELECT ' || tbl_repl._in_time('$1')
 $function$;
 COMMENT ON FUNCTION tbl_repl._bulk_session(interval) IS

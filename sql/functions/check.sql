@@ -428,6 +428,10 @@ DECLARE
     rebuild text := format('SELECT tbl_repl.alter_target(%s);', target.target_id);
 BEGIN
     facts := tbl_repl._remote_facts(conn, target.dst_schema, target.dst_name, clock_timestamp() + target.timeout);
+    IF (facts ->> 'read_only')::boolean THEN
+        RETURN QUERY SELECT 'error', 'remote_read_only', format('server %I leads to a server that takes no writes, perhaps a standby', target.server),
+            format('Lead it to the primary; of several hosts: ALTER SERVER %I OPTIONS (ADD target_session_attrs ''read-write'');', target.server);
+    END IF;
     IF NOT (facts ->> 'usable')::boolean THEN
         RETURN QUERY SELECT 'error', 'remote_privilege', format('role %s may not use schema %I on the target', facts ->> 'user', target.dst_schema),
             format('There: GRANT USAGE ON SCHEMA %I TO %I;', target.dst_schema, facts ->> 'user');

@@ -328,7 +328,7 @@ AS %L$sql$,
             || ARRAY(SELECT p.type_id FROM tbl_repl._key_parts(s.source_table, s.key_columns) AS p)), ''),
         tbl_repl._literal_setting(b.body), b.body)
     FROM tbl_repl.target AS t JOIN tbl_repl.source AS s USING (source_id)
-    CROSS JOIN LATERAL (SELECT tbl_repl._with_hidden_rows_refused(s.source_table, format($body$
+    CROSS JOIN LATERAL (SELECT tbl_repl._with_source_checked(s, format($body$
 DECLARE
     bounds text := concat(CASE WHEN tbl_repl_after IS NOT NULL THEN %1$L END, CASE WHEN tbl_repl_upto IS NOT NULL THEN %2$L END, %3$L);
 BEGIN

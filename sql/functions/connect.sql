@@ -106,6 +106,15 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._conninfo(name, interval, text) IS
     'libpq connection string of a server and the caller''s mapping; NULL where only dblink may read the mapping';
 
+-- What a role has set for its transactions on the target is not meant for ours, which timeout and lease bound.
+CREATE OR REPLACE FUNCTION tbl_repl._transaction_session() RETURNS text
+LANGUAGE sql IMMUTABLE PARALLEL SAFE
+RETURN 'SET default_transaction_isolation = ''read committed''; SET default_transaction_read_only = off; SET default_transaction_deferrable = off; '
+       'SET idle_in_transaction_session_timeout = 0; '
+       -- from PostgreSQL 17 on
+       'SELECT CASE WHEN pg_catalog.current_setting(''transaction_timeout'', true) IS NOT NULL THEN pg_catalog.set_config(''transaction_timeout'', ''0'', false) END';
+COMMENT ON FUNCTION tbl_repl._transaction_session() IS 'statements that give a session on a target transactions like ours';
+
 -- _open(conn, server, timeout, deadline, sent_until): opens the named connection and makes it fit for
 -- shipping.  sent_until: end of the lease of a message whose connection was lost just now.
 -- Runs as the target's owner (called by the generated connect_N).
@@ -172,8 +181,7 @@ BEGIN
         -- What shapes text is pinned, and what bounds waiting; never the search_path, which the
         -- target's own triggers may need.
         answer := tbl_repl._call(conn, format($message$
-            SET application_name = %L; SET statement_timeout = %s; SET lock_timeout = %s; %s;
-            SET default_transaction_isolation = 'read committed'; SET tbl_repl.origin = %L;
+            SET application_name = %L; SET statement_timeout = %s; SET lock_timeout = %s; %s; %s; SET tbl_repl.origin = %L;
             SELECT pg_catalog.json_build_object(
                 'extension', EXISTS (SELECT FROM pg_catalog.pg_namespace AS n WHERE n.nspname = 'tbl_repl'),
                 'now', extract(epoch FROM pg_catalog.clock_timestamp()),
@@ -183,7 +191,7 @@ BEGIN
                           WHERE a.datname = pg_catalog.current_database() AND a.usename = current_user
                             AND a.pid <> pg_catalog.pg_backend_pid()
                             AND pg_catalog.starts_with(a.application_name, %L)))
-            $message$, own_name, ceil(lease_ms * 0.9), ceil(lease_ms * 0.8), tbl_repl._text_session(), node, tbl_repl._may_leave_receipts(),
+            $message$, own_name, ceil(lease_ms * 0.9), ceil(lease_ms * 0.8), tbl_repl._text_session(), tbl_repl._transaction_session(), node, tbl_repl._may_leave_receipts(),
             format('tbl_repl %s ', node)), deadline);
         -- Rounded down: the lease may end early, never late.
         PERFORM tbl_repl._call(conn, format(

@@ -247,7 +247,7 @@ $body$,
             mismatch,
             CASE WHEN NOT tbl_repl._has_exact_key(source.source_table, source.key_columns) THEN 'DISTINCT ' END,
             tbl_repl._render_values_sql(target, source));
-    body := tbl_repl._with_hidden_rows_refused(source.source_table, body);
+    body := tbl_repl._with_source_checked(source, body);
     RETURN format($sql$CREATE OR REPLACE FUNCTION tbl_repl.%I(
     tbl_repl_keys   text[],
     tbl_repl_mine   boolean,
@@ -284,7 +284,7 @@ AS $function$
         SELECT json_build_object('k', %1$s, 'r', v.row_values, 't', v.row_text, 'v', %2$s, %3$s) AS item, v.row_values IS NULL AS gone
         FROM unnest(tbl_repl_keys) AS u (tbl_repl_key)
         LEFT JOIN LATERAL (
-            SELECT json_build_array(%4$s) AS row_values, %5$s AS row_text, %6$s AS version
+            SELECT array_to_json(ARRAY[%4$s]) AS row_values, %5$s AS row_text, %6$s AS version
             FROM %7$s AS s
             WHERE %8$s AND (NOT tbl_repl_mine OR tbl_repl._is_mine(s.xmin))%9$s
         ) AS v ON true
@@ -329,19 +329,38 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._is_mine(xid) IS
     'whether a row version was written by this transaction or one of its subtransactions';
 
--- A row that a policy hides would be taken for one that is gone.  Asked for each time, for the policy may come later; not by
--- row_security = off, which would bind whatever tables filter and map read as well.
-CREATE OR REPLACE FUNCTION tbl_repl._with_hidden_rows_refused(source_table regclass, body text)
+-- A row that a policy hides, or that is not in another table of the same name, would be taken for one that is gone.  Asked for
+-- each time, for the policy, or the name, may come later; not by row_security = off, which would bind whatever tables filter and
+-- map read as well.
+CREATE OR REPLACE FUNCTION tbl_repl._with_source_checked(source tbl_repl.source, body text)
 RETURNS text
 LANGUAGE sql STABLE
 SET search_path = pg_catalog, pg_temp
 AS $function$
-    SELECT overlay(body PLACING format(E'\nBEGIN\n    IF row_security_active(%1$L::text) THEN\n        PERFORM tbl_repl._refuse_hidden_rows(%1$L);\n    END IF;\n',
-                                       source_table::text)
+    SELECT overlay(body PLACING format(E'\nBEGIN\n    IF row_security_active(%1$L::text) THEN\n        PERFORM tbl_repl._refuse_hidden_rows(%1$L);\n    END IF;\n'
+                                       '    IF (SELECT x.source_table FROM tbl_repl.source AS x WHERE x.source_id = %2$s) <> %1$L::regclass THEN\n'
+                                       '        PERFORM tbl_repl._refuse_other_table(%2$s, %1$L);\n    END IF;\n',
+                                       source.source_table, source.source_id)
                    FROM strpos(body, E'\nBEGIN\n') FOR length(E'\nBEGIN\n'))
 $function$;
-COMMENT ON FUNCTION tbl_repl._with_hidden_rows_refused(regclass, text) IS
-    'body of a generated function that reads a source table, so that it fails when row-level security hides rows';
+COMMENT ON FUNCTION tbl_repl._with_source_checked(tbl_repl.source, text) IS
+    'body of a generated function that reads a source table, so that it fails when row-level security hides rows, or another table has its name';
+
+CREATE OR REPLACE FUNCTION tbl_repl._refuse_other_table(source_id integer, name_there text)
+RETURNS void
+LANGUAGE plpgsql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+BEGIN
+    RAISE EXCEPTION USING
+        ERRCODE = 'undefined_table',
+        MESSAGE = format('%s is another table than the one that is replicated', name_there),
+        DETAIL  = (SELECT format('That one is %s now.', s.source_table) FROM tbl_repl.source AS s WHERE s.source_id = _refuse_other_table.source_id),
+        HINT    = 'tbl_repl.alter_target(...) goes on with that one. For the table that has its name: drop_target, then add_target.';
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._refuse_other_table(integer, text) IS
+    'fails where another table has the name that the replicated one had (42P01)';
 
 CREATE OR REPLACE FUNCTION tbl_repl._refuse_hidden_rows(source_table text)
 RETURNS void
@@ -374,7 +393,7 @@ AS %L$sql$,
         E'\n' || nullif((SELECT tbl_repl._text_settings(array_agg(p.type_id)) FROM tbl_repl._key_parts(s.source_table, s.key_columns) AS p), ''),
         tbl_repl._literal_setting(b.body), b.body)
     FROM tbl_repl.target AS t JOIN tbl_repl.source AS s USING (source_id)
-    CROSS JOIN LATERAL (SELECT tbl_repl._with_hidden_rows_refused(s.source_table, format($body$
+    CROSS JOIN LATERAL (SELECT tbl_repl._with_source_checked(s, format($body$
 #variable_conflict use_column
 BEGIN
     BEGIN
@@ -462,7 +481,7 @@ AS %4$L$sql$,
         E'\n' || nullif(tbl_repl._text_settings(tbl_repl._sent_types(t, s.source_table)), ''),
         tbl_repl._literal_setting(b.body), b.body)
     FROM tbl_repl.target AS t JOIN tbl_repl.source AS s USING (source_id)
-    CROSS JOIN LATERAL (SELECT tbl_repl._with_hidden_rows_refused(s.source_table, format($body$
+    CROSS JOIN LATERAL (SELECT tbl_repl._with_source_checked(s, format($body$
 #variable_conflict use_column
 DECLARE
     rendered text;

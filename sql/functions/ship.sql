@@ -74,6 +74,8 @@ CREATE CONSTRAINT TRIGGER flush_at_commit
     AFTER INSERT OR UPDATE OF hop ON tbl_repl.flush
     DEFERRABLE INITIALLY DEFERRED
     FOR EACH ROW EXECUTE FUNCTION tbl_repl._flush();
+-- what has been captured is shipped, also where session_replication_role has been set to replica meanwhile
+ALTER TABLE tbl_repl.flush ENABLE ALWAYS TRIGGER flush_at_commit;
 
 -- Only the text of the command tells that this commit is a PREPARE TRANSACTION.  There is none (NULL) where
 -- the extended protocol commits by itself.

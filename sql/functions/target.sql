@@ -231,6 +231,7 @@ BEGIN
             'kind', c.relkind,
             'version', current_setting('server_version_num')::int,
             'user', current_user,
+            'read_only', current_setting('transaction_read_only')::boolean,
             'usable', has_schema_privilege(n.oid, 'USAGE'),
             'writable', has_table_privilege(c.oid, 'INSERT') AND has_table_privilege(c.oid, 'UPDATE') AND has_table_privilege(c.oid, 'DELETE') AND has_table_privilege(c.oid, 'SELECT'),
             -- but for policies that let our role see and write every row

@@ -65,11 +65,11 @@ def from_psycopg(error: psycopg.Error) -> TblReplError:
 
 
 def printable(text: str) -> str:
-    r"""Text for a terminal: control characters as \xNN, as psql has them; line ends stay.
+    r"""Text for a terminal: control characters as \xNN, as psql has them; tabs and line ends stay.
 
     Names and messages come from servers, and may hold sequences that a terminal obeys.
     """
-    return re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02X}", text)
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02X}", text)
 
 
 def tell(problem: TblReplError) -> int:
