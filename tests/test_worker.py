@@ -295,6 +295,24 @@ def test_a_try_far_ahead_is_due_for_the_clock_was_set_back(pair: Pair, queue: in
         arrives(pair.target, 1)
 
 
+def test_targets_whose_connection_was_lost_come_back_together(pair: Pair) -> None:
+    """A transaction over both is not torn by the backoff of one of them."""
+    pair.both("CREATE TABLE a (id integer PRIMARY KEY); CREATE TABLE b (a integer PRIMARY KEY)")
+    pair.target.sql("ALTER TABLE b ADD FOREIGN KEY (a) REFERENCES a")
+    first = pair.add_target("a", mode="async")
+    pair.add_target("b", mode="async")
+    pair.source.sql("INSERT INTO a VALUES (1); INSERT INTO b VALUES (1)")
+    pair.source.sql(
+        "UPDATE tbl_repl.target_state SET next_try_at = clock_timestamp() + '25 s', failures = 9,"
+        " last_error = '08006: gone' WHERE target_id = %s",
+        [first],
+    )
+    with pair.source.connect() as conn:
+        assert conn.execute("SELECT tbl_repl._replay(NULL, 10000, false)").fetchone() == (2,)
+    for table in "ab":
+        pair.assert_same(table)
+
+
 def test_a_table_locked_on_the_source_delays_no_neighbour(pair: Pair) -> None:
     pair.both("CREATE TABLE t (id integer PRIMARY KEY); CREATE TABLE free (id integer PRIMARY KEY)")
     for table in ("t", "free"):

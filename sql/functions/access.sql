@@ -15,7 +15,7 @@ BEGIN
     EXECUTE format('GRANT USAGE ON SCHEMA tbl_repl TO %s', grantee);
     EXECUTE format('GRANT SELECT ON tbl_repl.target_status, tbl_repl.pending, tbl_repl.quarantine, tbl_repl.conflict_log, tbl_repl.copy_progress, tbl_repl.node TO %s', grantee);
     EXECUTE format('GRANT SELECT (at, target_id, key, sqlstate, message, hint) ON tbl_repl.error_log TO %s', grantee);
-    EXECUTE format('GRANT EXECUTE ON FUNCTION tbl_repl._pending_rows(integer), tbl_repl._pending_keys(), tbl_repl._key_json(regclass, name[], text), '
+    EXECUTE format('GRANT EXECUTE ON FUNCTION tbl_repl._pending_rows(integer), tbl_repl._pending_keys(boolean), tbl_repl._key_json(regclass, name[], text), tbl_repl._key_json_sql(regclass, name[]), '
                    'tbl_repl._key_parts(regclass, name[]), tbl_repl.node_name(), tbl_repl.change_token(), '
                    'tbl_repl.wait_for(integer, text, interval) TO %s', grantee);
     IF level = 'operator' THEN

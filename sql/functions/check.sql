@@ -110,8 +110,10 @@ DECLARE
     source  tbl_repl.source%ROWTYPE;
     rebuild text := format('SELECT tbl_repl.alter_target(%s);', any_target);
 BEGIN
-    SELECT * INTO STRICT source FROM tbl_repl.source AS s WHERE s.source_id = _source_problems.source_id;
-    IF NOT EXISTS (SELECT FROM pg_class AS c WHERE c.oid = source.source_table) THEN
+    SELECT * INTO source FROM tbl_repl.source AS s WHERE s.source_id = _source_problems.source_id;
+    IF NOT FOUND THEN
+        RETURN;  -- dropped a moment ago
+    ELSIF NOT EXISTS (SELECT FROM pg_class AS c WHERE c.oid = source.source_table) THEN
         RETURN QUERY SELECT 'error', 'source_missing', format('the replicated table with OID %s does not exist any more', source.source_table::oid),
             format('End its replication: %s', (SELECT string_agg(format('SELECT tbl_repl.drop_target(%s);', t.target_id), ' ' ORDER BY t.target_id)
                                                FROM tbl_repl.target AS t WHERE t.source_id = source.source_id));
@@ -269,13 +271,14 @@ DECLARE
     pending record;
     number  bigint;
     failing text;
+    advice  text;
     rebuild text := format('SELECT tbl_repl.alter_target(%s);', target.target_id);
     drained text := format('CALL tbl_repl.drain(%L); or run tbl-repl worker.', target.server);
 BEGIN
-    SELECT * INTO STRICT source FROM tbl_repl.source AS s WHERE s.source_id = target.source_id;
-    SELECT * INTO STRICT state FROM tbl_repl.target_state AS st WHERE st.target_id = target.target_id;
-    IF NOT EXISTS (SELECT FROM pg_class AS c WHERE c.oid = source.source_table) THEN
-        RETURN;  -- told with the source
+    SELECT * INTO source FROM tbl_repl.source AS s WHERE s.source_id = target.source_id;
+    SELECT * INTO state FROM tbl_repl.target_state AS st WHERE st.target_id = target.target_id;
+    IF NOT FOUND OR NOT EXISTS (SELECT FROM pg_class AS c WHERE c.oid = source.source_table) THEN
+        RETURN;  -- dropped a moment ago; or told with the source
     END IF;
 
     RETURN QUERY
@@ -297,13 +300,15 @@ BEGIN
             BEGIN
                 EXECUTE format('SELECT tbl_repl.page_%s(NULL, 0)', target.target_id);
                 EXECUTE format('SELECT tbl_repl.render_%s(''{}'', false, true, ''plain'')', target.target_id);
-            EXCEPTION WHEN assert_failure OR OTHERS THEN
-                failing := SQLERRM;
+            EXCEPTION WHEN deadlock_detected OR lock_not_available THEN
+                NULL;  -- somebody changes the table just now
+            WHEN assert_failure OR OTHERS THEN
+                GET STACKED DIAGNOSTICS failing = MESSAGE_TEXT, advice = PG_EXCEPTION_HINT;
             END;
         END IF;
         IF failing IS NOT NULL THEN
             RETURN QUERY SELECT 'error', 'definition_broken', format('the state of target %s cannot be read: %s', target.target_id, failing),
-                format('Mend what is missing, or define it anew: %s', rebuild);
+                coalesce(nullif(advice, ''), format('Mend what is missing, or define it anew: %s', rebuild));
         ELSE
             RETURN QUERY SELECT p.severity, p.code, p.message, format('Build it anew: %s', rebuild)
                 FROM (VALUES (format('render_%s', target.target_id), tbl_repl._render_sql(target.target_id)),

@@ -27,10 +27,16 @@ LANGUAGE plpgsql STABLE
 SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 AS $function$
+DECLARE
+    query text;
 BEGIN
-    EXECUTE (SELECT format('SELECT coalesce(sum(c.row_count), 0), min(c.captured_at) FROM %s%s', tbl_repl._pending_from(t, tbl_repl._position(t.target_id)), tbl_repl._wanted(t))
-             FROM tbl_repl.target AS t WHERE t.target_id = _pending_rows.target_id)
-    INTO rows, oldest;
+    SELECT format('SELECT coalesce(sum(c.row_count), 0), min(c.captured_at) FROM %s%s', tbl_repl._pending_from(t, tbl_repl._position(t.target_id)), tbl_repl._wanted(t))
+    INTO query FROM tbl_repl.target AS t WHERE t.target_id = _pending_rows.target_id;
+    IF query IS NULL THEN
+        rows := 0;  -- dropped a moment ago
+        RETURN;
+    END IF;
+    EXECUTE query INTO rows, oldest;
     -- rows still to be copied in the background: an estimate
     rows := rows + coalesce((
         SELECT greatest(1, sum(c.reltuples)::bigint - st.rows_copied)
@@ -68,7 +74,7 @@ LEFT JOIN LATERAL (SELECT sum(x.rows)::bigint AS rows, max(x.shipped_at) AS ship
 CROSS JOIN LATERAL tbl_repl._pending_rows(t.target_id) AS p;
 COMMENT ON VIEW tbl_repl.target_status IS 'every target, its state and what is queued for it';
 
-CREATE OR REPLACE FUNCTION tbl_repl._pending_keys()
+CREATE OR REPLACE FUNCTION tbl_repl._pending_keys(only_direct boolean)
 RETURNS TABLE (target_id integer, source_table regclass, op text, key jsonb, captured_at timestamptz, key_text text, txid xid8, removes boolean)
 LANGUAGE plpgsql STABLE
 SECURITY DEFINER
@@ -80,22 +86,24 @@ BEGIN
     FOR item IN
         SELECT t.target_id, s.source_table, s.key_columns, tbl_repl._pending_from(t, tbl_repl._position(t.target_id)) || tbl_repl._wanted(t) AS pending
         FROM tbl_repl.target AS t JOIN tbl_repl.source AS s USING (source_id)
+        WHERE t.mode <> 'async' OR NOT only_direct
         ORDER BY t.target_id
     LOOP
         RETURN QUERY EXECUTE format($query$
             SELECT %s, %L::regclass,
                    CASE c.op WHEN 'I' THEN 'insert' WHEN 'U' THEN 'update' WHEN 'K' THEN 'update' WHEN 'B' THEN 'update' WHEN 'D' THEN 'delete' ELSE 'truncate' END,
-                   tbl_repl._key_json(%L::regclass, %L, k.key), c.captured_at, k.key, c.txid, c.op IN ('K', 'D', 'T')
+                   %s, c.captured_at, k.key, c.txid, c.op IN ('K', 'D', 'T')
             FROM (SELECT c.* FROM %s) AS c LEFT JOIN LATERAL unnest(c.keys) WITH ORDINALITY AS k (key, n) ON true
-            ORDER BY c.captured_at, k.n$query$, item.target_id, item.source_table::oid, item.source_table::oid, item.key_columns, item.pending);
+            ORDER BY c.captured_at, k.n$query$, item.target_id, item.source_table::oid,
+            tbl_repl._key_json_sql(item.source_table, item.key_columns), item.pending);
     END LOOP;
 END
 $function$;
-COMMENT ON FUNCTION tbl_repl._pending_keys() IS
+COMMENT ON FUNCTION tbl_repl._pending_keys(boolean) IS
     'every key that is queued for a target; SECURITY DEFINER, for readers of the views';
 
 CREATE OR REPLACE VIEW tbl_repl.pending AS
-SELECT p.target_id, p.source_table, p.op, p.key, p.captured_at FROM tbl_repl._pending_keys() AS p;
+SELECT p.target_id, p.source_table, p.op, p.key, p.captured_at FROM tbl_repl._pending_keys(false) AS p;
 COMMENT ON VIEW tbl_repl.pending IS 'the rows queued for each target, oldest first';
 
 CREATE OR REPLACE VIEW tbl_repl.error_log AS
@@ -135,8 +143,8 @@ BEGIN
     FOR item IN
         SELECT p.target_id, p.key_text, p.captured_at, p.op, t.server, n.nspname, c.relname, tbl_repl._dst_table(t) AS dst_table,
                'delete' = ANY (t.operations) OR p.removes AS absent
-        FROM tbl_repl._pending_keys() AS p
-        JOIN tbl_repl.target AS t ON t.target_id = p.target_id AND t.mode <> 'async'
+        FROM tbl_repl._pending_keys(true) AS p
+        JOIN tbl_repl.target AS t ON t.target_id = p.target_id
         JOIN pg_class AS c ON c.oid = p.source_table JOIN pg_namespace AS n ON n.oid = c.relnamespace
         ORDER BY p.captured_at, p.target_id
     LOOP

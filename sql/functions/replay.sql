@@ -76,14 +76,17 @@ BEGIN
         SELECT array_agg(w.target_id ORDER BY w.target_id) AS targets, bool_or(w.queued OR q.tries) AS has_work
         FROM (SELECT t.target_id, t.server, t.owner, t.timeout, t.mode, st.status, st.last_error_at, tbl_repl._shipped_at(t.target_id) AS last_shipped_at,
                      CASE WHEN st.copy_after IS NULL THEN tbl_repl._has_pending(t.target_id)
-                          ELSE coalesce(t.target_id = ANY (copies), true) END AS queued
+                          ELSE coalesce(t.target_id = ANY (copies), true) END AS queued, d.is_due,
+                     -- that of a connection that was lost is over as soon as anybody tries it
+                     d.is_due OR st.status <> 'failed' AND st.last_error ~ '^(08|57P)'
+                                 AND bool_or(d.is_due AND st.status <> 'failed') OVER (PARTITION BY t.server, t.owner, t.timeout) AS comes_along
               FROM tbl_repl.target AS t JOIN tbl_repl.target_state AS st USING (target_id)
-              WHERE (_replay.server IS NULL OR t.server = _replay.server) AND tbl_repl._may_replay(st)
-                AND (retry OR tbl_repl._seconds_until(st.next_try_at) = 0)) AS w
+              CROSS JOIN LATERAL (SELECT retry OR tbl_repl._seconds_until(st.next_try_at) = 0 AS is_due) AS d
+              WHERE (_replay.server IS NULL OR t.server = _replay.server) AND tbl_repl._may_replay(st)) AS w
         CROSS JOIN LATERAL (SELECT retry AND EXISTS (SELECT FROM tbl_repl.quarantined AS q WHERE q.target_id = w.target_id) AS tries) AS q
-        WHERE w.queued OR w.status <> 'ok' OR q.tries OR w.mode = 'async'
+        WHERE w.comes_along AND (w.queued OR w.status <> 'ok' OR q.tries OR w.mode = 'async')
         GROUP BY w.server, w.owner, w.timeout, CASE WHEN w.status = 'failed' THEN w.target_id END
-        HAVING bool_or(w.queued OR w.status <> 'ok' OR q.tries)
+        HAVING bool_or(w.is_due AND (w.queued OR w.status <> 'ok' OR q.tries))
         ORDER BY bool_or(w.queued) DESC, bool_or(q.tries) DESC,
                  max(w.last_error_at) FILTER (WHERE w.last_error_at > coalesce(w.last_shipped_at, '-infinity')) NULLS FIRST,
                  min(w.last_shipped_at) NULLS FIRST, min(w.target_id)
