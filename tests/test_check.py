@@ -101,6 +101,64 @@ def test_dblink_open_to_everybody_and_the_commands_that_close_it(well: Pair) -> 
     well.drain()
 
 
+def test_targets_of_one_server_have_different_timeouts(well: Pair) -> None:
+    well.both("CREATE TABLE u (id integer PRIMARY KEY)")
+    well.add_target("t", timeout="5 s")
+    second = well.add_target("u", timeout="6 s")
+    assert problems(well) == [("warning", "timeouts_differ", second)]
+    hint = well.source.one("SELECT hint FROM tbl_repl.check() WHERE code = 'timeouts_differ'")
+    well.source.sql(hint)
+    assert problems(well) == []
+
+
+@pytest.mark.once
+def test_a_server_that_takes_no_writes(trio: Pair) -> None:
+    """A standby, to which a name or address leads after a switch."""
+    trio.both("CREATE TABLE t (id integer PRIMARY KEY)")
+    target = trio.add_target("t", mode="async")
+    cluster = trio.target.cluster
+    cluster.stop()
+    (cluster.data / "standby.signal").touch()
+    cluster.start()
+    try:
+        assert ("error", "remote_read_only", target) in problems(trio)
+    finally:
+        trio.target.admin("SELECT pg_promote()")
+    trio.source.sql("INSERT INTO t VALUES (1)")
+    trio.drain()
+    trio.assert_same("t")
+
+
+def test_a_role_that_is_read_only_by_default_writes_all_the_same(pair: Pair) -> None:
+    """Nor do its bounds for transactions hold for those that wait for the source."""
+    pair.source.sql("CREATE TABLE t (id integer PRIMARY KEY)")
+    pair.target.sql("CREATE TABLE t (id integer PRIMARY KEY, slow text)")
+    role = pair.target.user
+    settings = {"default_transaction_read_only": "on", "idle_in_transaction_session_timeout": "1"}
+    if pair.major >= 17:
+        settings["transaction_timeout"] = "300"
+    with pair.target.cluster.connect() as superuser:
+        for name, value in settings.items():
+            superuser.execute(f"ALTER ROLE {role} IN DATABASE {pair.target.dbname} SET {name} = {value}")
+    pair.add_target("t", mode="sync", column_map={"slow": "pg_sleep(0.001)::text"})
+    pair.source.sql("INSERT INTO t SELECT generate_series(1, 2000)")
+    assert pair.target.one("SELECT count(*) FROM t") == 2000
+    assert codes(pair) == []
+
+
+def test_check_beside_targets_that_come_and_go(pair: Pair) -> None:
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY)")
+    with pair.source.connect() as conn:
+        conn.execute("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT 1")
+        pair.call("drop_target", target_id=pair.add_target("t"))
+        found = conn.execute(
+            "SELECT code FROM tbl_repl._target_problems((SELECT ROW(t.*)::tbl_repl.target FROM"
+            ' jsonb_populate_record(NULL::tbl_repl.target, \'{"target_id": 1, "source_id": 1}\') AS t))'
+        ).fetchall()
+        assert found == []
+        assert conn.execute("SELECT rows FROM tbl_repl._pending_rows(1)").fetchone() == (0,)
+
+
 def test_a_target_that_is_down_hides_no_other(trio: Pair) -> None:
     trio.both("CREATE TABLE t (id integer PRIMARY KEY, v text); CREATE TABLE u (id integer PRIMARY KEY)")
     first = trio.add_target("t", timeout="1 s")

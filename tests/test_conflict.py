@@ -459,6 +459,31 @@ def test_repair_deletes_what_only_the_target_has_under_newest(two: Pair) -> None
     assert content(two.target) == content(two.source) == []
 
 
+@pytest.mark.parametrize("mode", ["tolerant", "async"])
+def test_newest_a_delete_older_than_its_target(two: Pair, mode: str) -> None:
+    for node in (two.source, two.target):
+        node.sql("INSERT INTO t VALUES (1, 'x', '2026-01-01')")
+    conn = two.source.connect()
+    conn.execute("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT count(*) FROM pg_class")
+    both_ways(two, mode=mode, on_conflict="newest", version_column="at")
+    conn.execute("DELETE FROM t WHERE id = 1")
+    conn.execute("COMMIT")
+    drain_all(two.source, two.target)
+    assert two.source.rows("t") == two.target.rows("t") == []
+
+
+@pytest.mark.parametrize("policy", ["newest", "keep", "error"])
+def test_policies_for_tables_of_many_columns(pair: Pair, policy: str) -> None:
+    more = ", ".join(f"c{n} integer DEFAULT {n}" for n in range(150))
+    pair.both(f"CREATE TABLE wide (id integer PRIMARY KEY, version bigint NOT NULL, {more})")
+    pair.add_target("wide", on_conflict=policy, version_column="version")
+    pair.source.sql(
+        "INSERT INTO wide VALUES (1, 1), (2, 1); UPDATE wide SET version = 2, c149 = 0 WHERE id = 1"
+    )
+    assert pair.source.one("SELECT count(*) FROM tbl_repl.quarantine") == 0
+    pair.assert_same("wide")
+
+
 def test_newest_truncate_deletes_every_row(two: Pair) -> None:
     both_ways(two, mode="async", on_conflict="newest", version_column="at")
     two.source.sql("INSERT INTO t (id, v) SELECT g, 'a' FROM generate_series(1, 5) g")

@@ -933,7 +933,6 @@ def test_whatever_breaks_under_load_the_tables_become_equal(
 
 
 @pytest.mark.once
-@pytest.mark.once
 def test_a_standby_is_refused_waited_for_and_served_after_its_promotion(pair: Pair, queue: int) -> None:
     cluster = pair.source.cluster
     pair.source.stop()

@@ -69,8 +69,7 @@ AS $function$
 DECLARE
     error_detail text;
 BEGIN
-    PERFORM tbl_repl._connect(target.target_id, conn, clock_timestamp() + target.timeout);
-    PERFORM tbl_repl._call(conn, 'SELECT 1', clock_timestamp() + target.timeout);
+    PERFORM tbl_repl._connect_alive(target.target_id, conn, clock_timestamp() + target.timeout);
     RETURN '{}';
 EXCEPTION WHEN assert_failure OR OTHERS THEN
     GET STACKED DIAGNOSTICS error_detail = PG_EXCEPTION_DETAIL;
@@ -328,6 +327,13 @@ BEGIN
               AND a.attname <> ALL (target.sent_columns) AND format('s.%I', a.attname) <> ALL (target.sent_exprs)
             ORDER BY a.attnum;
     END IF;
+
+    -- a connection has one timeout, and a transaction over two of them is two there
+    RETURN QUERY
+        SELECT 'warning', 'timeouts_differ', format('targets %s and %s of server %I have different timeouts, so a transaction over both is shipped in two', o.target_id, target.target_id, target.server),
+               format('SELECT tbl_repl.alter_target(%s, timeout => %L);', target.target_id, o.timeout)
+        FROM (SELECT DISTINCT ON (x.server) x.* FROM tbl_repl.target AS x WHERE x.server = target.server AND x.owner = target.owner ORDER BY x.server, x.target_id) AS o
+        WHERE o.timeout <> target.timeout;
 
     pending := tbl_repl._pending_rows(target.target_id);
     IF state.status = 'failed' THEN

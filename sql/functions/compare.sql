@@ -468,15 +468,23 @@ AS $function$
 $function$;
 COMMENT ON FUNCTION tbl_repl._key_list(integer, text[]) IS 'keys as an array of arrays of text forms';
 
+CREATE OR REPLACE FUNCTION tbl_repl._has_listed_key(target tbl_repl.target)
+RETURNS text
+LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT string_agg(format('d.%I %s (e.k ->> %s)::%s', p.name, p.equals, p.n - 1, p.type), ' AND ' ORDER BY p.n)
+    FROM tbl_repl._dst_key_parts(target) AS p
+$function$;
+COMMENT ON FUNCTION tbl_repl._has_listed_key(tbl_repl.target) IS 'SQL condition: row d of the target has the key e.k, an array of text forms';
+
 -- What follows FROM, on the target: its rows d with these keys, e.k being the key and e.n its place.
 CREATE OR REPLACE FUNCTION tbl_repl._by_key_list(target tbl_repl.target, keys jsonb)
 RETURNS text
 LANGUAGE sql STABLE
 SET search_path = pg_catalog, pg_temp
 AS $function$
-    SELECT format('pg_catalog.json_array_elements(%L) WITH ORDINALITY AS e (k, n) JOIN %s AS d ON %s', keys, tbl_repl._dst_table(target),
-                  string_agg(format('d.%I %s (e.k ->> %s)::%s', p.name, p.equals, p.n - 1, p.type), ' AND ' ORDER BY p.n))
-    FROM tbl_repl._dst_key_parts(target) AS p
+    SELECT format('pg_catalog.json_array_elements(%L) WITH ORDINALITY AS e (k, n) JOIN %s AS d ON %s', keys, tbl_repl._dst_table(target), tbl_repl._has_listed_key(target))
 $function$;
 COMMENT ON FUNCTION tbl_repl._by_key_list(tbl_repl.target, jsonb) IS 'FROM clause: rows of the target with these keys';
 
@@ -740,40 +748,6 @@ END
 $function$;
 COMMENT ON FUNCTION tbl_repl._keys_from_there(tbl_repl.target, name[], text, jsonb, jsonb) IS
     'keys of the target as keys of the source';
-
--- _remote_keys(target_id, conn, timeout, after, shape): the next keys that the table on the target has, in the order of its own
--- index, as those of the source; after: where to go on, NULL at the beginning and at the end; shape: NULL at first.
-CREATE OR REPLACE FUNCTION tbl_repl._remote_keys(
-    target_id   integer,
-    conn        text,
-    timeout     interval,
-    INOUT after jsonb,
-    INOUT shape jsonb,
-    OUT keys    text[]
-)
-LANGUAGE plpgsql VOLATILE
-SET search_path = pg_catalog, pg_temp
-AS $function$
-DECLARE
-    target tbl_repl.target%ROWTYPE;
-    listed jsonb;
-BEGIN
-    SELECT * INTO STRICT target FROM tbl_repl.target AS t WHERE t.target_id = _remote_keys.target_id;
-    listed := tbl_repl._call(conn, tbl_repl._target_page_sql(target, after, NULL, tbl_repl._rows_per_message()), clock_timestamp() + timeout);
-    after := listed -> -1;
-    IF listed IS NOT NULL THEN
-        IF shape IS NULL THEN
-            -- it sets a search_path, to the end of the transaction: not for triggers there
-            PERFORM tbl_repl._call(conn, 'SAVEPOINT tbl_repl', clock_timestamp() + timeout);
-            shape := tbl_repl._target_shape(target, conn);
-            PERFORM tbl_repl._call(conn, 'ROLLBACK TO tbl_repl; RELEASE tbl_repl', clock_timestamp() + timeout);
-        END IF;
-        keys := array_remove(tbl_repl._keys_from_there(target, target.dst_keys, conn, shape, listed), NULL);
-    END IF;
-END
-$function$;
-COMMENT ON FUNCTION tbl_repl._remote_keys(integer, text, interval, jsonb, jsonb) IS
-    'a page of the keys that the table on the target has';
 
 -- A row on which the filter fails is there.
 CREATE OR REPLACE FUNCTION tbl_repl._without_row(target_id integer, keys text[])

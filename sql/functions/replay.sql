@@ -1060,8 +1060,7 @@ DECLARE
     progress boolean;
     counted  bigint;
     kept     integer[] := '{}';  -- targets whose tables cannot be emptied, for rows that stay refer to some of theirs
-    after    jsonb;
-    shape    jsonb;
+    cleared  record;
 BEGIN
     shipped := 0;
     by_target := '{}';
@@ -1090,7 +1089,7 @@ BEGIN
                     FROM unnest(loads) AS l WHERE l.truncate ORDER BY l.fk_rank DESC, l.target_id LOOP
             CONTINUE WHEN item.refused IS NULL;
             IF item.refused[1] = '23503' THEN
-                -- as a state: what is here, then without what is only there
+                -- as a state: without what is only there, and with what is here
                 kept := array_append(kept, item.target_id);
                 CONTINUE;
             END IF;
@@ -1099,13 +1098,13 @@ BEGIN
             PERFORM tbl_repl._target_failed(item.target_id, item.refused[1], 'TRUNCATE: ' || item.refused[2]);
         END LOOP;
     END IF;
+    cleared := tbl_repl._clear_kept(conn, timeout, kept);
+    shipped := cleared.deleted;
     FOR item IN SELECT l.* FROM unnest(loads) AS l ORDER BY l.fk_rank, l.target_id LOOP
         CONTINUE WHEN item.target_id = ANY (broken);  -- by another load of it
         counted := 0;
         slow := 0;
         size := tbl_repl._rows_per_message();
-        after := NULL;
-        shape := NULL;
         IF item.origin IS NOT NULL THEN
             PERFORM tbl_repl._call(conn, tbl_repl._set_origin(item.origin), clock_timestamp() + timeout);
         END IF;
@@ -1113,12 +1112,7 @@ BEGIN
         LOOP
             IF coalesce(cardinality(keys), 0) = 0 THEN
                 FETCH portal INTO keys;
-                IF NOT FOUND THEN
-                    EXIT WHEN NOT item.truncate OR item.target_id <> ALL (kept);
-                    SELECT r.keys, r.after, r.shape INTO keys, after, shape FROM tbl_repl._remote_keys(item.target_id, conn, timeout, after, shape) AS r;
-                    EXIT WHEN after IS NULL;
-                    CONTINUE WHEN cardinality(keys) = 0;
-                END IF;
+                EXIT WHEN NOT FOUND;
             END IF;
             began := clock_timestamp();
             rejected := tbl_repl._apply_keys(conn, timeout, item.target_id, item.absent, keys[:size], true, stubborn);
@@ -1177,12 +1171,129 @@ BEGIN
         poison := left_bad;
         EXIT WHEN NOT progress;
     END LOOP;
+    -- what rows referred to that have changed since
+    cleared := tbl_repl._clear_kept(conn, timeout, ARRAY(SELECT k FROM unnest(kept) AS k WHERE k <> ALL (broken)));
+    shipped := shipped + cleared.deleted;
+    poison := poison || cleared.left_there;
     PERFORM tbl_repl._commit(conn, timeout);
     PERFORM tbl_repl._release(ARRAY(SELECT l FROM unnest(loads) AS l WHERE l.target_id <> ALL (broken)), poison);
 END
 $function$;
 COMMENT ON FUNCTION tbl_repl._apply_by_halves(text, interval, tbl_repl.load[], text) IS
     'ships keys, halving where the target rejects some, until the rows that are to blame are found';
+
+-- _clear_kept(conn, timeout, targets): deletes what only the tables of the targets have, without the rows that others there
+-- refer to: left_there, as far as their keys can be those of a row here.  Children first, and again as long as that frees any;
+-- a chain within one table is followed so far.
+CREATE OR REPLACE FUNCTION tbl_repl._clear_kept(
+    conn    text,
+    timeout interval,
+    targets integer[],
+    OUT deleted    bigint,
+    OUT left_there tbl_repl.poison[]
+)
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    target  tbl_repl.target%ROWTYPE;
+    cleared record;
+    freed   bigint;
+BEGIN
+    deleted := 0;
+    left_there := '{}';
+    FOR pass IN 1 .. 32 LOOP
+        EXIT WHEN cardinality(targets) = 0;
+        freed := 0;
+        left_there := '{}';
+        FOR target IN SELECT t.* FROM tbl_repl.target AS t JOIN tbl_repl.source AS s USING (source_id)
+                      WHERE t.target_id = ANY (targets) ORDER BY s.fk_rank DESC, t.target_id LOOP
+            cleared := tbl_repl._clear_table(conn, timeout, target);
+            freed := freed + cleared.deleted;
+            left_there := left_there || cleared.left_there;
+        END LOOP;
+        deleted := deleted + freed;
+        EXIT WHEN freed = 0;
+    END LOOP;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._clear_kept(text, interval, integer[]) IS
+    'deletes the rows that only the target has, but for those that others there refer to';
+
+CREATE OR REPLACE FUNCTION tbl_repl._clear_table(
+    conn    text,
+    timeout interval,
+    target  tbl_repl.target,
+    OUT deleted    bigint,
+    OUT left_there tbl_repl.poison[]
+)
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    unreferred text;
+    shape      jsonb;
+    listed     jsonb;
+    last_key   jsonb;
+    forms      text[];
+    gone       text[];
+    bad        tbl_repl.poison[];
+    worked     boolean;
+BEGIN
+    deleted := 0;
+    left_there := '{}';
+    unreferred := tbl_repl._call(conn, format($remote$
+        SELECT coalesce(pg_catalog.string_agg(pg_catalog.format(' AND NOT EXISTS (SELECT FROM %%s AS c WHERE %%s%%s)', f.conrelid::pg_catalog.regclass, (
+                   SELECT pg_catalog.string_agg(pg_catalog.format('c.%%I = d.%%I', h.attname, p.attname), ' AND ')
+                   FROM pg_catalog.generate_subscripts(f.conkey, 1) AS k (n)
+                   JOIN pg_catalog.pg_attribute AS h ON h.attrelid = f.conrelid AND h.attnum = f.conkey[k.n]
+                   JOIN pg_catalog.pg_attribute AS p ON p.attrelid = f.confrelid AND p.attnum = f.confkey[k.n]),
+                   CASE WHEN f.conrelid = f.confrelid THEN ' AND (c.tableoid <> d.tableoid OR c.ctid <> d.ctid)' END), ''), '')
+        FROM pg_catalog.pg_constraint AS f
+        WHERE f.contype = 'f' AND f.confrelid = %L::pg_catalog.regclass AND f.conparentid = 0 AND f.confdeltype IN ('a', 'r')$remote$,
+        tbl_repl._dst_table(target)), clock_timestamp() + timeout);
+    -- it sets a search_path, to the end of the transaction: not for triggers there
+    PERFORM tbl_repl._call(conn, 'SAVEPOINT tbl_repl', clock_timestamp() + timeout);
+    shape := tbl_repl._target_shape(target, conn);
+    PERFORM tbl_repl._call(conn, 'ROLLBACK TO tbl_repl; RELEASE tbl_repl', clock_timestamp() + timeout);
+    LOOP
+        listed := tbl_repl._call(conn, tbl_repl._target_page_sql(target, last_key, NULL, tbl_repl._rows_per_message()), clock_timestamp() + timeout);
+        EXIT WHEN listed IS NULL;
+        last_key := listed -> -1;
+        forms := tbl_repl._keys_from_there(target, target.dst_keys, conn, shape, listed);
+        gone := tbl_repl._without_row(target.target_id, array_remove(forms, NULL));
+        SELECT jsonb_agg(listed -> (f.n - 1)::integer ORDER BY f.n) INTO listed
+        FROM unnest(forms) WITH ORDINALITY AS f (form, n) WHERE f.form IS NULL OR f.form = ANY (gone);
+        CONTINUE WHEN listed IS NULL;
+        PERFORM tbl_repl._call(conn, 'SAVEPOINT tbl_repl', clock_timestamp() + timeout);
+        worked := true;
+        BEGIN
+            deleted := deleted + tbl_repl._call(conn, format(
+                'WITH x AS (DELETE FROM %s AS d USING pg_catalog.json_array_elements(%L) AS e (k) WHERE %s%s RETURNING 1) SELECT pg_catalog.count(*) FROM x',
+                tbl_repl._dst_table(target), listed, tbl_repl._has_listed_key(target), unreferred), clock_timestamp() + timeout)::bigint;
+        EXCEPTION WHEN assert_failure OR OTHERS THEN
+            IF SQLSTATE ~ '^(08|57P)' THEN
+                RAISE;
+            END IF;
+            worked := false;
+        END;
+        PERFORM tbl_repl._call(conn, CASE WHEN worked THEN 'RELEASE tbl_repl' ELSE 'ROLLBACK TO tbl_repl; RELEASE tbl_repl' END, clock_timestamp() + timeout);
+        IF worked THEN
+            listed := tbl_repl._call(conn, format('SELECT pg_catalog.json_agg(e.k) FROM %s', tbl_repl._by_key_list(target, listed)), clock_timestamp() + timeout);
+            forms := tbl_repl._keys_from_there(target, target.dst_keys, conn, shape, listed);
+            left_there := left_there || ARRAY(SELECT ROW(target.target_id, f, true, '23503', 'rows on the target refer to it, which stay')::tbl_repl.poison
+                                              FROM unnest(forms) AS f WHERE f IS NOT NULL);
+        ELSIF cardinality(gone) > 0 THEN
+            -- which rows are to blame
+            bad := tbl_repl._apply_keys(conn, timeout, target.target_id, true, gone, false, NULL);
+            deleted := deleted + cardinality(gone) - cardinality(bad);
+            left_there := left_there || bad;
+        END IF;
+    END LOOP;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._clear_table(text, interval, tbl_repl.target) IS
+    'deletes the rows that only the table of one target has, but for those that others there refer to';
 
 -- SQLSTATE and message with which the target refuses to empty tables, NULL when it has done so; the remote transaction goes on.
 CREATE OR REPLACE FUNCTION tbl_repl._refused_truncate(
