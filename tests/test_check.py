@@ -117,9 +117,9 @@ def test_a_server_that_takes_no_writes(trio: Pair) -> None:
     trio.both("CREATE TABLE t (id integer PRIMARY KEY)")
     target = trio.add_target("t", mode="async")
     cluster = trio.target.cluster
-    cluster.stop()
+    trio.target.stop()
     (cluster.data / "standby.signal").touch()
-    cluster.start()
+    trio.target.start()
     try:
         assert ("error", "remote_read_only", target) in problems(trio)
     finally:
