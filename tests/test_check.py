@@ -9,6 +9,7 @@ import pytest
 from psycopg import errors
 
 from support import Node, Pair
+from support.programs import dsn_of, tbl_repl
 
 # On every server where nobody has revoked it; it has a test of its own.
 EVERYWHERE = "dblink_public"
@@ -129,6 +130,33 @@ def test_a_server_that_takes_no_writes(trio: Pair) -> None:
     trio.assert_same("t")
 
 
+@pytest.mark.once
+def test_a_promoted_source_is_told_of_until_its_targets_are_repaired(pair: Pair) -> None:
+    """What it has lost nobody can know; restored to an earlier time it is promoted, too."""
+    for table in "tuvw":
+        pair.both(f"CREATE TABLE {table} (id integer PRIMARY KEY)")
+    targets = [pair.add_target(table) for table in "tuvw"]
+    pair.source.stop()
+    (pair.source.cluster.data / "standby.signal").touch()
+    pair.source.start()
+    pair.source.admin("SELECT pg_promote()")
+    pair.source.forget()
+    pair.source.sql("INSERT INTO t VALUES (1)")
+    pair.drain()
+    assert problems(pair) == [("warning", "timeline_changed", target) for target in targets]
+    pair.target.sql("INSERT INTO t VALUES (2)")
+    hint = pair.source.one("SELECT hint FROM tbl_repl.check() WHERE target_id = %s", [targets[0]])
+    for command in hint.partition(": ")[2].partition(" or ")[0].split(";")[:3]:
+        pair.source.sql(command)
+    pair.assert_same("t")
+    pair.call("resync_target", target_id=targets[1])
+    pair.drain()
+    assert tbl_repl("repair", str(targets[2]), "--dsn", dsn_of(pair.source)).returncode == 0
+    assert problems(pair) == [("warning", "timeline_changed", targets[3])]
+    pair.call("alter_target", target_id=targets[3])
+    assert problems(pair) == []
+
+
 def test_a_role_that_is_read_only_by_default_writes_all_the_same(pair: Pair) -> None:
     """Nor do its bounds for transactions hold for those that wait for the source."""
     pair.source.sql("CREATE TABLE t (id integer PRIMARY KEY)")
@@ -143,6 +171,18 @@ def test_a_role_that_is_read_only_by_default_writes_all_the_same(pair: Pair) -> 
     pair.add_target("t", mode="sync", column_map={"slow": "pg_sleep(0.001)::text"})
     pair.source.sql("INSERT INTO t SELECT generate_series(1, 2000)")
     assert pair.target.one("SELECT count(*) FROM t") == 2000
+    assert codes(pair) == []
+
+
+def test_a_session_that_quotes_all_identifiers_finds_the_same(pair: Pair) -> None:
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY, v text)")
+    pair.add_target("t", row_filter="id > 0")
+    with pair.source.connect() as conn:
+        conn.execute("SET quote_all_identifiers = on")
+        assert (
+            conn.execute("SELECT code FROM tbl_repl.check() WHERE code <> 'dblink_public'").fetchall() == []
+        )
+        conn.execute("SELECT tbl_repl.alter_target(1, row_filter => 'id > 1')")
     assert codes(pair) == []
 
 

@@ -10,6 +10,7 @@ CREATE OR REPLACE FUNCTION tbl_repl.check()
 RETURNS TABLE (target_id integer, severity text, code text, message text, hint text)
 LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp
+SET quote_all_identifiers = off
 AS $function$
 DECLARE
     target  tbl_repl.target%ROWTYPE;
@@ -363,6 +364,9 @@ BEGIN
             format('If this is a copy that must not replicate: SELECT tbl_repl.drop_target(%s); else: %s then SELECT tbl_repl.repair_target(%s);%s',
                    target.target_id, drained, target.target_id,
                    (SELECT ' Beside the original it needs a name of its own: SELECT tbl_repl.set_node_name(''...'');' FROM tbl_repl.node));
+    ELSIF state.timeline <> (SELECT p.timeline FROM tbl_repl._place() AS p) THEN
+        RETURN QUERY SELECT 'warning', 'timeline_changed', format('this server was promoted, or restored to an earlier time, since target %s was defined or repaired', target.target_id),
+            format('What it has lost may still be on the target: SELECT * FROM tbl_repl.compare_target(%1$s); SELECT tbl_repl.repair_target(%1$s, delete_extra => true); %2$s', target.target_id, drained);
     END IF;
 END
 $function$;
@@ -515,12 +519,17 @@ BEGIN
         IF target.on_conflict <> 'overwrite' AND NOT coalesce((node ->> 'settles')::boolean, false) THEN
             RETURN QUERY SELECT 'error', 'may_not_settle', format('role %s may not settle conflicts on the target', facts ->> 'user'),
                 format('There: SELECT tbl_repl.grant_access(%L, ''operator'');', quote_ident(facts ->> 'user'));
-        ELSIF target.on_conflict = 'newest' AND tbl_repl._call(conn, format(
-                'SELECT pg_catalog.count(*) FROM tbl_repl.target AS t JOIN tbl_repl.source AS s USING (source_id) '
-                'WHERE s.source_table = pg_catalog.to_regclass(%L) AND t.on_conflict = ''newest'' AND t.remote ->> ''node'' = %L', dst, tbl_repl.node_name()),
-                clock_timestamp() + target.timeout) = '0' THEN
-            RETURN QUERY SELECT 'warning', 'newest_one_way', format('table %s on the target has no target with on_conflict => ''newest'' back to this node', dst),
-                'A value that is refused there could not be answered: add_target there as well, with on_conflict => ''newest''.'::text;
+        ELSIF target.on_conflict = 'newest' THEN
+            -- targets there that lead to another node, as far as they know: NULL if one leads here
+            there := tbl_repl._call(conn, format(
+                'SELECT CASE WHEN NOT coalesce(bool_or(t.remote ->> ''node'' = %2$L), false) THEN pg_catalog.concat(''other '', pg_catalog.string_agg(t.target_id::text, '', '')) END '
+                'FROM tbl_repl.target AS t JOIN tbl_repl.source AS s USING (source_id) '
+                'WHERE s.source_table = pg_catalog.to_regclass(%1$L) AND t.on_conflict = ''newest''', dst, tbl_repl.node_name()), clock_timestamp() + target.timeout);
+            IF there IS NOT NULL THEN
+                RETURN QUERY SELECT 'warning', 'newest_one_way', format('table %s on the target has no target with on_conflict => ''newest'' back to this node', dst),
+                    concat('A value that is refused there could not be answered: add_target there as well, with on_conflict => ''newest''.',
+                           ' Or, if this node had another name, there: SELECT tbl_repl.alter_target(N); for N in ' || nullif(substr(there, 7), '') || '.');
+            END IF;
         END IF;
         IF target.on_conflict = 'newest' THEN
             touched := tbl_repl._call(conn, format(

@@ -67,6 +67,7 @@ BEGIN
         PERFORM tbl_repl._queue_keys(target, keys);
         queued := queued + cardinality(keys);
     END IF;
+    PERFORM tbl_repl._note_timeline(target_id);
     IF unreachable > 0 THEN
         RAISE WARNING USING
             MESSAGE = format('%s rows of table %s on the target have keys that no row of the source can have', unreachable, tbl_repl._dst_table(target)),

@@ -38,10 +38,21 @@ $function$;
 COMMENT ON FUNCTION tbl_repl.set_node_name(text) IS
     'names this node; 1 to 32 bytes, unique among the nodes that replicate to each other';
 
-CREATE OR REPLACE FUNCTION tbl_repl._place(OUT system_identifier bigint, OUT database_id oid)
+CREATE OR REPLACE FUNCTION tbl_repl._place(OUT system_identifier bigint, OUT database_id oid, OUT timeline text)
 LANGUAGE sql STABLE
 SET search_path = pg_catalog, pg_temp
 AS $function$
-    SELECT c.system_identifier, d.oid FROM pg_control_system() AS c, pg_database AS d WHERE d.datname = current_database()
+    SELECT c.system_identifier, d.oid, CASE WHEN NOT pg_is_in_recovery() THEN left(pg_walfile_name(pg_current_wal_insert_lsn()), 8) END
+    FROM pg_control_system() AS c, pg_database AS d WHERE d.datname = current_database()
 $function$;
-COMMENT ON FUNCTION tbl_repl._place() IS 'cluster and database, by which a copy of the database is told from it';
+COMMENT ON FUNCTION tbl_repl._place() IS 'cluster and database, by which a copy of the database is told from it, and the timeline, which a promotion or restore changes';
+
+CREATE OR REPLACE FUNCTION tbl_repl._note_timeline(target_id integer)
+RETURNS void
+LANGUAGE sql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    UPDATE tbl_repl.target_state AS st SET timeline = p.timeline FROM tbl_repl._place() AS p
+    WHERE st.target_id = _note_timeline.target_id AND st.timeline <> p.timeline
+$function$;
+COMMENT ON FUNCTION tbl_repl._note_timeline(integer) IS 'a target is right for this timeline';

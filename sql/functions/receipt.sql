@@ -107,7 +107,7 @@ RETURNS text
 LANGUAGE sql STABLE
 SET search_path = pg_catalog, pg_temp
 AS $function$
-    SELECT format('%s.%s', c.system_identifier, left(pg_walfile_name(pg_current_wal_insert_lsn()), 8)) FROM pg_control_system() AS c
+    SELECT format('%s.%s', p.system_identifier, p.timeline) FROM tbl_repl._place() AS p
 $function$;
 COMMENT ON FUNCTION tbl_repl._cluster() IS 'system identifier and timeline of this server';
 
@@ -437,7 +437,8 @@ BEGIN
     INSERT INTO tbl_repl.error (target_id, sqlstate, message, detail, hint)
     VALUES (target_id, '40003', format('%s rows of the target were in doubt', row_count),
             format('Transaction %s has committed there; here it has not, or nobody knows.', xid),
-            'Their present state is queued; nothing is to be done.');
+            CASE WHEN boot = tbl_repl._boot() THEN 'Their present state is queued; nothing is to be done.'
+                 ELSE format('Their present state is queued. If this server is a promoted standby, or was restored to an earlier time, more may differ: SELECT * FROM tbl_repl.compare_target(%s);', target_id) END);
     -- the receipt goes when this has committed: that must not be lost in a crash
     IF current_setting('synchronous_commit') = 'off' THEN
         PERFORM set_config('synchronous_commit', 'local', true);

@@ -51,7 +51,8 @@ BEGIN
             ERRCODE = 'active_sql_transaction',
             MESSAGE = 'replay cannot run in a transaction that has already written or is not READ COMMITTED',
             DETAIL  = 'It ships what is committed, read after writers in flight have ended.',
-            HINT    = 'Call it in a transaction of its own.';
+            HINT    = CASE WHEN current_setting('default_transaction_isolation') = 'read committed' THEN 'Call it in a transaction of its own.'
+                           ELSE 'Call it in a transaction of its own, after SET default_transaction_isolation = ''read committed'';' END;
     ELSIF coalesce(max_rows, 0) < 1 THEN
         RAISE EXCEPTION USING
             ERRCODE = 'invalid_parameter_value',
@@ -284,7 +285,8 @@ BEGIN
     -- numbers that are ahead of this cluster's would never be passed
     UPDATE tbl_repl.change SET txid = pg_current_xact_id();
     UPDATE tbl_repl.progress AS p SET position = '1:1:' WHERE p.target_id = ANY (copied);
-    UPDATE tbl_repl.target_state AS st SET system_identifier = here.system_identifier, database_id = here.database_id
+    UPDATE tbl_repl.target_state AS st
+    SET system_identifier = here.system_identifier, database_id = here.database_id, timeline = here.timeline
     WHERE st.target_id = ANY (copied);
 END
 $function$;

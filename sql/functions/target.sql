@@ -569,6 +569,7 @@ CREATE OR REPLACE FUNCTION tbl_repl._add_target(
 RETURNS integer
 LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp
+SET quote_all_identifiers = off
 AS $function$
 DECLARE
     source  tbl_repl.source%ROWTYPE;
@@ -674,9 +675,9 @@ BEGIN
     whole := tbl_repl._truncate_whole(target);
     INSERT INTO tbl_repl.target SELECT target.*;
     INSERT INTO tbl_repl.progress (target_id, position) VALUES (target.target_id, pg_current_snapshot());
-    INSERT INTO tbl_repl.target_state (target_id, status, system_identifier, database_id, copy_after)
+    INSERT INTO tbl_repl.target_state (target_id, status, system_identifier, database_id, timeline, copy_after)
     SELECT target.target_id, CASE initial_copy WHEN 'background' THEN 'copying' ELSE 'ok' END,
-           p.system_identifier, p.database_id, CASE initial_copy WHEN 'background' THEN '{}'::text[] END
+           p.system_identifier, p.database_id, p.timeline, CASE initial_copy WHEN 'background' THEN '{}'::text[] END
     FROM tbl_repl._place() AS p;
     PERFORM tbl_repl._rebuild_target(target.target_id);
     PERFORM tbl_repl._rebuild_capture(source.source_id);
@@ -925,6 +926,7 @@ CREATE OR REPLACE FUNCTION tbl_repl._alter_target(
 RETURNS void
 LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp
+SET quote_all_identifiers = off
 AS $function$
 DECLARE
     target tbl_repl.target%ROWTYPE := tbl_repl._own_target(target_id);
@@ -982,6 +984,7 @@ BEGIN
     IF old.mode = 'async' AND target.mode <> 'async' THEN
         PERFORM tbl_repl._leave_async(old);
     END IF;
+    PERFORM tbl_repl._note_timeline(target_id);
     PERFORM tbl_repl._forget_tombstones(source.source_id);
     PERFORM tbl_repl._take_over(target);
     PERFORM tbl_repl._rebuild_target(target_id);
@@ -1104,6 +1107,7 @@ CREATE OR REPLACE FUNCTION tbl_repl.drop_target(target_id integer)
 RETURNS void
 LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp
+SET quote_all_identifiers = off
 AS $function$
 DECLARE
     target tbl_repl.target%ROWTYPE := tbl_repl._own_target(target_id, true);
@@ -1358,6 +1362,7 @@ BEGIN
         total := total + cardinality(page);
         after := page[cardinality(page)];
     END LOOP;
+    PERFORM tbl_repl._note_timeline(target_id);
     RETURN total;
 END
 $function$;

@@ -83,6 +83,7 @@ CREATE POLICY target_drop ON tbl_repl.target FOR DELETE USING (EXISTS (
 -- in the pending rows of the queue.
 -- copy_after: {key} of the last row copied in the background; {} before the first one, for every text may be a key;
 -- NULL: there is nothing to copy.
+-- timeline: of the server when the target was defined or repaired last; another one may lack what has been shipped.
 -- system_identifier, database_id: where the position means something.  A copy of the database has other ones; its name is
 -- left out, for a database may be renamed.
 -- next_try_at: the worker leaves the target alone until then; failures: how many in a row have led to it.
@@ -91,6 +92,7 @@ CREATE TABLE tbl_repl.target_state (
     status            text NOT NULL DEFAULT 'ok',
     system_identifier bigint NOT NULL,
     database_id       oid NOT NULL,
+    timeline          text NOT NULL,
     copy_after        text[],
     rows_copied       bigint NOT NULL DEFAULT 0,
     last_error        text,

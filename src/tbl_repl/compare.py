@@ -115,6 +115,9 @@ def compare(
     # Bounds that do not ascend on the target say nothing about what lies between them.
     work.extra = [*joined(work.ranges), (work.last, None)] if work.ordered else [(None, None)]
     _in_parallel(dsn, target_id, min(jobs, len(work.extra)), second_pass, work, report)
+    if repair:
+        with source_session(dsn, f"compare {target_id}") as source:
+            source.execute("SELECT tbl_repl._note_timeline(%s)", (target_id,))
     return queued
 
 
