@@ -536,6 +536,7 @@ def test_truncate_of_rows_that_the_snapshot_does_not_show(
     pair.assert_same("t")
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("isolation", ["REPEATABLE READ", "SERIALIZABLE"])
 @pytest.mark.parametrize("mode", ["tolerant", "async"])
 @pytest.mark.parametrize("how", ["filtered", "partition", "operations", "locked root"])

@@ -260,6 +260,7 @@ def test_values_are_compared_in_the_form_of_the_target(pair: Pair, name: str) ->
     assert differences(pair, target) == []
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("where", ["filter", "map", "raise"])
 def test_a_row_on_which_an_expression_fails_is_a_difference(pair: Pair, where: str) -> None:
     """Of many: the others are compared all the same."""

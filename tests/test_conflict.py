@@ -472,6 +472,7 @@ def test_newest_a_delete_older_than_its_target(two: Pair, mode: str) -> None:
     assert two.source.rows("t") == two.target.rows("t") == []
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("policy", ["newest", "keep", "error"])
 def test_policies_for_tables_of_many_columns(pair: Pair, policy: str) -> None:
     more = ", ".join(f"c{n} integer DEFAULT {n}" for n in range(150))

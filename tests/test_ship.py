@@ -567,6 +567,7 @@ def set_clock_of_target(conn: psycopg.Connection, seconds: int) -> None:
     )
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("mode", ["sync", "tolerant"])
 @pytest.mark.parametrize("seconds", [3600, -3600])
@@ -597,6 +598,7 @@ def test_two_sync_targets_do_not_notice_that_a_clock_was_set(trio: Pair) -> None
     trio.assert_same("t", there=trio.third)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("mode", ["sync", "tolerant"])
 def test_one_large_statement_fails_after_a_clock_was_set(pair: Pair, mode: str) -> None:
     """Several messages cannot be repeated; the connection that follows has measured the clocks anew."""
@@ -790,6 +792,7 @@ def test_who_sees_an_older_definition_does_not_write_into_the_former_table(pair:
     assert errors_of(pair) == []
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("rows", [1, 3])
 def test_what_is_captured_is_shipped_although_no_other_trigger_fires_any_more(
@@ -806,6 +809,7 @@ def test_what_is_captured_is_shipped_although_no_other_trigger_fires_any_more(
     assert pair.source.one("SELECT count(*) FROM tbl_repl.flush") == 0
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("mode", ["sync", "tolerant", "async"])
 def test_a_table_that_takes_the_name_of_a_replicated_one_is_not_taken_for_it(pair: Pair, mode: str) -> None:
     target = replicate(pair, mode=mode)

@@ -326,6 +326,7 @@ def test_drop_target_and_define_it_again_in_one_transaction(source: Pair) -> Non
     source.assert_same("t")
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("partitioned", [False, True])
 @pytest.mark.parametrize(
     "options, change",
