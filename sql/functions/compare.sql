@@ -249,10 +249,10 @@ BEGIN
             PERFORM pg_sleep(0.002);
             unequal := tbl_repl._differences(target, conn, shape, page);
             page := tbl_repl._not_pending(target, page);
-            SELECT coalesce(jsonb_agg(jsonb_build_object('difference', unequal ->> p, 'key_text', p,
-                                                         'key', tbl_repl._key_json(source.source_table, source.key_columns, p)) ORDER BY n), '[]')
-            INTO differences
-            FROM unnest(page) WITH ORDINALITY AS x (p, n) WHERE unequal ->> p = ANY (expected);
+            EXECUTE format('SELECT coalesce(jsonb_agg(jsonb_build_object(''difference'', $1 ->> k.key, ''key_text'', k.key, ''key'', %s) ORDER BY k.n), ''[]'') '
+                           'FROM unnest($2) WITH ORDINALITY AS k (key, n) WHERE $1 ->> k.key = ANY ($3)',
+                           tbl_repl._key_json_sql(source.source_table, source.key_columns))
+            INTO differences USING unequal, page, expected;
         END IF;
         RETURN NEXT;
     END LOOP;
@@ -295,11 +295,10 @@ BEGIN
         listed := tbl_repl._call(conn, format('SELECT pg_catalog.json_agg(e.k ORDER BY e.n) FROM %s',
                                               tbl_repl._by_key_list(target, jsonb_path_query_array(listed, '$[*].k'))), clock_timestamp() + target.timeout);
         listed := tbl_repl._unknown_to_all(target, conn, shape, coalesce(listed, '[]'));
-        RETURN QUERY
-            SELECT e ->> 's',
-                   coalesce(tbl_repl._key_json(source.source_table, source.key_columns, e ->> 's'),
-                            (SELECT jsonb_object_agg(c, e -> 'k' -> (n - 1)::integer) FROM unnest(source.key_columns) WITH ORDINALITY AS x (c, n)))
-            FROM jsonb_array_elements(listed) AS e;
+        RETURN QUERY EXECUTE format(
+            'SELECT k.key, coalesce(%s, (SELECT jsonb_object_agg(c, k.e -> ''k'' -> (n - 1)::integer) FROM unnest($2) WITH ORDINALITY AS x (c, n))) '
+            'FROM (SELECT e, e ->> ''s'' AS key FROM jsonb_array_elements($1) AS e) AS k', tbl_repl._key_json_sql(source.source_table, source.key_columns))
+            USING listed, source.key_columns;
     END LOOP;
 END
 $function$;

@@ -205,7 +205,7 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._key_until(regclass, name[], text) IS
     'SQL condition: row s does not come after a key, given as an expression, in key order';
 
--- SQL expression over a key k.key: the key as users read it.  A key may be older than the present type of its column.
+-- SQL expression over a key k.key: what _key_json gives, for many keys of one table.  A key may be older than the present type of its column.
 CREATE OR REPLACE FUNCTION tbl_repl._key_json_sql(source_table regclass, key_columns name[])
 RETURNS text
 LANGUAGE sql STABLE
@@ -226,13 +226,17 @@ RETURNS jsonb
 LANGUAGE plpgsql STABLE
 SET search_path = pg_catalog, pg_temp
 AS $function$
-DECLARE
-    shown jsonb;
 BEGIN
-    IF key IS NOT NULL THEN
-        EXECUTE format('SELECT %s FROM (SELECT $1 AS key) AS k', tbl_repl._key_json_sql(source_table, key_columns)) INTO shown USING key;
-    END IF;
-    RETURN shown;
+    RETURN (
+        SELECT jsonb_object_agg(p.name,
+                   -- the inner CASE keeps a planner that knows the value from casting it before it knows the type
+                   CASE WHEN p.type_id IN ('int2'::regtype, 'int4'::regtype, 'int8'::regtype) AND v.value ~ '^-?[0-9]+$'
+                        THEN to_jsonb((CASE WHEN p.type_id IS NOT NULL THEN v.value END)::numeric) ELSE to_jsonb(v.value) END)
+        FROM tbl_repl._key_parts(source_table, key_columns) AS p
+        CROSS JOIN LATERAL (
+            SELECT CASE WHEN cardinality(key_columns) = 1 THEN key
+                        ELSE key::json ->> (p.n - 1) END AS value) AS v
+        WHERE key IS NOT NULL);
 END
 $function$;
 COMMENT ON FUNCTION tbl_repl._key_json(regclass, name[], text) IS
