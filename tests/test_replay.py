@@ -1129,6 +1129,27 @@ def test_after_a_truncate_rows_that_others_refer_to_stay_and_are_told_of(pair: P
     assert quarantined(pair) == []
 
 
+@pytest.mark.once
+def test_after_a_truncate_rows_that_go_slowly_go(pair: Pair) -> None:
+    """All together they take longer than the target lets a statement; each by itself does not."""
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY)")
+    target = pair.add_target("t", mode="async", timeout="500 ms")
+    pair.source.sql("INSERT INTO t SELECT generate_series(1, 40)")
+    pair.drain()
+    pair.target.sql(
+        "CREATE TABLE ref (id integer REFERENCES t); INSERT INTO ref VALUES (2);"
+        "CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN PERFORM pg_sleep(0.02); RETURN OLD; END$$;"
+        "CREATE TRIGGER slow BEFORE DELETE ON t FOR EACH ROW EXECUTE FUNCTION slow()"
+    )
+    shipped = pair.source.one("SELECT rows_shipped FROM tbl_repl.target_status")
+    pair.source.sql("TRUNCATE t")
+    pair.drain()
+    assert pair.target.rows("t") == ["(2)"]
+    assert [key for key, *_ in quarantined(pair)] == [{"id": 2}]
+    assert (pair.status(target), pair.pending(target)) == ("ok", 0)
+    assert pair.source.one("SELECT rows_shipped FROM tbl_repl.target_status") == shipped + 39
+
+
 @pytest.mark.parametrize(
     "parent, child", [("tolerant", "tolerant"), ("tolerant", "async"), ("async", "tolerant")]
 )

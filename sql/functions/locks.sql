@@ -6,8 +6,8 @@
 --   copy, piece   waited for by who copies in pieces, up to its lock_timeout; replay and worker only try for them
 --   resolve       only tried for
 --   connect       tried for until the deadline, and given back once connected
---   ship          waited for by drainers and by who sets a status: a shipper in flight ends by its timeout, a drainer with its
---                 batch.  Writers try for it, those of sync targets until their timeout
+--   ship          waited for by drainers, by who sets a status and by who drops a target: a shipper in flight ends by its
+--                 timeout, a drainer with its batch.  Writers try for it, those of sync targets until their timeout
 --   queue         tried for until a deadline, by writers shared, by drainers exclusively
 --   sleep, spin, figures, worker   only tried for; they save work, no promise hangs on them
 --

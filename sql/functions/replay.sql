@@ -1090,7 +1090,8 @@ BEGIN
         FOR item IN SELECT l.target_id, tbl_repl._refused_truncate(conn, ARRAY[l], timeout) AS refused
                     FROM unnest(loads) AS l WHERE l.truncate ORDER BY l.fk_rank DESC, l.target_id LOOP
             CONTINUE WHEN item.refused IS NULL;
-            IF item.refused[1] = '23503' THEN
+            -- too many rows for one DELETE, where the target does not take a TRUNCATE; or some are referred to
+            IF item.refused[1] IN ('23503', '57014') THEN
                 -- as a state: without what is only there, and with what is here
                 kept := array_append(kept, item.target_id);
                 CONTINUE;
@@ -1100,8 +1101,9 @@ BEGIN
             PERFORM tbl_repl._target_failed(item.target_id, item.refused[1], 'TRUNCATE: ' || item.refused[2]);
         END LOOP;
     END IF;
-    cleared := tbl_repl._clear_kept(conn, timeout, kept);
+    cleared := tbl_repl._clear_kept(conn, timeout, kept, by_target);
     shipped := cleared.deleted;
+    by_target := cleared.by_target;
     FOR item IN SELECT l.* FROM unnest(loads) AS l ORDER BY l.fk_rank, l.target_id LOOP
         CONTINUE WHEN item.target_id = ANY (broken);  -- by another load of it
         counted := 0;
@@ -1174,8 +1176,9 @@ BEGIN
         EXIT WHEN NOT progress;
     END LOOP;
     -- what rows referred to that have changed since
-    cleared := tbl_repl._clear_kept(conn, timeout, ARRAY(SELECT k FROM unnest(kept) AS k WHERE k <> ALL (broken)));
+    cleared := tbl_repl._clear_kept(conn, timeout, ARRAY(SELECT k FROM unnest(kept) AS k WHERE k <> ALL (broken)), by_target);
     shipped := shipped + cleared.deleted;
+    by_target := cleared.by_target;
     poison := poison || cleared.left_there;
     PERFORM tbl_repl._commit(conn, timeout);
     PERFORM tbl_repl._release(ARRAY(SELECT l FROM unnest(loads) AS l WHERE l.target_id <> ALL (broken)), poison);
@@ -1184,15 +1187,16 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._apply_by_halves(text, interval, tbl_repl.load[], text) IS
     'ships keys, halving where the target rejects some, until the rows that are to blame are found';
 
--- _clear_kept(conn, timeout, targets): deletes what only the tables of the targets have, without the rows that others there
+-- _clear_kept(conn, timeout, targets, by_target): deletes what only the tables of the targets have, without the rows that others there
 -- refer to: left_there, as far as their keys can be those of a row here.  Children first, and again as long as that frees any;
 -- a chain within one table is followed so far.
 CREATE OR REPLACE FUNCTION tbl_repl._clear_kept(
     conn    text,
     timeout interval,
     targets integer[],
-    OUT deleted    bigint,
-    OUT left_there tbl_repl.poison[]
+    INOUT by_target jsonb,
+    OUT deleted     bigint,
+    OUT left_there  tbl_repl.poison[]
 )
 LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp
@@ -1212,6 +1216,7 @@ BEGIN
                       WHERE t.target_id = ANY (targets) ORDER BY s.fk_rank DESC, t.target_id LOOP
             cleared := tbl_repl._clear_table(conn, timeout, target);
             freed := freed + cleared.deleted;
+            by_target := tbl_repl._add_count(by_target, target.target_id, cleared.deleted);
             left_there := left_there || cleared.left_there;
         END LOOP;
         deleted := deleted + freed;
@@ -1219,7 +1224,7 @@ BEGIN
     END LOOP;
 END
 $function$;
-COMMENT ON FUNCTION tbl_repl._clear_kept(text, interval, integer[]) IS
+COMMENT ON FUNCTION tbl_repl._clear_kept(text, interval, integer[], jsonb) IS
     'deletes the rows that only the target has, but for those that others there refer to';
 
 CREATE OR REPLACE FUNCTION tbl_repl._clear_table(
@@ -1241,6 +1246,7 @@ DECLARE
     gone       text[];
     bad        tbl_repl.poison[];
     worked     boolean;
+    context    text;
 BEGIN
     deleted := 0;
     left_there := '{}';
@@ -1273,8 +1279,9 @@ BEGIN
             deleted := deleted + tbl_repl._call(conn, format(
                 'WITH x AS (DELETE FROM %s AS d USING pg_catalog.json_array_elements(%L) AS e (k) WHERE %s%s RETURNING 1) SELECT pg_catalog.count(*) FROM x',
                 tbl_repl._dst_table(target), listed, tbl_repl._has_listed_key(target), unreferred), clock_timestamp() + timeout)::bigint;
-        EXCEPTION WHEN assert_failure OR OTHERS THEN
-            IF SQLSTATE ~ '^(08|57P)' THEN
+        EXCEPTION WHEN query_canceled OR assert_failure OR OTHERS THEN
+            GET STACKED DIAGNOSTICS context = PG_EXCEPTION_CONTEXT;
+            IF SQLSTATE ~ '^(08|57P)' OR (SQLSTATE = '57014' AND NOT tbl_repl._is_too_slow(SQLSTATE, context, conn)) THEN
                 RAISE;
             END IF;
             worked := false;
@@ -1309,12 +1316,14 @@ SET search_path = pg_catalog, pg_temp
 AS $function$
 DECLARE
     refused text[];
+    context text;
 BEGIN
     BEGIN
         PERFORM tbl_repl._truncate(conn, loads, timeout);
         RETURN NULL;
-    EXCEPTION WHEN assert_failure OR OTHERS THEN
-        IF tbl_repl._is_transient(SQLSTATE) THEN
+    EXCEPTION WHEN query_canceled OR assert_failure OR OTHERS THEN
+        GET STACKED DIAGNOSTICS context = PG_EXCEPTION_CONTEXT;
+        IF tbl_repl._is_transient(SQLSTATE) AND NOT tbl_repl._is_too_slow(SQLSTATE, context, conn) THEN
             RAISE;
         END IF;
         refused := ARRAY[SQLSTATE, SQLERRM];

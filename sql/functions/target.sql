@@ -365,7 +365,6 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._define(tbl_repl.target, tbl_repl.source) IS
     'works out and checks the definition of a target on both sides';
 
--- _define_sent(target, source): the part of the definition that this side decides; types: those of what is sent, in order.
 -- Called before the table is locked, too: what hangs must not hang its readers and writers.
 CREATE OR REPLACE FUNCTION tbl_repl._connect_to_define(target tbl_repl.target)
 RETURNS text
@@ -385,6 +384,7 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._connect_to_define(tbl_repl.target) IS
     'the connection over which a target is looked at when it is defined, open and alive';
 
+-- _define_sent(target, source): the part of the definition that this side decides; types: those of what is sent, in order.
 CREATE OR REPLACE FUNCTION tbl_repl._define_sent(
     INOUT target tbl_repl.target,
     source       tbl_repl.source,
