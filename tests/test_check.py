@@ -117,14 +117,11 @@ def test_a_server_that_takes_no_writes(trio: Pair) -> None:
     """A standby, to which a name or address leads after a switch."""
     trio.both("CREATE TABLE t (id integer PRIMARY KEY)")
     target = trio.add_target("t", mode="async")
-    cluster = trio.target.cluster
-    trio.target.stop()
-    (cluster.data / "standby.signal").touch()
-    trio.target.start()
+    trio.target.demote()
     try:
         assert ("error", "remote_read_only", target) in problems(trio)
     finally:
-        trio.target.admin("SELECT pg_promote()")
+        trio.target.promote()
     trio.source.sql("INSERT INTO t VALUES (1)")
     trio.drain()
     trio.assert_same("t")
@@ -136,11 +133,8 @@ def test_a_promoted_source_is_told_of_until_its_targets_are_repaired(pair: Pair)
     for table in "tuvw":
         pair.both(f"CREATE TABLE {table} (id integer PRIMARY KEY)")
     targets = [pair.add_target(table) for table in "tuvw"]
-    pair.source.stop()
-    (pair.source.cluster.data / "standby.signal").touch()
-    pair.source.start()
-    pair.source.admin("SELECT pg_promote()")
-    pair.source.forget()
+    pair.source.demote()
+    pair.source.promote()
     pair.source.sql("INSERT INTO t VALUES (1)")
     pair.drain()
     assert problems(pair) == [("warning", "timeline_changed", target) for target in targets]

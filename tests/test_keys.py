@@ -352,3 +352,22 @@ def test_keys_are_ordered_by_the_default_operators_of_their_type(node: Node) -> 
 def test_a_typed_key_means_the_same_in_every_session(node: Node) -> None:
     node.sql("CREATE TABLE t (id text[] PRIMARY KEY); SET array_nulls = off")
     assert node.one("""SELECT tbl_repl._key_from_json('t', '{id}', '{"id": "{NULL}"}')""") == "{NULL}"
+
+
+def test_a_key_looks_the_same_by_itself_and_among_many(pair: Pair) -> None:
+    """There are two ways to show one: for a single key, and as an expression over the keys of a table."""
+    pair.source.sql(
+        'CREATE TABLE one (id integer PRIMARY KEY); CREATE TABLE two ("k y" text, n bigint, u uuid, PRIMARY KEY ("k y", n, u))'
+    )
+    keys = {"one": ["1", "-7", "007", "x", None], "two": ['["a", "5", "u"]', '["", "b", null]', None]}
+    for table, names in (("one", ["id"]), ("two", ["k y", "n", "u"])):
+        expression = pair.source.one(
+            "SELECT tbl_repl._key_json_sql(%s::regclass, %s::name[])", [table, names]
+        )
+        found = pair.source.sql(
+            f"SELECT tbl_repl._key_json(%s::regclass, %s::name[], k.key), {expression.replace('%', '%%')}"
+            " FROM unnest(%s::text[]) AS k (key)",
+            [table, names, keys[table]],
+        )
+        assert [single for single, _ in found] == [among for _, among in found]
+        assert found[-1] == (None, None) and found[0][0]

@@ -326,6 +326,18 @@ def test_drop_target_and_define_it_again_in_one_transaction(source: Pair) -> Non
     source.assert_same("t")
 
 
+def tables_t_and_u(pair: Pair, partitioned: bool) -> None:
+    """Table t on the source, t and u on the target."""
+    pair.source.sql(
+        f"CREATE TABLE t (id integer PRIMARY KEY, n integer){' PARTITION BY HASH (id)' if partitioned else ''}"
+    )
+    if partitioned:
+        pair.source.sql("CREATE TABLE t_all PARTITION OF t FOR VALUES WITH (MODULUS 1, REMAINDER 0)")
+    pair.target.sql(
+        "CREATE TABLE t (id integer PRIMARY KEY, n integer); CREATE TABLE u (LIKE t INCLUDING ALL)"
+    )
+
+
 @pytest.mark.once
 @pytest.mark.parametrize("partitioned", [False, True])
 @pytest.mark.parametrize(
@@ -345,14 +357,7 @@ def test_who_has_read_the_table_may_still_write_it(
     pair: Pair, options: dict[str, str], change: str, partitioned: bool
 ) -> None:
     """Both would wait for each other, if the lock that is needed for a trigger to go were not taken at once."""
-    pair.source.sql(
-        f"CREATE TABLE t (id integer PRIMARY KEY, n integer){' PARTITION BY HASH (id)' if partitioned else ''}"
-    )
-    if partitioned:
-        pair.source.sql("CREATE TABLE t_all PARTITION OF t FOR VALUES WITH (MODULUS 1, REMAINDER 0)")
-    pair.target.sql(
-        "CREATE TABLE t (id integer PRIMARY KEY, n integer); CREATE TABLE u (LIKE t INCLUDING ALL)"
-    )
+    tables_t_and_u(pair, partitioned)
     first = pair.add_target("t", mode="async", **options)
     two = "{1}" in change or (partitioned and "add_target" not in change)
     second = pair.add_target("t", mode="async", dst_table="u") if two else 0
@@ -372,14 +377,7 @@ def test_who_has_read_the_table_may_still_write_it(
 @pytest.mark.parametrize("partitioned", [False, True])
 def test_dropping_a_target_beside_drainers_and_readers(pair: Pair, partitioned: bool) -> None:
     """Readers that come and go, a drainer that has ship and wants to read: nobody is the victim of a deadlock."""
-    pair.source.sql(
-        f"CREATE TABLE t (id integer PRIMARY KEY, n integer){' PARTITION BY HASH (id)' if partitioned else ''}"
-    )
-    if partitioned:
-        pair.source.sql("CREATE TABLE t_all PARTITION OF t FOR VALUES WITH (MODULUS 1, REMAINDER 0)")
-    pair.target.sql(
-        "CREATE TABLE t (id integer PRIMARY KEY, n integer); CREATE TABLE u (LIKE t INCLUDING ALL)"
-    )
+    tables_t_and_u(pair, partitioned)
     stop = threading.Event()
 
     def repeat(statement: str) -> Callable[[], None]:

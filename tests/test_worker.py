@@ -934,10 +934,7 @@ def test_whatever_breaks_under_load_the_tables_become_equal(
 
 @pytest.mark.once
 def test_a_standby_is_refused_waited_for_and_served_after_its_promotion(pair: Pair, queue: int) -> None:
-    cluster = pair.source.cluster
-    pair.source.stop()
-    (cluster.data / "standby.signal").touch()
-    pair.source.start()
+    pair.source.demote()
     dsn = dsn_of(pair.source)
     for verb in ("status", "check", "replay", "top"):
         done = tbl_repl(verb, "--dsn", dsn)
@@ -948,8 +945,7 @@ def test_a_standby_is_refused_waited_for_and_served_after_its_promotion(pair: Pa
         assert "is a standby" in failed[0]["reason"]
         assert failed[0]["retry_in_seconds"] >= 0.4, "each time twice as long"
         assert not worker.events("serving")
-        pair.source.admin("SELECT pg_promote()")
-        pair.source.forget()
+        pair.source.promote()
         pair.source.sql("INSERT INTO t VALUES (1, 'x')")
         arrives(pair.target, 1)
         worker.send(signal.SIGTERM)

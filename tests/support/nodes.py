@@ -192,6 +192,16 @@ class Node:
     def start(self) -> None:
         self.cluster.start()
 
+    def demote(self) -> None:
+        """Start the server of this node anew as a standby, of nobody."""
+        self.stop()
+        (self.cluster.data / "standby.signal").touch()
+        self.start()
+
+    def promote(self) -> None:
+        self.admin("SELECT pg_promote()")
+        self.forget()
+
     def kill(self) -> None:
         """SIGKILL to the whole server."""
         self.forget()
