@@ -11,9 +11,10 @@ import threading
 import psycopg
 import pytest
 
-from support import Pair, wait_until
+from support import Pair, Proxy, wait_until
 from support.background import start
 from support.programs import dsn_of, environment, started, tbl_repl
+from support.tables import replay, transaction
 from tbl_repl import bulk, copy
 
 # beside a row that fills a buffer
@@ -389,3 +390,167 @@ def test_a_missing_right_on_the_server_is_told_as_such(filled: Pair) -> None:
     said = run(filled, "copy", str(target))
     assert said.returncode == 1
     assert f"permission denied for foreign server {filled.server}" in said.stderr
+
+
+# --- by replay
+
+
+def test_a_background_copy_goes_by_pieces_beside_writers(pair: Pair) -> None:
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY, v text)")
+    pair.source.sql("INSERT INTO t SELECT g, 'old' FROM generate_series(1, 1000) g")
+    target_id = pair.add_target("t", initial_copy="background")
+    assert pair.status(target_id) == "copying"
+    assert replay(pair, max_rows=300) == 300
+    assert pair.target.one("SELECT count(*) FROM t") == 300
+    pair.source.sql("UPDATE t SET v = 'new' WHERE id IN (1, 999)")  # behind and before the copy
+    pair.source.sql("DELETE FROM t WHERE id IN (2, 998)")
+    pair.source.sql("UPDATE t SET id = 5000 WHERE id = 3")
+    pair.source.sql("UPDATE t SET id = 3 WHERE id = 997")
+    pair.source.sql("INSERT INTO t VALUES (-1, 'new'), (6000, 'new')")
+    assert pair.status(target_id) == "copying"
+    assert pair.target.one("SELECT count(*) FROM t WHERE v = 'new'") == 0
+    pair.source.sql("CALL tbl_repl.drain(batch_rows => 300)")
+    pair.assert_same("t")
+    assert pair.status(target_id) == "ok"
+    pair.source.sql("INSERT INTO t VALUES (7000, 'direct')")
+    pair.assert_same("t")
+
+
+@pytest.mark.parametrize("mode", ["sync", "tolerant", "async"])
+@pytest.mark.parametrize("rows", [0, 100])
+def test_a_background_copy_ends_in_every_mode(pair: Pair, mode: str, rows: int) -> None:
+    """100 rows in pieces of 100, and none at all: the ends that are easy to miss."""
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY, v text)")
+    pair.source.sql("INSERT INTO t SELECT g, 'x' FROM generate_series(1, %s) g", [rows])
+    target_id = pair.add_target("t", mode=mode, initial_copy="background")
+    pair.source.sql("CALL tbl_repl.drain(batch_rows => 100)")
+    assert pair.status(target_id) == "ok"
+    assert pair.pending(target_id) == 0
+    pair.assert_same("t")
+
+
+# What ends a page there: keys whose text is empty, the only one, the first one or the last one.
+EMPTY_KEYS = {
+    "text": ("text", ["''"]),
+    "text, more": ("text", ["''", "'a'", "'b'"]),
+    "varchar": ("varchar(5)", ["''"]),
+    "varbit": ("varbit", ["''", "'1'"]),
+    "enum": ("label", ["'b'", "''"]),
+}
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("name", EMPTY_KEYS)
+@pytest.mark.parametrize("rows", [1, 2, 100])
+def test_a_background_copy_ends_where_a_page_ends_at_an_empty_key(pair: Pair, name: str, rows: int) -> None:
+    key_type, keys = EMPTY_KEYS[name]
+    pair.both(f"CREATE TYPE label AS ENUM ('b', 'a', ''); CREATE TABLE t (id {key_type} PRIMARY KEY, v text)")
+    pair.source.sql("INSERT INTO t VALUES " + ", ".join(f"({key}, 'v')" for key in keys))
+    target_id = pair.add_target("t", initial_copy="background")
+    assert sum(replay(pair, max_rows=rows) for _ in range(8)) <= len(keys) + 1
+    assert replay(pair, max_rows=rows) == 0
+    assert pair.status(target_id) == "ok"
+    pair.assert_same("t")
+
+
+@pytest.mark.parametrize("name", EMPTY_KEYS)
+def test_resync_ends_where_a_page_ends_at_an_empty_key(pair: Pair, name: str) -> None:
+    key_type, keys = EMPTY_KEYS[name]
+    pair.both(f"CREATE TYPE label AS ENUM ('b', 'a', ''); CREATE TABLE t (id {key_type} PRIMARY KEY, v text)")
+    pair.source.sql("INSERT INTO t VALUES " + ", ".join(f"({key}, 'v')" for key in keys))
+    target_id = pair.add_target("t", initial_copy="none")
+    pair.source.sql("SET statement_timeout = '5 s'")
+    assert pair.call("resync_target", target_id=target_id) == len(keys)
+    pair.drain()
+    pair.assert_same("t")
+
+
+def test_a_background_copy_survives_a_cut_line(pair: Pair, proxy: Proxy) -> None:
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY, v text)")
+    pair.source.sql("INSERT INTO t SELECT g, 'x' FROM generate_series(1, 1000) g")
+    target_id = pair.add_target("t", initial_copy="background", timeout="1 s")
+    assert replay(pair, max_rows=100) == 100
+    proxy.set("refuse")
+    proxy.cut()
+    assert replay(pair, max_rows=100) == 0
+    assert pair.status(target_id) == "copying"
+    proxy.set("pass")
+    pair.source.sql("CALL tbl_repl.drain(batch_rows => 100)")
+    pair.assert_same("t")
+    assert pair.status(target_id) == "ok"
+
+
+def test_background_copies_of_linked_tables_keep_the_parents_first(pair: Pair) -> None:
+    pair.both(
+        "CREATE TABLE parent (id integer PRIMARY KEY);"
+        "CREATE TABLE child (id integer PRIMARY KEY, parent_id integer NOT NULL REFERENCES parent)"
+    )
+    pair.source.sql("INSERT INTO parent SELECT generate_series(1, 500)")
+    pair.source.sql("INSERT INTO child SELECT g, 501 - g FROM generate_series(1, 500) g")
+    pair.add_target("child", initial_copy="background")
+    pair.add_target("parent", initial_copy="background")
+    pair.source.sql("CALL tbl_repl.drain(batch_rows => 100)")
+    pair.assert_same("parent")
+    pair.assert_same("child")
+    assert pair.source.one("SELECT count(*) FROM tbl_repl.error_log") == 0
+
+
+def test_without_a_copy_only_later_changes_go(pair: Pair) -> None:
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY, v text)")
+    pair.source.sql("INSERT INTO t VALUES (1, 'before'), (2, 'before')")
+    target_id = pair.add_target("t", initial_copy="none")
+    pair.source.sql("UPDATE t SET v = 'after' WHERE id = 2")
+    assert pair.target.rows("t") == ["(2,after)"]
+    assert pair.call("resync_target", target_id=target_id) == 2
+    pair.drain()
+    pair.assert_same("t")
+
+
+@pytest.mark.parametrize("mode", ["sync", "tolerant", "async"])
+def test_a_copy_that_is_rolled_back_leaves_nothing_on_the_target(pair: Pair, mode: str) -> None:
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY, v text)")
+    pair.source.sql("INSERT INTO t SELECT g, 'x' FROM generate_series(1, 2000) g")
+    conn = pair.source.connect()
+    conn.execute("BEGIN")
+    conn.execute("SELECT tbl_repl.add_target('t', %s, mode => %s)", [pair.server, mode])
+    conn.execute("INSERT INTO t VALUES (9999, 'x')")
+    conn.execute("ROLLBACK")
+    assert pair.target.rows("t") == []
+    assert pair.source.one("SELECT count(*) FROM tbl_repl.target_status") == 0
+
+
+@pytest.mark.parametrize("mode", ["sync", "tolerant", "async"])
+def test_a_copy_in_a_transaction_contains_what_it_wrote(pair: Pair, mode: str) -> None:
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY, v text)")
+    pair.source.sql("INSERT INTO t SELECT g, 'x' FROM generate_series(1, 2000) g")
+    with transaction(pair.source) as conn:
+        conn.execute("DELETE FROM t WHERE id = 1")
+        conn.execute("SELECT tbl_repl.add_target('t', %s, mode => %s)", [pair.server, mode])
+        conn.execute("INSERT INTO t VALUES (9999, 'x')")
+        conn.execute("UPDATE t SET v = 'y' WHERE id = 2")
+    pair.drain()
+    pair.assert_same("t")
+
+
+@pytest.mark.parametrize("copy", ["now", "background"])
+def test_rows_that_are_there_already_are_made_equal(pair: Pair, copy: str) -> None:
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY, v text)")
+    pair.source.sql("INSERT INTO t SELECT g, 'x' FROM generate_series(1, 50) g")
+    pair.target.sql("INSERT INTO t SELECT g, 'other' FROM generate_series(40, 50) g")
+    pair.add_target("t", initial_copy=copy)
+    pair.drain()
+    pair.assert_same("t")
+
+
+def test_resync_queues_every_row_behind_what_is_queued(pair: Pair) -> None:
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY, v text)")
+    target_id = pair.add_target("t")
+    pair.source.sql("INSERT INTO t SELECT g, 'x' FROM generate_series(1, 50) g")
+    pair.target.sql("UPDATE t SET v = 'spoilt' WHERE id < 10; DELETE FROM t WHERE id > 45")
+    assert pair.call("resync_target", target_id=target_id) == 50
+    assert pair.status(target_id) == "queueing"
+    pair.source.sql("UPDATE t SET v = 'y' WHERE id = 1")
+    assert pair.target.one("SELECT v FROM t WHERE id = 1") == "spoilt"
+    pair.drain()
+    pair.assert_same("t")
+    assert pair.status(target_id) == "ok"

@@ -11,34 +11,7 @@ from psycopg import errors
 
 from support import Node, Pair, Proxy, wait_until
 from support.background import in_background, start, within
-
-MODES = ("sync", "tolerant")
-MANY = 1500  # more rows than one message carries
-
-
-def replicate(
-    pair: Pair, name: str = "t", columns: str = "id integer PRIMARY KEY, v text", **options: object
-) -> int:
-    """Create the table on every node and replicate it; the target_id."""
-    pair.both(f"CREATE TABLE {name} ({columns})")
-    options.setdefault("timeout", "5 s")
-    return pair.add_target(name, **options)
-
-
-def errors_of(pair: Pair) -> list[tuple[str, str]]:
-    return pair.source.sql("SELECT sqlstate, message FROM tbl_repl.error_log ORDER BY at")
-
-
-def assert_shipped_directly(pair: Pair) -> None:
-    """No target has failed, nothing waits in the queue."""
-    assert errors_of(pair) == []
-    assert (
-        pair.source.sql(
-            "SELECT target_id FROM tbl_repl.target_status WHERE status <> 'ok' OR pending_rows > 0"
-        )
-        == []
-    )
-
+from support.tables import MANY, MODES, assert_shipped_directly, errors_of, replicate
 
 # --- sync: both sides or neither -------------------------------------------------------------------
 
@@ -1040,47 +1013,6 @@ def test_keys_swapped_between_rows_arrive(pair: Pair, mode: str) -> None:
 
 
 # --- TRUNCATE --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_truncate_and_inserts_in_one_transaction(pair: Pair, mode: str) -> None:
-    replicate(pair, mode=mode)
-    pair.source.sql("INSERT INTO t SELECT g, 'x' FROM generate_series(1, 20) g")
-    pair.target.sql("INSERT INTO t VALUES (99, 'extra')")
-    pair.source.sql(
-        "INSERT INTO t VALUES (30, 'gone'); TRUNCATE t; INSERT INTO t VALUES (1, 'y'), (2, 'y'); DELETE FROM t WHERE id = 2"
-    )
-    assert pair.target.rows("t") == ["(1,y)"]
-    conn = pair.source.connect()
-    conn.execute("BEGIN; TRUNCATE t; ROLLBACK")
-    assert pair.target.rows("t") == ["(1,y)"]
-    assert_shipped_directly(pair)
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_tables_linked_by_foreign_keys_are_truncated_together(pair: Pair, mode: str) -> None:
-    replicate(pair, "parent", "id integer PRIMARY KEY", mode=mode)
-    replicate(pair, "child", "id integer PRIMARY KEY, p integer REFERENCES parent", mode=mode)
-    pair.source.sql("INSERT INTO parent VALUES (1); INSERT INTO child VALUES (1, 1)")
-    pair.source.sql("TRUNCATE parent, child; INSERT INTO parent VALUES (2)")
-    assert pair.target.rows("parent") == ["(2)"]
-    assert pair.target.rows("child") == []
-    pair.source.sql("INSERT INTO child VALUES (1, 2); TRUNCATE parent CASCADE")
-    assert pair.target.rows("parent") == pair.target.rows("child") == []
-    assert_shipped_directly(pair)
-
-
-def test_an_insert_that_overtakes_a_queued_truncate_survives(pair: Pair) -> None:
-    target = replicate(pair, mode="tolerant")
-    pair.source.sql("INSERT INTO t VALUES (1, 'x')")
-    # The TRUNCATE is queued by a prepared transaction, the status stays ok: the insert is shipped at once.
-    pair.source.sql("BEGIN; TRUNCATE t; PREPARE TRANSACTION 'truncate'")
-    pair.source.sql("COMMIT PREPARED 'truncate'")
-    pair.source.sql("INSERT INTO t VALUES (2, 'overtakes')")
-    assert "(2,overtakes)" in pair.target.rows("t")
-    pair.drain()
-    assert pair.target.rows("t") == ["(2,overtakes)"]
-    assert pair.status(target) == "ok"
 
 
 # --- one transaction, one round trip ---------------------------------------------------------------

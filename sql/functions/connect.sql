@@ -540,3 +540,84 @@ END
 $function$;
 COMMENT ON FUNCTION tbl_repl._connection_name(name, name, interval) IS
     'name of the dblink connection: server, owner, timeout in ms, version of the server''s definition';
+
+-- A message that commits ends with its lease: too late on the target's clock, it undoes itself.
+CREATE OR REPLACE FUNCTION tbl_repl._lease(deadline timestamptz) RETURNS text
+LANGUAGE sql STABLE
+RETURN format('; EXECUTE tbl_repl_lease(%s)', extract(epoch FROM deadline)::numeric);
+COMMENT ON FUNCTION tbl_repl._lease(timestamptz) IS 'statement that fails on the target after the deadline';
+
+-- _connect(target_id, conn, deadline, sent_until): a usable connection, opened and prepared if need be.
+CREATE OR REPLACE FUNCTION tbl_repl._connect(
+    target_id  integer,
+    conn       text,
+    deadline   timestamptz,
+    sent_until timestamptz DEFAULT NULL
+)
+RETURNS void
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    statement text;
+    half_time timestamptz := clock_timestamp() + (deadline - clock_timestamp()) / 2;
+BEGIN
+    IF tbl_repl._is_usable(conn) THEN
+        RETURN;
+    END IF;
+    -- what no definition needs any more, after another timeout was given
+    PERFORM tbl_repl._dblink_disconnect(c)
+    FROM unnest(tbl_repl._dblink_connections()) AS c
+    WHERE c ~ '^tbl_repl(_[0-9]+){4}$' AND tbl_repl._dblink_is_busy(c) = 0
+      AND NOT EXISTS (SELECT FROM tbl_repl.target AS t WHERE tbl_repl._connection_name(t.server, t.owner, t.timeout) = c);
+    EXECUTE format('SELECT tbl_repl.connect_%s($1, $2, $3)', target_id) USING conn, deadline, sent_until;
+    -- What is not prepared here is when it is needed.  Nobody waits for long for a table that is locked there: it may be another
+    -- one's, and be paused for that.
+    FOR statement IN
+        SELECT format('SET LOCAL lock_timeout = %s; %s', ceil(extract(epoch FROM o.timeout) * 100), tbl_repl._prepare_sql(o))
+        FROM tbl_repl.target AS t
+        JOIN tbl_repl.target AS o ON o.server = t.server AND o.owner = t.owner AND o.timeout = t.timeout
+                                 AND o.mode <> 'async'
+        JOIN tbl_repl.target_state AS st ON st.target_id = o.target_id AND (st.status = 'ok' OR o.target_id = t.target_id)
+        WHERE t.target_id = _connect.target_id
+        ORDER BY o.target_id <> t.target_id, o.target_id
+    LOOP
+        EXIT WHEN clock_timestamp() > half_time;
+        BEGIN
+            PERFORM tbl_repl._call(conn, statement, deadline);
+        EXCEPTION WHEN assert_failure OR OTHERS THEN
+            -- One broken target must not close the way to the others: it fails when it is shipped to.
+            IF SQLSTATE ~ '^(08|57P)' THEN
+                RAISE;
+            END IF;
+        END;
+    END LOOP;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._connect(integer, text, timestamptz, timestamptz) IS
+    'makes sure that a connection to a target is open';
+
+-- A connection that died while it was idle is often found out only when it is used.  What is sent in several
+-- messages cannot simply be sent again, so it asks first.
+CREATE OR REPLACE FUNCTION tbl_repl._connect_alive(target_id integer, conn text, deadline timestamptz)
+RETURNS void
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+BEGIN
+    PERFORM tbl_repl._connect(target_id, conn, deadline);
+    BEGIN
+        PERFORM tbl_repl._call(conn, 'SELECT 1', deadline);
+    EXCEPTION WHEN assert_failure OR OTHERS THEN
+        IF SQLSTATE !~ '^(08|57P)' OR clock_timestamp() > deadline THEN
+            RAISE;
+        END IF;
+        IF conn = ANY (tbl_repl._dblink_connections()) THEN
+            PERFORM tbl_repl._dblink_disconnect(conn);
+        END IF;
+        PERFORM tbl_repl._connect(target_id, conn, deadline);
+    END;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._connect_alive(integer, text, timestamptz) IS
+    'makes sure that a connection to a target is open and answers';

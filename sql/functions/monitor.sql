@@ -179,3 +179,107 @@ COMMENT ON FUNCTION tbl_repl._pending_sql() IS 'what is queued for direct target
 CREATE OR REPLACE VIEW tbl_repl.sync_err_rec AS
 SELECT p.id, p.nsp_name, p.table_name, p.dst_server, p.dst_query, p.create_time FROM tbl_repl._pending_sql() AS p;
 COMMENT ON VIEW tbl_repl.sync_err_rec IS 'what is queued after an error, as the SQL that a replay will run';
+
+CREATE OR REPLACE FUNCTION tbl_repl._log_error(
+    target_id integer,
+    key       text,
+    code      text,
+    message   text,
+    detail    text,
+    hint      text,
+    statement text
+)
+RETURNS void
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    -- who is not let in is told so in the detail only
+    why text := CASE WHEN code ~ '^08' THEN nullif(btrim(regexp_replace(detail, E'\\s+', ' ', 'g')), '') END;
+BEGIN
+    INSERT INTO tbl_repl.error (target_id, key, sqlstate, message, detail, hint, statement)
+    VALUES (target_id, key, code, message, nullif(detail, ''), nullif(hint, ''), left(statement, 10000));
+    -- One call in sixteen clears up, for it looks at a thousand rows: by the clock, for random() is the application's.
+    IF extract(microseconds FROM clock_timestamp())::integer % 16 = 0 THEN
+        PERFORM tbl_repl._trim_errors(target_id);
+    END IF;
+    BEGIN
+        UPDATE tbl_repl.target_state AS st SET last_error = format('%s: %s', code, concat_ws(': ', message, why)), last_error_at = clock_timestamp()
+        WHERE st.target_id IN (SELECT l.target_id FROM tbl_repl.target_state AS l
+                               WHERE l.target_id = _log_error.target_id FOR UPDATE SKIP LOCKED);
+    EXCEPTION WHEN serialization_failure THEN
+        NULL;
+    END;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._log_error(integer, text, text, text, text, text, text) IS
+    'keeps an error of a target for error_log and target_status';
+
+-- SKIP LOCKED: who fails beside us clears up the same rows, to its commit.
+CREATE OR REPLACE FUNCTION tbl_repl._trim_errors(target_id integer)
+RETURNS void
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+BEGIN
+    DELETE FROM tbl_repl.error AS e
+    WHERE e.ctid = ANY (ARRAY(SELECT x.ctid FROM tbl_repl.error AS x WHERE x.target_id = _trim_errors.target_id
+                              ORDER BY x.at DESC OFFSET 1000 FOR UPDATE SKIP LOCKED));
+EXCEPTION WHEN serialization_failure THEN
+    NULL;  -- under REPEATABLE READ: others have cleared up since our snapshot
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._trim_errors(integer) IS 'forgets all but the newest thousand errors of a target';
+
+-- receipts: how many it has left, so that the session's next transaction knows what to take over.
+CREATE OR REPLACE FUNCTION tbl_repl._count_shipped(target_id integer, rows bigint, receipts integer DEFAULT 1)
+RETURNS void
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+BEGIN
+    UPDATE tbl_repl.shipped AS s
+    SET rows = s.rows + _count_shipped.rows, shipped_at = clock_timestamp(), txid = pg_current_xact_id(),
+        commits = s.commits + (current_setting('transaction_isolation') <> 'serializable')::integer,
+        receipts = _count_shipped.receipts + CASE WHEN s.txid = pg_current_xact_id() THEN s.receipts ELSE 0 END
+    WHERE s.ctid = (SELECT x.ctid FROM tbl_repl.shipped AS x
+                    WHERE x.target_id = _count_shipped.target_id AND x.pid = pg_backend_pid() ORDER BY x.turn DESC LIMIT 1);
+    IF NOT FOUND THEN
+        INSERT INTO tbl_repl.shipped (target_id, pid, rows, shipped_at, txid, receipts)
+        VALUES (target_id, pg_backend_pid(), rows, clock_timestamp(), pg_current_xact_id(), receipts) ON CONFLICT DO NOTHING;
+    END IF;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._count_shipped(integer, bigint, integer) IS 'counts rows shipped at commit by this backend';
+
+-- What backends have counted that have ended goes into one row a target, that of pid 0.  By replay, now and then: who
+-- commits must not wait for somebody who drops a target, and may have looked at pg_stat_activity before, which would not
+-- show him who has come since.  One at a time; rows that others hold are left for the next time.
+CREATE OR REPLACE FUNCTION tbl_repl._sum_up_shipped()
+RETURNS void
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+DECLARE
+    free integer[];
+BEGIN
+    IF NOT pg_try_advisory_xact_lock(tbl_repl._lock_figures(), 0) THEN
+        RETURN;
+    END IF;
+    free := ARRAY(SELECT s.target_id FROM tbl_repl.shipped AS s WHERE s.pid = 0 FOR UPDATE SKIP LOCKED);
+    WITH gone AS (
+        DELETE FROM tbl_repl.shipped AS s
+        WHERE s.ctid = ANY (ARRAY(
+            SELECT x.ctid FROM tbl_repl.shipped AS x
+            WHERE x.pid <> 0 AND x.pid NOT IN (SELECT a.pid FROM pg_stat_activity AS a)
+              AND (x.target_id = ANY (free) OR NOT EXISTS (SELECT FROM tbl_repl.shipped AS z WHERE z.target_id = x.target_id AND z.pid = 0))
+            FOR UPDATE SKIP LOCKED))
+        RETURNING s.target_id, s.rows, s.shipped_at)
+    INSERT INTO tbl_repl.shipped AS s (target_id, pid, rows, shipped_at, txid, receipts)
+    SELECT g.target_id, 0, sum(g.rows), max(g.shipped_at), pg_current_xact_id(), 0
+    FROM gone AS g JOIN tbl_repl.target AS t USING (target_id) GROUP BY g.target_id
+    ON CONFLICT (target_id, pid, turn) DO UPDATE
+    SET rows = s.rows + excluded.rows, shipped_at = greatest(s.shipped_at, excluded.shipped_at);
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._sum_up_shipped() IS 'keeps the figures of backends that have ended in one row a target';
