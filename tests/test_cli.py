@@ -681,9 +681,9 @@ def test_without_rights_nothing_runs_for_ever_and_the_cure_is_told(pair: Pair, t
 @pytest.mark.parametrize("args", [("replay",), ("worker", "--once")], ids=" ".join)
 def test_an_internal_error_is_no_success(pair: Pair, target: int, args: tuple[str, ...]) -> None:
     program = (
-        "import sys, tbl_repl.cli, tbl_repl.worker as w\n"
+        "import sys, tbl_repl.cli, tbl_repl.drainer as d\n"
         "def drain(self): raise NotImplementedError\n"
-        "w.Drainer.drain = drain\n"
+        "d.Drainer.drain = drain\n"
         "sys.exit(tbl_repl.cli.main())"
     )
     command = [sys.executable, "-c", program, *args, "--dsn", dsn_of(pair.source)]

@@ -15,7 +15,7 @@ from support import Node, Pair, Proxy, wait_until
 from support.background import in_background, within
 from support.programs import WorkerProcess, dsn_of, tbl_repl
 from tbl_repl import failpoint
-from tbl_repl.worker import LONGEST_PAUSE_SECONDS, LONGEST_RETRY_SECONDS, pause_after, retry_after
+from tbl_repl.drainer import LONGEST_PAUSE_SECONDS, LONGEST_RETRY_SECONDS, pause_after, retry_after
 
 TABLE = "CREATE TABLE t (id integer PRIMARY KEY, v text)"
 NEVER = ("--poll-seconds", "3600")  # who does not hear a NOTIFY waits an hour
@@ -169,7 +169,7 @@ def test_many_servers_share_few_connections(pair: Pair, many: list[str]) -> None
     def sessions() -> int:
         return len(pair.source.backends("tbl-repl worker%"))
 
-    with WorkerProcess(pair.source, constants={"CONNECTIONS": 2}) as worker:
+    with WorkerProcess(pair.source, constants={"watcher.CONNECTIONS": 2}) as worker:
         for rows in (1, 2, 3):
             for name in many:
                 pair.source.sql(f"INSERT INTO {name} VALUES ({rows})")
@@ -193,7 +193,7 @@ def test_who_always_has_something_to_do_lets_others_have_their_turn(pair: Pair, 
                 if done.is_set():
                     return
 
-    with WorkerProcess(pair.source, constants={"CONNECTIONS": 1}):
+    with WorkerProcess(pair.source, constants={"watcher.CONNECTIONS": 1}):
         writing = in_background(load)
         wait_until(lambda: count(pair.target, "s0") > 100, 15)
         for name in others:
@@ -208,7 +208,7 @@ def test_who_always_has_something_to_do_lets_others_have_their_turn(pair: Pair, 
 
 
 def test_a_drainer_that_cannot_connect_gives_its_place_away(pair: Pair, many: list[str]) -> None:
-    with WorkerProcess(pair.source, constants={"CONNECTIONS": 1}):
+    with WorkerProcess(pair.source, constants={"watcher.CONNECTIONS": 1}):
         for rows in (1, 2):
             for name in many:
                 pair.source.sql(f"INSERT INTO {name} VALUES ({rows})")
@@ -223,7 +223,9 @@ def test_once_has_few_connections_too(pair: Pair, many: list[str]) -> None:
         pair.source.sql(f"INSERT INTO {name} VALUES (1)")
     pair.source.admin(f"ALTER DATABASE {pair.source.dbname} CONNECTION LIMIT 5")
     pair.source.forget()
-    with WorkerProcess(pair.source, options=("--once",), constants={"CONNECTIONS": 1}, wait=False) as worker:
+    with WorkerProcess(
+        pair.source, options=("--once",), constants={"worker.CONNECTIONS": 1}, wait=False
+    ) as worker:
         assert worker.ended() == 0, worker.output
     assert [count(pair.target, name) for name in many] == [1] * 6
 
@@ -588,22 +590,10 @@ def test_another_server_is_served_while_one_is_at_work(trio: Pair) -> None:
 
 
 def test_batches_under_load_begin_further_apart_up_to_a_bound() -> None:
+    """Also after more of them than a float has powers of two."""
     pauses = [pause_after(streak) for streak in range(1, 3000)]
     assert pauses == sorted(pauses)
     assert (pauses[0], pauses[-1]) == (0, LONGEST_PAUSE_SECONDS)
-
-
-@pytest.mark.once
-def test_a_load_that_never_ends_does_not_end_the_drainer(pair: Pair, queue: int) -> None:
-    """More batches without a rest than a float has powers of two."""
-    pair.source.sql("DO $$BEGIN FOR i IN 1..1100 LOOP INSERT INTO t VALUES (i, 'x'); COMMIT; END LOOP; END$$")
-    with WorkerProcess(
-        pair.source, options=("--batch-rows", "1"), constants={"LONGEST_PAUSE_SECONDS": 0.001}
-    ) as worker:
-        drained(pair, 60)
-        assert len(worker.events("batch")) > 1024
-        assert worker.events("drainer failed") == []
-    pair.assert_same("t")
 
 
 # --- what fails
@@ -700,7 +690,9 @@ def test_rows_in_quarantine_are_tried_again_only_once_in_a_while(pair: Pair, que
             pair.source.sql("INSERT INTO t VALUES (%s, 'good')", [i])
             arrives(pair.target, i)
         assert pair.source.one(attempts) == 1
-    with WorkerProcess(pair.source, options=("--poll-seconds", "0.1"), constants={"QUARANTINE_SECONDS": 0.2}):
+    with WorkerProcess(
+        pair.source, options=("--poll-seconds", "0.1"), constants={"drainer.QUARANTINE_SECONDS": 0.2}
+    ):
         wait_until(lambda: pair.source.one(attempts) > 3)
         pair.target.sql("ALTER TABLE t DROP CONSTRAINT t_v_check")
         arrives(pair.target, 12)
@@ -892,7 +884,7 @@ def test_whatever_breaks_under_load_the_tables_become_equal(
         "bulk.SILENCE_SECONDS": 60.0 if fault == "slow line" else 1.0,
         "bulk.MERGE_SECONDS": 60.0 if fault == "slow line" else 2.0,
         "copy.PIECE_ROWS": 50,
-        "worker.LONGEST_RETRY_SECONDS": 1.0,
+        "drainer.LONGEST_RETRY_SECONDS": 1.0,
     }
     sessions = "tbl_repl %" if way == "small batches" else "tbl_repl %.b01d"
 

@@ -13,9 +13,9 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from tbl_repl.database import connect, name_of
+from tbl_repl.drainer import Batch
 from tbl_repl.errors import TblReplError
 from tbl_repl.report import lag
-from tbl_repl.worker import Batch
 
 log = logging.getLogger("tbl_repl.metrics")
 

@@ -9,16 +9,13 @@ import signal
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
 import psycopg
-from rich.console import Console, Group
 from rich.live import Live
-from rich.text import Text
 
 from tbl_repl import logs
 from tbl_repl.database import (
@@ -32,7 +29,8 @@ from tbl_repl.database import (
     require_usage,
     resolve_dsn,
 )
-from tbl_repl.errors import CannotConnect, IsStandby, TblReplError, UsageError, from_psycopg, printable, tell
+from tbl_repl.drainer import POLL_SECONDS, Batch, Observer, Options
+from tbl_repl.errors import CannotConnect, IsStandby, TblReplError, UsageError, from_psycopg, tell
 from tbl_repl.graph import Node, mermaid
 from tbl_repl.progress import progress
 from tbl_repl.report import (
@@ -42,15 +40,14 @@ from tbl_repl.report import (
     counted,
     fitting,
     human_seconds,
-    lag,
     one_line,
     print_json,
     show,
     table,
-    worst_first,
 )
 from tbl_repl.signals import terminated_as_interrupted
-from tbl_repl.worker import POLL_SECONDS, Batch, Observer, Options, Worker, drain_once
+from tbl_repl.top import TOP_LAYOUTS, Top, target_rows
+from tbl_repl.worker import Worker, drain_once
 
 log = logging.getLogger("tbl_repl.verbs")
 
@@ -138,15 +135,6 @@ def _toward(args: argparse.Namespace) -> Iterator[None]:
         raise CannotConnect(
             f"server {name} ({place}) of target {args.target}: {problem}", problem.hint
         ) from error
-
-
-def target_rows(connection: Connection) -> list[Row]:
-    """Rows of target_status with lag in seconds."""
-    rows = connection.execute("SELECT * FROM tbl_repl.target_status ORDER BY target_id").fetchall()
-    for row in rows:
-        row["lag"] = lag(row)
-        row["source_table"] = str(row["source_table"])
-    return rows
 
 
 def _node_name(connection: Connection) -> str:
@@ -355,65 +343,11 @@ def _copy(args: argparse.Namespace) -> int:
     return int(not ended)
 
 
-TOP_COLUMNS = (
-    "target_id", "source_table", "server", "mode", "status", "pending_rows", "lag", "rows_per_s",
-    "last_error",
-)  # fmt: skip
-TOP_LAYOUTS = (TOP_COLUMNS, TOP_COLUMNS[:-1], (*TOP_COLUMNS[:2], *TOP_COLUMNS[3:-1]))
-
-
-class _Top:
-    """Targets with their rates; outlives restarts of the server, keeps what it saw last meanwhile."""
-
-    def __init__(self, dsn: str, connection: Connection, interval: float, out: Console) -> None:
-        self._dsn = dsn
-        self._out = out
-        self._connection = connection
-        self._interval = interval
-        self._history: dict[int, deque[tuple[float, int]]] = {}
-        self._rows: list[Row] = []
-        self.problem: str | None = None
-
-    def look(self) -> list[Row]:
-        """Every target; rows_per_s over the last few looks."""
-        try:
-            if self._connection.closed:
-                self._connection = connect(self._dsn)
-            self._rows = target_rows(self._connection)
-            self.problem = None
-        except (psycopg.OperationalError, CannotConnect) as error:
-            self._connection.close()
-            self.problem = f"cannot connect: {' '.join(str(error).split())}"
-            return self._rows
-        now = time.monotonic()
-        for row in self._rows:
-            seen = self._history.setdefault(int(row["target_id"]), deque(maxlen=6))
-            seen.append((now, int(row["rows_shipped"])))
-            seconds = seen[-1][0] - seen[0][0]
-            row["rows_per_s"] = round((seen[-1][1] - seen[0][1]) / seconds) if seconds > 0 else None
-        return self._rows
-
-    def view(self) -> Group:
-        rows = self.look()
-        head = f"{name_of(self._dsn)}   {time.strftime('%H:%M:%S')}   every {self._interval:g} s, Ctrl-C ends"
-        parts = [Text(head, style="dim")]
-        if self.problem:
-            parts.append(Text(printable(self.problem), style="bold red"))
-        live = self._out.is_terminal and not self._out.is_dumb_terminal
-        if live and len(rows) > (lines := self._out.height - len(parts) - 1):
-            rows, hidden = worst_first(rows, lines - 1)
-            parts.append(Text(f"not shown, for want of lines: {hidden}", style="dim"))
-        return Group(*parts, fitting(rows, TOP_LAYOUTS, self._out))
-
-    def close(self) -> None:
-        self._connection.close()
-
-
 def _top(args: argparse.Namespace) -> int:
     """Refresh until interrupted."""
     dsn = resolve_dsn(args.dsn)
     out = console()
-    top = _Top(dsn, _open(args), args.interval, out)
+    top = Top(dsn, _open(args), args.interval, out)
     try:
         if args.json:
             while True:

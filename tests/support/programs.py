@@ -60,8 +60,8 @@ def started(*args: str) -> subprocess.Popen[bytes]:
 class WorkerProcess:
     """``tbl-repl worker`` for these nodes, in JSON lines unless said otherwise; killed at the end.
 
-    constants: of tbl_repl.worker or tbl_repl.bulk ("bulk.MIN_ROWS"), set before it starts.  program: what is
-    run before it starts, with tbl_repl.worker as w.
+    constants: of modules of tbl_repl ("bulk.MIN_ROWS"), set before it starts.  program: what is run before it
+    starts, with tbl_repl.watcher as w.
     """
 
     def __init__(
@@ -77,17 +77,14 @@ class WorkerProcess:
     ) -> None:
         command = [sys.executable, "-m", "tbl_repl"]
         if program:
-            start = "import sys, tbl_repl.cli, tbl_repl.worker as w\n{}sys.exit(tbl_repl.cli.main())"
+            start = "import sys, tbl_repl.cli, tbl_repl.watcher as w\n{}sys.exit(tbl_repl.cli.main())"
             command = [sys.executable, "-c", start.format(program)]
         elif constants:
-            changes = "; ".join(
-                f"tbl_repl.{name if '.' in name else 'worker.' + name} = {value}"
-                for name, value in constants.items()
-            )
+            changes = "; ".join(f"tbl_repl.{name} = {value}" for name, value in constants.items())
             command = [
                 sys.executable,
                 "-c",
-                f"import sys, tbl_repl.cli, tbl_repl.worker, tbl_repl.bulk, tbl_repl.copy; {changes}; sys.exit(tbl_repl.cli.main())",
+                f"import sys, tbl_repl.cli; {changes}; sys.exit(tbl_repl.cli.main())",
             ]
         command.append("worker")
         for dsn in (*(dsn_of(node) for node in nodes), *dsns):
