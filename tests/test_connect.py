@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import psycopg
 import pytest
 from psycopg import errors
 
@@ -229,3 +230,24 @@ def test_the_log_of_errors_has_sql_that_people_can_read(pair: Pair) -> None:
     pair.source.sql("UPDATE t SET v = 'bad'")
     statement = pair.source.one("SELECT statement FROM tbl_repl.error_log")
     assert statement.startswith("INSERT INTO public.t") and "'bad'" in statement
+
+
+def refused(pair: Pair, statement: str) -> psycopg.errors.Diagnostic:
+    with pytest.raises(errors.SqlclientUnableToEstablishSqlconnection) as caught:
+        pair.source.fresh(statement)
+    return caught.value.diag
+
+
+@pytest.mark.once
+def test_who_is_not_let_in_is_told_by_which_server_why_and_what_to_do(pair: Pair) -> None:
+    target = replicate(pair, mode="sync")
+    pair.source.sql(f"ALTER USER MAPPING FOR owner SERVER {pair.server} OPTIONS (SET password 'wrong')")
+    for statement in (
+        "INSERT INTO t VALUES (1, 'x')",
+        f"SELECT tbl_repl.add_target('t', '{pair.server}', 'u')",
+        f"SELECT * FROM tbl_repl.compare_target({target})",
+    ):
+        said = refused(pair, statement)
+        assert said.message_primary == f"could not connect to server {pair.server}"
+        assert "password authentication failed" in (said.message_detail or "")
+        assert "user mapping" in (said.message_hint or "")

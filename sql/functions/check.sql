@@ -74,7 +74,7 @@ BEGIN
     RETURN '{}';
 EXCEPTION WHEN assert_failure OR OTHERS THEN
     GET STACKED DIAGNOSTICS error_detail = PG_EXCEPTION_DETAIL;
-    RETURN jsonb_build_object('sqlstate', SQLSTATE, 'error', concat_ws(': ', SQLERRM, nullif(btrim(error_detail, E' \n'), '')));
+    RETURN jsonb_build_object('sqlstate', SQLSTATE, 'error', concat_ws(': ', CASE WHEN SQLSTATE <> '08001' THEN SQLERRM END, nullif(btrim(error_detail, E' \n'), '')));
 END
 $function$;
 COMMENT ON FUNCTION tbl_repl._reach(tbl_repl.target, text) IS 'tries the connection to a target: what is wrong with it';

@@ -148,6 +148,7 @@ DECLARE
     lease_end timestamptz;
     foreign_lease boolean;
     began     timestamptz := clock_timestamp();
+    why       text;
 BEGIN
     conninfo := coalesce(tbl_repl._conninfo(server, timeout, own_name), server);
     FOR older IN
@@ -231,6 +232,14 @@ BEGIN
     EXCEPTION WHEN query_canceled OR assert_failure OR OTHERS THEN
         IF conn = ANY (tbl_repl._dblink_connections()) THEN
             PERFORM tbl_repl._dblink_disconnect(conn);
+        ELSIF SQLSTATE = '08001' THEN
+            -- dblink does not say to whom
+            GET STACKED DIAGNOSTICS why = PG_EXCEPTION_DETAIL;
+            RAISE EXCEPTION USING
+                ERRCODE = 'sqlclient_unable_to_establish_sqlconnection',
+                MESSAGE = format('could not connect to server %I', server),
+                DETAIL  = why,
+                HINT    = 'See that it runs, and that the options of the server and of the user mapping are right.';
         END IF;
         RAISE;
     END;

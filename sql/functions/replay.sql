@@ -60,7 +60,8 @@ BEGIN
     ELSIF NOT EXISTS (SELECT FROM pg_foreign_server AS f WHERE f.srvname = _replay.server) AND _replay.server IS NOT NULL THEN
         RAISE EXCEPTION USING
             ERRCODE = 'undefined_object',
-            MESSAGE = format('server %I does not exist', _replay.server);
+            MESSAGE = format('server %I does not exist', _replay.server),
+            HINT    = 'Those that have targets: SELECT DISTINCT server FROM tbl_repl.target_status;';
     END IF;
     PERFORM tbl_repl._check_positions();
     PERFORM tbl_repl._purge_tombstones();
@@ -674,7 +675,7 @@ BEGIN
     PERFORM tbl_repl._log_error(t, NULL, code, message, detail, hint, NULL) FROM unnest(targets) AS t;
     RAISE WARNING USING
         ERRCODE = code,
-        MESSAGE = format('server %I: %s', server, message),
+        MESSAGE = CASE WHEN strpos(message, format('server %I', server)) > 0 THEN message ELSE format('server %I: %s', server, message) END,
         DETAIL  = coalesce(nullif(detail, ''), 'Its changes stay queued.'),
         HINT    = coalesce(nullif(hint, ''), 'They are shipped by the next replay that reaches it.');
 END
