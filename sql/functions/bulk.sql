@@ -44,7 +44,7 @@ COMMENT ON FUNCTION tbl_repl._takes_bulk(tbl_repl.target_state) IS 'whether the 
 --   is_binary: whether both sides have the same types, so that COPY need not look inside
 --   rows_query: run here as the target's owner: rows that may go straight into the table, by COPY
 --   batch_query: the same for rows that go into a temporary table first, and keys whose rows are gone; NULL: straight
---   whole: everything, after TRUNCATE
+--   whole: everything, after TRUNCATE; cascades: rows first, see _next_variant
 --   stage, gone, remove, merge: statements for the target: create the temporary table; take the keys out of it, as many
 --   as rows are affected (NULL: not needed); delete their rows; write the others
 -- SECURITY DEFINER: works on the private tables, as replay does.
@@ -56,6 +56,7 @@ RETURNS TABLE (
     dst_columns text,
     is_binary   boolean,
     whole       boolean,
+    cascades    boolean,
     rows_query  text,
     batch_query text,
     stage       text,
@@ -94,6 +95,7 @@ BEGIN
         fk_rank := source.fk_rank;
         dst_table := tbl_repl._dst_table(target);
         dst_columns := tbl_repl._dst_columns(target);
+        cascades := target.cascades;
         whole := 'T' = ANY (ops) AND NOT by_key;
         is_binary := tbl_repl._may_copy_binary(target, source);
         columns := tbl_repl._sent_list(target, is_binary);

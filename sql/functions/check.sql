@@ -489,7 +489,8 @@ BEGIN
         FROM jsonb_array_elements(facts -> 'columns') AS f
         WHERE (f ->> 'notnull')::boolean AND NOT (f ->> 'has_default')::boolean AND NOT (f ->> 'generated')::boolean
           AND f ->> 'name' <> ALL (target.sent_columns::text[]);
-    IF facts -> 'referenced' IS DISTINCT FROM target.remote -> 'referenced'
+    IF (facts -> 'referenced', facts -> 'cascades', facts -> 'followed')
+       IS DISTINCT FROM (target.remote -> 'referenced', target.remote -> 'cascades', target.remote -> 'followed')
        OR (SELECT jsonb_agg(u ORDER BY u) FROM jsonb_array_elements(facts -> 'unique') AS u WHERE NOT (u @> to_jsonb(target.dst_keys) AND u <@ to_jsonb(target.dst_keys)))
           IS DISTINCT FROM (SELECT jsonb_agg(u ORDER BY u) FROM jsonb_array_elements(target.remote -> 'unique') AS u) THEN
         RETURN QUERY SELECT 'warning', 'remote_constraints_changed', format('unique or foreign keys of table %s on the target have changed', dst),

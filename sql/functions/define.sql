@@ -207,6 +207,7 @@ BEGIN
         (SELECT coalesce(jsonb_agg(u), '[]') FROM jsonb_array_elements(facts -> 'unique') AS u
          WHERE NOT (u @> to_jsonb(target.dst_keys) AND u <@ to_jsonb(target.dst_keys))));
     -- one that is async now may have some from before
+    target.cascades := (facts ->> 'cascades')::boolean;
     target.receipts := (facts ->> 'receipts')::boolean AND (target.mode <> 'async' OR coalesce(target.receipts, false));
     IF (facts ->> 'extension')::boolean THEN
         target.remote := target.remote || tbl_repl._remote_node(conn, deadline);
@@ -317,7 +318,8 @@ COMMENT ON FUNCTION tbl_repl._define_sent(tbl_repl.target, tbl_repl.source) IS
 
 -- _remote_facts(conn, schema, name, deadline): what the target's catalogs say of the table, as jsonb: columns
 -- [{name, type, base, category, length, notnull, identity, generated, has_default, domain_of, fuzzy, equals, greater}], keys
--- (unique indexes an upsert may use), unique (column lists of every unique index and exclusion constraint), referenced,
+-- (unique indexes an upsert may use), unique (column lists of every unique index and exclusion constraint), referenced, cascades
+-- (a foreign key with an action refers to it), followed (columns that such a key refers to, and whose changes it acts on),
 -- usable (its schema), writable, policies (row-level security may hide rows from our role, or refuse them), user, oid, kind, version, extension, receipts.
 CREATE OR REPLACE FUNCTION tbl_repl._remote_facts(
     conn       text,
@@ -355,6 +357,10 @@ BEGIN
                                                  AND p.checks = 'true' AND (o.cmd = 'a' OR p.uses = 'true')))),
             'referenced', EXISTS (SELECT FROM pg_constraint AS r WHERE r.confrelid = c.oid AND r.contype = 'f' AND r.conrelid <> c.oid
                                   OR r.confrelid = c.oid AND r.contype = 'f' AND r.confdeltype <> 'a'),
+            'cascades', EXISTS (SELECT FROM pg_constraint AS r WHERE r.confrelid = c.oid AND r.contype = 'f' AND r.confdeltype IN ('c', 'n', 'd')),
+            'followed', (SELECT coalesce(jsonb_agg(DISTINCT a.attname), '[]') FROM pg_constraint AS r
+                         JOIN pg_attribute AS a ON a.attrelid = c.oid AND a.attnum = ANY (r.confkey)
+                         WHERE r.confrelid = c.oid AND r.contype = 'f' AND r.confupdtype IN ('c', 'n', 'd')),
             'extension', EXISTS (SELECT FROM pg_class AS e JOIN pg_namespace AS x ON x.oid = e.relnamespace
                                  WHERE x.nspname = 'tbl_repl' AND e.relname = 'target_state'),
             'receipts', %s,

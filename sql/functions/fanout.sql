@@ -57,7 +57,7 @@ BEGIN
                array_agg(p ORDER BY p.target_id), NULL, NULL, NULL, NULL, NULL, NULL
         FROM unnest(ready) AS p GROUP BY p.conn ORDER BY 2
     LOOP
-        lane.message := tbl_repl._message(lane.parcels, false);
+        lane.message := tbl_repl._first_message(lane.parcels);
         IF lane.message <> '' THEN
             lanes := array_append(lanes, lane);
         END IF;
@@ -140,6 +140,18 @@ END
 $function$;
 COMMENT ON FUNCTION tbl_repl._ship_small(tbl_repl.parcel[], xid8, boolean) IS
     'ships few rows: one message a connection, all at once';
+
+CREATE OR REPLACE FUNCTION tbl_repl._first_message(parcels tbl_repl.parcel[])
+RETURNS text
+LANGUAGE sql IMMUTABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT CASE WHEN bool_or(p.cascades) AND count(p.upserts) + count(p.deletes) > 1
+                THEN concat('SET CONSTRAINTS ALL DEFERRED; ', tbl_repl._message(parcels, tbl_repl._next_variant(NULL, NULL, true)))
+                ELSE tbl_repl._message(parcels, tbl_repl._next_variant(NULL, NULL, false)) END
+    FROM unnest(parcels) AS p
+$function$;
+COMMENT ON FUNCTION tbl_repl._first_message(tbl_repl.parcel[]) IS 'what a connection is sent unless an error asks for another order';
 
 CREATE OR REPLACE FUNCTION tbl_repl._lane_failed(
     lane   tbl_repl.lane,
@@ -239,8 +251,10 @@ DECLARE
     error_hint   text;
     code         text;
     tried        text[] := '{}';
+    cascades     boolean := (SELECT bool_or(p.cascades) FROM unnest(lane.parcels) AS p);
+    variant      text := tbl_repl._next_variant(NULL, NULL, cascades);
     parcel       tbl_repl.parcel;
-    cleared      tbl_repl.parcel[] := '{}';
+    ordered      tbl_repl.parcel[] := '{}';
     rendered     record;
     first_error  tbl_repl.lane;
     answered     boolean := lane.state = 'refused';
@@ -292,21 +306,22 @@ BEGIN
             ELSIF code = '26000' AND NOT 'prepare' = ANY (tried) THEN
                 tried := array_append(tried, 'prepare');
                 PERFORM tbl_repl._prepare_again(lane.conn, ARRAY(SELECT p.target_id FROM unnest(lane.parcels) AS p), lane.deadline, true);
-            ELSIF code = '23503' AND NOT 'upserts first' = ANY (tried) THEN
-                tried := array_append(tried, 'upserts first');
-                lane.message := 'SET CONSTRAINTS ALL DEFERRED; ' || tbl_repl._message(lane.parcels, true);
-            ELSIF code = '23505' AND NOT 'clear' = ANY (tried) THEN
-                tried := array_append(tried, 'clear');
-                cleared := '{}';
+            ELSE
+                variant := tbl_repl._next_variant(variant, code, cascades);
+                EXIT WHEN variant IS NULL;
+                ordered := '{}';
                 FOREACH parcel IN ARRAY lane.parcels LOOP
-                    rendered := tbl_repl._render_transaction(parcel.target_id, own, mine, 'clear');
+                    rendered := tbl_repl._render_transaction(parcel.target_id, own, mine, 'plain');
                     parcel.deletes := nullif(rendered.deletes, '');
                     parcel.upserts := nullif(rendered.upserts, '');
-                    cleared := array_append(cleared, parcel);
+                    IF variant LIKE 'clear%' THEN
+                        rendered := tbl_repl._render_transaction(parcel.target_id, own, mine, 'aside');
+                        parcel.asides := nullif(rendered.deletes, '');
+                        parcel.upserts := nullif(rendered.upserts, '');
+                    END IF;
+                    ordered := array_append(ordered, parcel);
                 END LOOP;
-                lane.message := 'SET CONSTRAINTS ALL DEFERRED; ' || tbl_repl._message(cleared, false);
-            ELSE
-                EXIT;
+                lane.message := 'SET CONSTRAINTS ALL DEFERRED; ' || tbl_repl._message(ordered, variant);
             END IF;
             PERFORM tbl_repl._send(lane.conn, tbl_repl._lane_text(lane, two_phase));
         EXCEPTION WHEN query_canceled OR assert_failure OR OTHERS THEN
@@ -401,7 +416,7 @@ BEGIN
         part.parcels := item.parcels;
         part.sync := item.sync;
         part.state := 'new';
-        part.message := tbl_repl._message(part.parcels, false);
+        part.message := tbl_repl._first_message(part.parcels);
         part.deadline := lane.deadline;
         IF item.sync THEN
             -- the bad one may have used up the time

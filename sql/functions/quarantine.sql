@@ -28,6 +28,7 @@ DECLARE
     left_bad tbl_repl.poison[];
     progress boolean;
     counted  bigint;
+    turns    integer := CASE WHEN tbl_repl._cascades(ARRAY(SELECT l.target_id FROM unnest(loads) AS l)) THEN 2 ELSE 1 END;
     kept     integer[] := '{}';  -- targets whose tables cannot be emptied, for rows that stay refer to some of theirs
     cleared  record;
 BEGIN
@@ -58,7 +59,7 @@ BEGIN
                     FROM unnest(loads) AS l WHERE l.truncate ORDER BY l.fk_rank DESC, l.target_id LOOP
             CONTINUE WHEN item.refused IS NULL;
             -- too many rows for one DELETE, where the target does not take a TRUNCATE; or some are referred to
-            IF item.refused[1] IN ('23503', '57014') THEN
+            IF item.refused[1] IN ('23503', '23001', '57014') THEN
                 -- as a state: without what is only there, and with what is here
                 kept := array_append(kept, item.target_id);
                 CONTINUE;
@@ -71,7 +72,9 @@ BEGIN
     cleared := tbl_repl._clear_kept(conn, timeout, kept, by_target);
     shipped := cleared.deleted;
     by_target := cleared.by_target;
-    FOR item IN SELECT l.* FROM unnest(loads) AS l ORDER BY l.fk_rank, l.target_id LOOP
+    -- Where deletions take other rows along: rows first, of all tables; then everything, those that refer to others first.
+    FOR item IN SELECT l.*, n AS turn FROM unnest(loads) AS l, generate_series(1, turns) AS n
+                ORDER BY n, CASE n WHEN 1 THEN l.fk_rank ELSE -l.fk_rank END, l.target_id LOOP
         CONTINUE WHEN item.target_id = ANY (broken);  -- by another load of it
         counted := 0;
         slow := 0;
@@ -86,7 +89,7 @@ BEGIN
                 EXIT WHEN NOT FOUND;
             END IF;
             began := clock_timestamp();
-            rejected := tbl_repl._apply_keys(conn, timeout, item.target_id, item.absent, keys[:size], true, stubborn);
+            rejected := tbl_repl._apply_keys(conn, timeout, item.target_id, item.absent AND item.turn = turns, keys[:size], true, stubborn);
             IF cardinality(rejected) > 0 AND rejected[1].key IS NULL AND rejected[1].code = '57014' THEN
                 -- Each miss costs nearly timeout, so by eighths, and larger again as soon as there is room.
                 size := greatest(1, least(size, cardinality(keys)) / 8);
@@ -111,8 +114,10 @@ BEGIN
                 keys := NULL;
                 EXIT;
             END IF;
-            poison := poison || rejected;
-            counted := counted + least(size, cardinality(keys)) - cardinality(rejected);
+            IF item.turn = turns THEN
+                poison := poison || rejected;
+                counted := counted + least(size, cardinality(keys)) - cardinality(rejected);
+            END IF;
             keys := keys[size + 1:];
             IF clock_timestamp() - began < timeout / 5 THEN
                 size := least(size * 2, tbl_repl._rows_per_message());
@@ -125,11 +130,11 @@ BEGIN
     -- What failed because of another row (a parent not there yet, a value not yet given up) may do now.
     LOOP
         progress := false;
-        left_bad := ARRAY(SELECT p FROM unnest(poison) AS p WHERE p.code NOT IN ('23503', '23505'));
+        left_bad := ARRAY(SELECT p FROM unnest(poison) AS p WHERE NOT tbl_repl._is_about_other_rows(p.code));
         FOR item IN
             SELECT p.target_id, p.absent, array_agg(p.key) AS keys
             FROM unnest(poison) AS p JOIN tbl_repl.target AS t ON t.target_id = p.target_id JOIN tbl_repl.source AS s USING (source_id)
-            WHERE p.code IN ('23503', '23505')
+            WHERE tbl_repl._is_about_other_rows(p.code)
             GROUP BY p.target_id, p.absent, s.fk_rank ORDER BY s.fk_rank, p.target_id
         LOOP
             rejected := tbl_repl._apply_keys(conn, timeout, item.target_id, item.absent, item.keys, false, stubborn);
@@ -170,25 +175,34 @@ LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp
 AS $function$
 DECLARE
+    cascades boolean := tbl_repl._cascades(ARRAY[target_id]);
     form     text;
     rendered record;
+    asides   text;
+    deletes  text;
     bad      tbl_repl.poison;
     half     integer := cardinality(keys) / 2;
     ends     tbl_repl.poison[];
     sent     boolean;
     context  text;
 BEGIN
-    FOREACH form IN ARRAY '{plain,clear}'::text[] LOOP
+    FOREACH form IN ARRAY '{plain,aside}'::text[] LOOP
         sent := false;
         BEGIN
             EXECUTE format('SELECT * FROM tbl_repl.render_%s($1, false, $2, $3)', target_id) INTO rendered USING keys, absent, form;
-            IF rendered.deletes IS NULL AND rendered.upserts IS NULL THEN
+            IF form = 'plain' THEN
+                deletes := rendered.deletes;
+            ELSE
+                asides := rendered.deletes;
+            END IF;
+            IF deletes IS NULL AND rendered.upserts IS NULL THEN
                 RETURN '{}';
             END IF;
             -- by itself: a message that the target cannot even read (22P05) makes no savepoint
             PERFORM tbl_repl._call(conn, 'SAVEPOINT tbl_repl', clock_timestamp() + timeout);
             sent := true;
-            PERFORM tbl_repl._send(conn, concat_ws('; ', 'SET CONSTRAINTS ALL DEFERRED', rendered.deletes, rendered.upserts,
+            PERFORM tbl_repl._send(conn, concat_ws('; ', 'SET CONSTRAINTS ALL DEFERRED', asides,
+                                                   CASE WHEN NOT cascades THEN deletes END, rendered.upserts, CASE WHEN cascades THEN deletes END,
                                                    'SET CONSTRAINTS ALL IMMEDIATE; RELEASE tbl_repl'));
             -- each of the three that may take long is bounded there
             PERFORM tbl_repl._receive(conn, clock_timestamp() + timeout * 3, false, true);
@@ -204,7 +218,7 @@ BEGIN
         IF sent THEN
             PERFORM tbl_repl._call(conn, 'ROLLBACK TO tbl_repl; RELEASE tbl_repl', clock_timestamp() + timeout);
         END IF;
-        EXIT WHEN bad.code <> '23505';
+        EXIT WHEN bad.code NOT IN ('23505', '23P01');
     END LOOP;
     -- what has been told apart from other rows before is the row's own fault (42501: a policy of the target)
     IF outermost AND (tbl_repl._is_definition_error(bad.code) OR bad.code IS NOT DISTINCT FROM stubborn)

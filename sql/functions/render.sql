@@ -98,8 +98,9 @@ COMMENT ON FUNCTION tbl_repl._by_keys(tbl_repl.target, text) IS
 
 -- Where a secondary unique value wanders from one row of a batch to another, it has to be given up
 -- first.  Deleting and inserting again does that, but would take children along by CASCADE, SET NULL
--- or SET DEFAULT, and is refused by NO ACTION; so where the table is referenced, the value is replaced by
--- one that nobody has.
+-- or SET DEFAULT, and is refused by NO ACTION, and forgets what only the target has in columns of its own; so in such
+-- tables the value is replaced by one that nobody has.  Not in columns that are not sent, for nothing would bring it back,
+-- nor in those whose changes a foreign key follows, which would carry it on.
 CREATE OR REPLACE FUNCTION tbl_repl._aside_assignments(target tbl_repl.target)
 RETURNS text
 LANGUAGE sql STABLE
@@ -110,7 +111,8 @@ AS $function$
         FROM jsonb_array_elements(target.remote -> 'unique') WITH ORDINALITY AS i (i, n)
         CROSS JOIN LATERAL jsonb_array_elements_text(i.i) AS u (name)
         JOIN LATERAL (SELECT c FROM jsonb_array_elements(target.remote -> 'columns') AS c WHERE c ->> 'name' = u.name) AS c ON true
-        WHERE u.name::name <> ALL (target.dst_keys)
+        WHERE u.name::name <> ALL (target.dst_keys) AND u.name::name = ANY (target.sent_columns)
+          AND NOT target.remote -> 'followed' ? u.name AND c.c ->> 'identity' <> 'a'
         ORDER BY i.i, (c.c ->> 'notnull')::boolean, c.c ->> 'name'
     ), assigned AS (
         SELECT DISTINCT c ->> 'name' AS name,
@@ -122,6 +124,8 @@ AS $function$
                     WHEN c ->> 'base' = 'int4' THEN '(-2147483648 + pg_catalog.floor(pg_catalog.random() * 2147483000))::int4'
                     WHEN c ->> 'base' = 'int8' THEN '(-9000000000000000000 + pg_catalog.floor(pg_catalog.random() * 1000000000000000000))::int8'
                     WHEN c ->> 'base' IN ('float4', 'float8') THEN '-pg_catalog.random() * 1e30'
+                    WHEN c ->> 'base' = 'bytea' THEN 'pg_catalog.decode(pg_catalog.md5(pg_catalog.random()::text || d.ctid::text), ''hex'')'
+                    WHEN c ->> 'category' = 'R' AND c ->> 'base' !~ 'multirange' THEN '''empty'''
                     WHEN c ->> 'base' IN ('date', 'timestamp', 'timestamptz')
                     THEN format('(''4000-01-01 BC''::timestamp + pg_catalog.random() * interval ''3000 years'')::%s', c ->> 'base')
                END AS value
@@ -136,8 +140,8 @@ COMMENT ON FUNCTION tbl_repl._aside_assignments(tbl_repl.target) IS
 --   mine:   REPEATABLE READ writers: only what this transaction has written is its state; an older
 --           version that its snapshot still shows was deleted by somebody else.
 --   absent: whether a key without a row means a deletion (not for targets without the operation delete).
---   form:   'prepared' (one row: EXECUTE), 'plain' (what a user may read), 'clear' (values that wander
---           between rows are given up first); for comparing: 'values' (upserts: the rows alone, deletes: the
+--   form:   'prepared' (one row: EXECUTE), 'plain' (what a user may read), 'aside' (values that wander
+--           between rows are given up: deletes says how, before anything else is done); for comparing: 'values' (upserts: the rows alone, deletes: the
 --           keys without a row, as JSON) or 'keys' (as 'values', without values).
 --   rows:   number of keys rendered; deletes and upserts are NULL where there is nothing to say.
 -- STABLE: every table of a batch is read in the snapshot of the statement that calls.
@@ -168,13 +172,13 @@ BEGIN
     IF cardinality(always) > 0 THEN
         mismatch := format($piece$
     IF rendered IS NOT NULL THEN
-        SELECT concat_ws('; ', deletes, string_agg(format('DELETE FROM %%s AS d WHERE %%s AND (%%s)', %L,
+        SELECT concat_ws('; ', string_agg(format('%%s WHERE %%s AND (%%s)', %L,
                (SELECT string_agg(format('d.%%I %%s %%L', c, e, v), ' AND ') FROM unnest(%L::name[], %L::text[], key_values) AS x (c, e, v)),
-               (SELECT string_agg(format('d.%%I IS DISTINCT FROM %%L', c, v), ' OR ') FROM unnest(%L::name[], fixed_values) AS x (c, v))), '; '))
-        INTO deletes
+               (SELECT string_agg(format('d.%%I IS DISTINCT FROM %%L', c, v), ' OR ') FROM unnest(%L::name[], fixed_values) AS x (c, v))), '; '), upserts)
+        INTO upserts
         FROM (SELECT ARRAY[%s] AS key_values, ARRAY[%s] AS fixed_values
               FROM unnest(tbl_repl_keys) AS u (tbl_repl_key), %s AS s WHERE %s) AS fixed;
-    END IF;$piece$, tbl_repl._dst_table(target), target.dst_keys,
+    END IF;$piece$, tbl_repl._renewal_sql(target), target.dst_keys,
             (SELECT array_agg(k.equals ORDER BY k.n) FROM tbl_repl._dst_key_parts(target) AS k), always,
             (SELECT string_agg(format('s.%I::text', k), ', ' ORDER BY n) FROM unnest(source.key_columns) WITH ORDINALITY AS k (k, n)),
             (SELECT string_agg(format('(%s)::text', target.sent_exprs[array_position(target.sent_columns, a)]), ', ' ORDER BY n)
@@ -204,7 +208,7 @@ BEGIN
         deletes := array_to_json(gone)::text;
         upserts := rendered;
         RETURN;
-    END IF;%14$s
+    END IF;
     IF gone IS NOT NULL THEN
         deletes := CASE WHEN tbl_repl_form = 'prepared' AND cardinality(gone) = 1
                         THEN %4$s
@@ -215,10 +219,12 @@ BEGIN
     ELSIF present > 0 THEN
         upserts := %9$L || rendered || %10$L;
     END IF;
-    IF present > 0 AND tbl_repl_form = 'clear' THEN
+%14$s%12$s
+    IF tbl_repl_form = 'aside' THEN
         gone := tbl_repl_keys;
         %11$s
-    END IF;%12$s
+        RETURN;
+    END IF;
 END
 $body$,
             concat('CASE WHEN ' || target.filter_expr || ' THEN ',
@@ -234,13 +240,13 @@ $body$,
             by_keys.where_expression,
             format('EXECUTE tbl_repl_u%s_%s (''infinity'', %%s', target_id, target.generation),
             parts.head, parts.tail,
-            CASE WHEN (target.remote ->> 'referenced')::boolean
-                 THEN CASE WHEN aside IS NULL THEN 'NULL;'
-                           ELSE format('deletes := concat_ws(''; '', deletes, %L || %s || '' WHERE '' || %s);',
+            CASE WHEN (target.remote ->> 'referenced')::boolean OR tbl_repl._has_own_columns(target)
+                 THEN CASE WHEN aside IS NULL THEN 'deletes := NULL;'
+                           ELSE format('deletes := %L || %s || '' WHERE '' || %s;',
                                        format('UPDATE %s AS d SET %s', tbl_repl._dst_table(target), aside),
                                        replace(by_keys.from_expression, '{clause}', '''FROM'''), by_keys.where_expression) END
                  -- were it referenced by now, deleting would take children along
-                 ELSE format('deletes := concat_ws(''; '', deletes, %L || %s || '' WHERE '' || %s || %L);', format('DELETE FROM %s AS d', tbl_repl._dst_table(target)),
+                 ELSE format('deletes := %L || %s || '' WHERE '' || %s || %L;', format('DELETE FROM %s AS d', tbl_repl._dst_table(target)),
                              replace(by_keys.from_expression, '{clause}', '''USING'''), by_keys.where_expression,
                              format(' AND NOT EXISTS (SELECT FROM pg_catalog.pg_constraint AS f WHERE f.contype = ''f'' AND f.confrelid = %L::pg_catalog.regclass '
                                     'AND (f.conrelid <> f.confrelid OR f.confdeltype <> ''a''))', tbl_repl._dst_table(target))) END,
@@ -270,6 +276,31 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._render_sql(integer) IS
     'text of render_N, which says the state of some keys in SQL for one target';
 
+-- What an identity column that is always generated has there can only be had by inserting the row anew; not where that would
+-- take along what refers to it.
+CREATE OR REPLACE FUNCTION tbl_repl._renewal_sql(target tbl_repl.target)
+RETURNS text
+LANGUAGE sql IMMUTABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT CASE WHEN target.cascades THEN -- about the row, or it would be evaluated where there is none
+                                                format('SELECT pg_catalog.concat(''tbl_repl: a column that is GENERATED ALWAYS has another value, and rows refer to this one'', '
+                                                       'pg_catalog.left(d.ctid::text, 0))::integer FROM %s AS d', tbl_repl._dst_table(target))
+                ELSE format('DELETE FROM %s AS d', tbl_repl._dst_table(target)) END
+$function$;
+COMMENT ON FUNCTION tbl_repl._renewal_sql(tbl_repl.target) IS
+    'statement that makes room for a row whose identity column has another value, without its condition; it fails where that is not possible';
+
+CREATE OR REPLACE FUNCTION tbl_repl._has_own_columns(target tbl_repl.target)
+RETURNS boolean
+LANGUAGE sql IMMUTABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT EXISTS (SELECT FROM jsonb_array_elements(target.remote -> 'columns') AS c
+                   WHERE NOT (c ->> 'generated')::boolean AND c ->> 'name' <> ALL (target.sent_columns::text[]))
+$function$;
+COMMENT ON FUNCTION tbl_repl._has_own_columns(tbl_repl.target) IS 'whether the target''s table has columns that are not sent';
+
 -- For policies that the target settles: the statements of render_N that say the values of the keys, for _settle; what is gone
 -- and what is there apart, for foreign keys ask for an order.
 CREATE OR REPLACE FUNCTION tbl_repl._render_values_sql(target tbl_repl.target, source tbl_repl.source)
@@ -291,8 +322,8 @@ AS $function$
         %10$s
         WHERE tbl_repl_absent OR v.row_values IS NOT NULL
     ) AS i;
-    deletes := CASE WHEN deletes IS NOT NULL THEN format(%11$L, deletes, '') END;
-    upserts := CASE WHEN upserts IS NOT NULL THEN format(%11$L, upserts, CASE WHEN tbl_repl_form = 'clear' THEN ', true' END) END;
+    deletes := CASE WHEN deletes IS NOT NULL AND tbl_repl_form <> 'aside' THEN format(%11$L, deletes, '') END;
+    upserts := CASE WHEN upserts IS NOT NULL THEN format(%11$L, upserts, CASE WHEN tbl_repl_form = 'aside' THEN ', true' END) END;
     RETURN;$piece$,
         CASE WHEN cardinality(source.key_columns) = 1 THEN 'json_build_array(u.tbl_repl_key)' ELSE 'u.tbl_repl_key::json' END,
         CASE WHEN target.on_conflict = 'newest' THEN 'CASE WHEN v.row_values IS NULL THEN x.version ELSE v.version END' ELSE 'v.version' END,

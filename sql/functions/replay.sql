@@ -193,7 +193,7 @@ BEGIN
     WHERE t.target_id = ANY (targets) AND st.copy_after IS NULL AND _open_batch.ops ? t.target_id::text;
     OPEN variants FOR
         SELECT v.variant, tbl_repl._open_stream(_open_batch.loads, false, v.variant)
-        FROM unnest('{deletes first,upserts first,clear}'::text[]) AS v (variant);
+        FROM unnest(tbl_repl._variants()) WITH ORDINALITY AS v (variant, n) ORDER BY v.n;
 END
 $function$;
 COMMENT ON FUNCTION tbl_repl._open_batch(integer[], integer) IS
@@ -486,6 +486,7 @@ DECLARE
     rendered record;
     deletes  text[] := '{}';
     upserts  text[] := '{}';
+    cascades boolean := false;
 BEGIN
     snapshot := pg_current_snapshot();
     rows := 0;
@@ -493,7 +494,7 @@ BEGIN
     counts := '{}';
     is_large := false;
     FOR item IN
-        SELECT t.target_id, t.source_id, t.mode, t.forward, t.remote ->> 'node' AS node, tbl_repl._position(t.target_id) AS position, st.status, s.source_table,
+        SELECT t.target_id, t.source_id, t.mode, t.forward, t.remote ->> 'node' AS node, tbl_repl._position(t.target_id) AS position, st.status, s.source_table, t.cascades,
                t.on_conflict = 'overwrite' AND t.operations @> '{insert,update,delete,truncate}'
                AND NOT EXISTS (SELECT FROM tbl_repl.quarantined AS q WHERE q.target_id = t.target_id) AS plain
         FROM tbl_repl.target AS t
@@ -525,14 +526,15 @@ BEGIN
           AND (c.target_id = item.target_id OR (c.target_id IS NULL AND item.mode = 'async')) AND c.origin IS NULL;
         EXECUTE format('SELECT r.deletes, r.upserts FROM tbl_repl.render_%s($1, false, true, ''prepared'') AS r', item.target_id)
         INTO rendered USING keys;
-        -- deletions from those that refer to others, rows to those that are referred to
+        -- deletions from those that refer to others, rows to those that are referred to; which first: see _next_variant
         deletes := array_prepend(rendered.deletes, deletes);
         upserts := array_append(upserts, rendered.upserts);
+        cascades := cascades OR item.cascades;
         shipped := array_append(shipped, item.target_id);
         counts := array_append(counts, cardinality(keys)::bigint);
     END LOOP;
     IF shipped <> '{}' THEN
-        message := array_to_string(array_remove(deletes || upserts, NULL), '; ');
+        message := array_to_string(array_remove(CASE WHEN cascades THEN upserts || deletes ELSE deletes || upserts END, NULL), '; ');
     END IF;
 END
 $function$;

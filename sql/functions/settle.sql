@@ -29,7 +29,7 @@ BEGIN
     END IF;
     RETURN tbl_repl._settle_items(dst_table::pg_catalog.regclass, policy, columns, key_columns, version_column, items,
                                   pg_catalog.current_setting('search_path'));
-EXCEPTION WHEN foreign_key_violation THEN
+EXCEPTION WHEN foreign_key_violation OR restrict_violation THEN
     -- rows of one table that refer to each other want an order as well
     IF pg_catalog.jsonb_array_length(items) OPERATOR(pg_catalog.=) 1
        OR NOT EXISTS (SELECT FROM pg_catalog.pg_constraint AS f
@@ -133,7 +133,7 @@ BEGIN
         FOR item IN SELECT x FROM jsonb_array_elements(todo) AS x LOOP
             BEGIN
                 PERFORM tbl_repl._settle_items(local_table, policy, columns, key_columns, version_column, jsonb_build_array(item), path);
-            EXCEPTION WHEN unique_violation OR foreign_key_violation THEN
+            EXCEPTION WHEN unique_violation OR exclusion_violation OR foreign_key_violation OR restrict_violation THEN
                 ring := ring || jsonb_build_array(item);
             END;
         END LOOP;

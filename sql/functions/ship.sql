@@ -159,21 +159,23 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._sent_sql(integer, xid8, boolean) IS
     'what a transaction in flight has changed, for people: without names of prepared statements';
 
--- _message(parcels, upserts_first): deletions from the referencing tables upwards, then rows from the
--- referenced tables downwards.
-CREATE OR REPLACE FUNCTION tbl_repl._message(parcels tbl_repl.parcel[], upserts_first boolean)
+-- _message(parcels, variant): deletions from the referencing tables upwards, rows from the referenced tables downwards, in
+-- one of the _variants.
+CREATE OR REPLACE FUNCTION tbl_repl._message(parcels tbl_repl.parcel[], variant text)
 RETURNS text
 LANGUAGE sql IMMUTABLE
 SET search_path = pg_catalog, pg_temp
 AS $function$
-    SELECT CASE WHEN upserts_first
-                THEN concat_ws('; ', string_agg(p.upserts, '; ' ORDER BY p.fk_rank, p.target_id),
+    SELECT CASE WHEN variant IN ('upserts first', 'clear, upserts first')
+                THEN concat_ws('; ', string_agg(p.asides, '; ' ORDER BY p.fk_rank DESC, p.target_id),
+                                     string_agg(p.upserts, '; ' ORDER BY p.fk_rank, p.target_id),
                                      string_agg(p.deletes, '; ' ORDER BY p.fk_rank DESC, p.target_id))
-                ELSE concat_ws('; ', string_agg(p.deletes, '; ' ORDER BY p.fk_rank DESC, p.target_id),
+                ELSE concat_ws('; ', string_agg(p.asides, '; ' ORDER BY p.fk_rank DESC, p.target_id),
+                                     string_agg(p.deletes, '; ' ORDER BY p.fk_rank DESC, p.target_id),
                                      string_agg(p.upserts, '; ' ORDER BY p.fk_rank, p.target_id)) END
     FROM unnest(parcels) AS p
 $function$;
-COMMENT ON FUNCTION tbl_repl._message(tbl_repl.parcel[], boolean) IS
+COMMENT ON FUNCTION tbl_repl._message(tbl_repl.parcel[], text) IS
     'the statements for one connection, in an order that foreign keys allow';
 
 -- _ship_transaction(own): routes, ships, queues what could not be shipped.  SQLSTATE of a failed sync
@@ -221,7 +223,7 @@ BEGIN
 
     FOR item IN
         SELECT t.target_id, t.source_id, t.server, t.mode, t.timeout, s.source_table, s.fk_rank, st.status,
-               coalesce(t.target_id = ANY (copied), false) AS copies, t.owner
+               coalesce(t.target_id = ANY (copied), false) AS copies, t.owner, t.cascades
         FROM tbl_repl.target AS t
         JOIN tbl_repl.target_state AS st USING (target_id)
         JOIN tbl_repl.source AS s USING (source_id)
@@ -241,7 +243,7 @@ BEGIN
         ELSIF NOT preparing AND tbl_repl._may_ship(item.target_id, item.status, item.mode, item.timeout, repeatable) THEN
             parcels := array_append(parcels, ROW(item.target_id, item.source_id, item.server,
                 tbl_repl._connection_name(item.server, item.owner, item.timeout),
-                item.mode = 'sync' OR item.copies, item.timeout, item.fk_rank, NULL, NULL, 0)::tbl_repl.parcel);
+                item.mode = 'sync' OR item.copies, item.timeout, item.fk_rank, item.cascades, NULL, NULL, NULL, 0)::tbl_repl.parcel);
         ELSE
             queued := array_append(queued, item.target_id);
         END IF;
@@ -286,7 +288,7 @@ BEGIN
            AND tbl_repl._is_ok(item.target_id) AND tbl_repl._may_ship(item.target_id, 'ok', 'tolerant', NULL, false)
         THEN
             SELECT array_agg(ROW(t.target_id, t.source_id, t.server, tbl_repl._connection_name(t.server, t.owner, t.timeout),
-                                 t.mode = 'sync', t.timeout, s.fk_rank, NULL, NULL, 0)::tbl_repl.parcel) INTO parcels
+                                 t.mode = 'sync', t.timeout, s.fk_rank, t.cascades, NULL, NULL, NULL, 0)::tbl_repl.parcel) INTO parcels
             FROM tbl_repl.target AS t JOIN tbl_repl.source AS s USING (source_id) WHERE t.target_id = item.target_id;
             failed := CASE WHEN whole OR total > tbl_repl._rows_per_message()
                            THEN tbl_repl._ship_large(parcels, own, repeatable)
@@ -357,7 +359,7 @@ DECLARE
     error_hint   text;
     context      text;
 BEGIN
-    SELECT t.source_id, t.server, t.timeout, t.mode = 'sync' AS sync, t.receipts,
+    SELECT t.source_id, t.server, t.timeout, t.mode = 'sync' AS sync, t.receipts, t.cascades,
            format('tbl_repl_%s_%s_%s_%s', f.oid, to_regrole(quote_ident(t.owner))::oid, ceil(extract(epoch FROM t.timeout) * 1000), f.xmin) AS conn
     INTO item
     FROM tbl_repl.target AS t
@@ -405,7 +407,7 @@ BEGIN
         GET STACKED DIAGNOSTICS error_text = MESSAGE_TEXT, error_detail = PG_EXCEPTION_DETAIL, error_hint = PG_EXCEPTION_HINT,
             context = PG_EXCEPTION_CONTEXT;
         SELECT item.conn, change.target_id, item.sync, deadline, 'sent',
-               ARRAY[ROW(change.target_id, item.source_id, item.server, item.conn, item.sync, item.timeout, s.fk_rank, NULL, message, 1)::tbl_repl.parcel],
+               ARRAY[ROW(change.target_id, item.source_id, item.server, item.conn, item.sync, item.timeout, s.fk_rank, item.cascades, NULL, NULL, message, 1)::tbl_repl.parcel],
                message, NULL, NULL, NULL, NULL, NULL
         INTO lane
         FROM tbl_repl.source AS s WHERE s.source_id = item.source_id;

@@ -128,6 +128,48 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._loads_by_origin(tbl_repl.target, "char"[], text) IS
     'what a batch of the queue means for one target, by the nodes where changes were made';
 
+-- The orders in which the statements of a remote transaction may be sent.  Rows always from those that are referred to,
+-- deletions from those that refer to others.
+CREATE OR REPLACE FUNCTION tbl_repl._variants() RETURNS text[]
+LANGUAGE sql IMMUTABLE PARALLEL SAFE RETURN ARRAY['deletes first', 'upserts first', 'clear, deletes first', 'clear, upserts first'];
+COMMENT ON FUNCTION tbl_repl._variants() IS
+    'orders of statements; clear: before anything else unique values that wander between rows are given up';
+
+-- _next_variant(variant, code, cascades): the first one (variant NULL), and what may help after an error; NULL: nothing.
+-- Deletions first, for the values that they free; children that move to a new parent want the rows before (23503, and 23001
+-- for RESTRICT from PostgreSQL 18 on), unique values that wander between rows want to be given up (23505, 23P01).
+-- cascades: never deletions first.  Rows that moved away from one that goes would be gone or changed by then; they are written
+-- again, but not what refers to them, which nobody has touched on the source.
+CREATE OR REPLACE FUNCTION tbl_repl._next_variant(variant text, code text, cascades boolean)
+RETURNS text
+LANGUAGE sql IMMUTABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT CASE WHEN variant IS NULL THEN CASE WHEN cascades THEN 'upserts first' ELSE 'deletes first' END
+                WHEN code IN ('23503', '23001')
+                THEN CASE variant WHEN 'deletes first' THEN 'upserts first' WHEN 'clear, deletes first' THEN 'clear, upserts first' END
+                WHEN code IN ('23505', '23P01')
+                THEN CASE variant WHEN 'deletes first' THEN 'clear, deletes first' WHEN 'upserts first' THEN 'clear, upserts first' END END
+$function$;
+COMMENT ON FUNCTION tbl_repl._next_variant(text, text, boolean) IS
+    'in which order to send the statements of a remote transaction, after an error in another one';
+
+-- Errors that another order of statements, or the rest of a batch, may cure.
+CREATE OR REPLACE FUNCTION tbl_repl._is_about_other_rows(code text)
+RETURNS boolean
+LANGUAGE sql IMMUTABLE
+RETURN code IN ('23503', '23001', '23505', '23P01');
+COMMENT ON FUNCTION tbl_repl._is_about_other_rows(text) IS 'whether an error is about a row beside others';
+
+CREATE OR REPLACE FUNCTION tbl_repl._cascades(targets integer[])
+RETURNS boolean
+LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT coalesce(bool_or(t.cascades), false) FROM tbl_repl.target AS t WHERE t.target_id = ANY (targets)
+$function$;
+COMMENT ON FUNCTION tbl_repl._cascades(integer[]) IS 'whether deletions from some targets take other rows along';
+
 -- The one statement that reads everything, in the order in which it has to be sent.
 CREATE OR REPLACE FUNCTION tbl_repl._stream_query(
     loads   tbl_repl.load[],
@@ -148,15 +190,17 @@ AS $function$
                                      tbl_repl._set_origin(CASE WHEN EXISTS (SELECT FROM unnest(loads) AS o WHERE o.origin IS NOT NULL)
                                                                THEN coalesce(l.origin, tbl_repl.node_name()) END),
                                      CASE step.part WHEN 'upserts' THEN 'r.rows::bigint' ELSE '0::bigint' END,
-                                     l.chunks, l.target_id, mine, l.absent,
-                                     CASE WHEN variant = 'clear' THEN 'clear' ELSE 'plain' END),
+                                     l.chunks, l.target_id, mine, l.absent, step.form),
                               ' UNION ALL ' ORDER BY step.n, CASE step.part WHEN 'deletes' THEN -l.fk_rank ELSE l.fk_rank END, l.target_id)
             FROM unnest(loads) AS l
-            CROSS JOIN (VALUES ('deletes', CASE variant WHEN 'upserts first' THEN 2 ELSE 1 END),
-                               ('upserts', CASE variant WHEN 'upserts first' THEN 1 ELSE 2 END)) AS step (part, n)) END
+            JOIN (VALUES ('deletes first', 1, 'deletes', 'plain'), ('deletes first', 2, 'upserts', 'plain'),
+                         ('upserts first', 1, 'upserts', 'plain'), ('upserts first', 2, 'deletes', 'plain'),
+                         ('clear, deletes first', 1, 'deletes', 'aside'), ('clear, deletes first', 2, 'deletes', 'plain'), ('clear, deletes first', 3, 'upserts', 'aside'),
+                         ('clear, upserts first', 1, 'deletes', 'aside'), ('clear, upserts first', 2, 'upserts', 'aside'), ('clear, upserts first', 3, 'deletes', 'plain')
+                 ) AS step (variant, n, part, form) ON step.variant = _stream_query.variant) END
 $function$;
 COMMENT ON FUNCTION tbl_repl._stream_query(tbl_repl.load[], boolean, text) IS
-    'the query that renders a remote transaction; variant: ''deletes first'' | ''upserts first'' | ''clear''';
+    'the query that renders a remote transaction in one of the _variants';
 
 -- STABLE: the cursor reads in the snapshot of the statement that calls.
 CREATE OR REPLACE FUNCTION tbl_repl._open_stream(
@@ -276,8 +320,6 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._truncate(text, tbl_repl.load[], interval) IS
     'empties the targets'' tables';
 
--- _stream_any_way: children that move to a new parent want the rows before the deletions (23503), unique
--- values that wander between rows want to be given up first (23505).
 CREATE OR REPLACE FUNCTION tbl_repl._stream_any_way(
     conn    text,
     loads   tbl_repl.load[],
@@ -290,7 +332,8 @@ LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp
 AS $function$
 DECLARE
-    variant      text := 'deletes first';
+    cascades     boolean := tbl_repl._cascades(ARRAY(SELECT l.target_id FROM unnest(loads) AS l));
+    variant      text := tbl_repl._next_variant(NULL, NULL, cascades);
     counts       jsonb;
     code         text;
     first_code   text;
@@ -305,7 +348,7 @@ BEGIN
             PERFORM tbl_repl._send(conn, 'SET CONSTRAINTS ALL IMMEDIATE');
             PERFORM tbl_repl._receive(conn, clock_timestamp() + timeout, false, true);
             RETURN counts;
-        EXCEPTION WHEN foreign_key_violation OR unique_violation THEN
+        EXCEPTION WHEN foreign_key_violation OR restrict_violation OR unique_violation OR exclusion_violation THEN
             code := SQLSTATE;
             IF first_code IS NULL THEN
                 GET STACKED DIAGNOSTICS first_code = RETURNED_SQLSTATE, first_text = MESSAGE_TEXT,
@@ -313,9 +356,8 @@ BEGIN
             END IF;
         END;
         PERFORM tbl_repl._call(conn, 'ROLLBACK', clock_timestamp() + timeout);
-        IF variant = 'deletes first' THEN
-            variant := CASE code WHEN '23503' THEN 'upserts first' ELSE 'clear' END;
-        ELSE
+        variant := tbl_repl._next_variant(variant, code, cascades);
+        IF variant IS NULL THEN
             RAISE EXCEPTION USING ERRCODE = first_code, MESSAGE = first_text, DETAIL = first_detail, HINT = first_hint;
         END IF;
     END LOOP;

@@ -283,14 +283,21 @@ def _move(source: Connection, target: Target, lane: Row) -> tuple[str, dict[int,
             into = f"pg_temp.tbl_repl_rows_{job['target_id']}"
             rows, _ = pump(source, target, str(job["batch_query"]), into, bool(job["is_binary"]))
             counts[int(job["target_id"])] = rows
-        for job in reversed(staged):
-            if job["gone"] is None or target.execute(str(job["gone"]), MERGE_SECONDS).rowcount:
-                target.execute(str(job["remove"]), MERGE_SECONDS)
-        for job in by_rank:
-            if job in staged:
-                target.execute(str(job["merge"]), MERGE_SECONDS)
-            else:
-                counts[int(job["target_id"])] = _straight(source, target, job)
+
+        def remove() -> None:
+            for job in reversed(staged):
+                if job["gone"] is None or target.execute(str(job["gone"]), MERGE_SECONDS).rowcount:
+                    target.execute(str(job["remove"]), MERGE_SECONDS)
+
+        def merge() -> None:
+            for job in by_rank:
+                if job in staged:
+                    target.execute(str(job["merge"]), MERGE_SECONDS)
+                else:
+                    counts[int(job["target_id"])] = _straight(source, target, job)
+
+        for step in (merge, remove) if any(job["cascades"] for job in jobs) else (remove, merge):
+            step()
     return str(row["snapshot"]), counts
 
 
