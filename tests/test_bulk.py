@@ -396,3 +396,31 @@ def test_nulls_in_arrays_where_the_target_reads_them_as_words(pair: Pair) -> Non
     pair.source.sql("INSERT INTO t VALUES (1, ARRAY[NULL, 'NULL'])")
     assert ship(pair) == 1
     assert pair.target.sql("SELECT v[1] IS NULL, v[2] FROM t") == [(True, "NULL")]
+
+
+@pytest.mark.once
+def test_writers_of_other_tables_do_not_wait_for_a_copy(pair: Pair) -> None:
+    pair.both("; ".join(f"CREATE TABLE {table} (id integer PRIMARY KEY)" for table in "asq"))
+    backlog, _, quiet = (
+        pair.add_target(table, mode=mode)
+        for table, mode in zip("asq", ("async", "sync", "async"), strict=True)
+    )
+    pair.source.sql("INSERT INTO a SELECT generate_series(1, 100)")
+    lanes = pair.source.admin("SELECT targets FROM tbl_repl._bulk_lanes(%s, 1)", [pair.server])
+    assert lanes == [([backlog, quiet],)]
+
+
+@pytest.mark.once
+def test_a_copy_ends_what_a_lost_one_has_left_on_the_target(pair: Pair) -> None:
+    """The line was lost on one side only: there the transaction is still open, with its locks."""
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY)")
+    pair.add_target("t", mode="async", timeout="2 s")
+    with database.connect(dsn_of(pair.source), "worker") as connection:
+        row = connection.execute("SELECT (tbl_repl._bulk_session('1 s')).application_name AS name").fetchone()
+        assert row is not None
+        lost = pair.target.connect()
+        lost.execute("SELECT set_config('application_name', %s, false)", [row["name"]])
+        lost.execute("BEGIN; LOCK TABLE t")
+        pair.source.sql("INSERT INTO t SELECT generate_series(1, 100)")
+        assert bulk.ship(connection, pair.server, 1) == 100
+    pair.assert_same("t")

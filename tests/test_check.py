@@ -8,7 +8,8 @@ import time
 import pytest
 from psycopg import errors
 
-from support import Node, Pair
+from support import Node, Pair, wait_until
+from support.background import start
 from support.programs import dsn_of, tbl_repl
 
 # On every server where nobody has revoked it; it has a test of its own.
@@ -144,10 +145,13 @@ def test_a_promoted_source_is_told_of_until_its_targets_are_repaired(pair: Pair)
         pair.source.sql(command)
     pair.assert_same("t")
     pair.call("resync_target", target_id=targets[1])
+    pair.call("alter_target", target_id=targets[3])
     pair.drain()
     assert tbl_repl("repair", str(targets[2]), "--dsn", dsn_of(pair.source)).returncode == 0
-    assert problems(pair) == [("warning", "timeline_changed", targets[3])]
-    pair.call("alter_target", target_id=targets[3])
+    left = [targets[1], targets[3]]
+    assert problems(pair) == [("warning", "timeline_changed", target) for target in left]
+    for target in left:
+        pair.call("repair_target", target_id=target)
     assert problems(pair) == []
 
 
@@ -812,3 +816,36 @@ def test_expressions_do_not_run_as_who_checks(well: Pair) -> None:
     well.add_target("t", row_filter="spy(id) AND spy(7)", columns=["id"], column_map={"v": "v || spy(8)"})
     found = well.source.admin("SELECT code, message FROM tbl_repl.check() WHERE code <> 'dblink_public'")
     assert found == []
+
+
+@pytest.mark.once
+def test_the_caller_s_intervalstyle_is_no_problem(well: Pair) -> None:
+    well.add_target("t", timeout="1 day")
+    well.source.sql("SET intervalstyle = 'sql_standard'")
+    assert problems(well) == []
+
+
+def test_a_target_that_hangs_while_connecting_hides_no_other(trio: Pair) -> None:
+    """From PostgreSQL 16 on somebody has to cancel it, as a running worker does."""
+    trio.both("CREATE TABLE t (id integer PRIMARY KEY); CREATE TABLE u (id integer PRIMARY KEY)")
+    hung = trio.add_target("t", timeout="2 s")
+    other = trio.add_target("u", trio.third_server)
+    trio.third.sql("DROP TABLE u")
+    trio.proxy().set("blackhole")
+    conn = trio.source.connect()
+    found = start(conn, "SELECT target_id, code FROM tbl_repl.check() WHERE severity = 'error'")
+    late = "SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE pid = %s AND query_start < clock_timestamp() - interval '1.5 s'"
+    if trio.major >= 16:
+        wait_until(lambda: trio.source.admin(late, [conn.info.backend_pid]))
+    assert found.result(20) == [(hung, "unreachable"), (other, "remote_table_missing")]
+
+
+@pytest.mark.once
+def test_an_owner_who_may_cancel_nobody(well: Pair) -> None:
+    well.add_target("t")
+    well.source.admin("REVOKE pg_signal_backend FROM owner")
+    try:
+        found = problems(well)
+    finally:
+        well.source.admin("GRANT pg_signal_backend TO owner")
+    assert found == ([("notice", "cannot_cancel", None)] if well.major >= 16 else [])

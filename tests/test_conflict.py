@@ -919,3 +919,19 @@ def test_who_inserts_a_deleted_row_again_does_not_deadlock_with_one_that_arrives
     drain_all(two.source, two.target)
     assert [row[1] for row in content(two.source)] == [row[1] for row in content(two.target)] == ["here"]
     assert two.source.sql("SELECT sqlstate FROM tbl_repl.error_log") == []
+
+
+@pytest.mark.once
+def test_newest_a_table_that_takes_the_name_is_not_asked_what_was_deleted(two: Pair) -> None:
+    both_ways(two, mode="async", on_conflict="newest", version_column="at")
+    two.source.sql("INSERT INTO t VALUES (1, 'x', '2020-01-01')")
+    drain_all(two.source, two.target)
+    two.source.sql(
+        "ALTER TABLE t RENAME TO t_old; CREATE TABLE t (LIKE t_old INCLUDING ALL); INSERT INTO t SELECT * FROM t_old"
+    )
+    with pytest.raises(errors.UndefinedTable, match="another table"):
+        two.source.fresh("DELETE FROM t_old")
+    two.source.sql("SELECT tbl_repl.alter_target(target_id) FROM tbl_repl.target")
+    two.source.sql("DELETE FROM t_old")
+    drain_all(two.source, two.target)
+    assert two.target.rows("t") == []

@@ -398,3 +398,44 @@ def test_sync_writers_that_lock_each_other_end_by_timeout_with_a_hint(pair: Pair
         assert "waits for this one" in error.diag.message_hint
     settle(both)
     assert_equal(both)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("edges", [STAR, CHAIN_BOTH], ids=["star", "chain"])
+def test_a_change_does_not_come_back_from_where_it_was_carried_to(
+    trio: Pair, nodes: list[Node], edges: list[tuple[int, int]]
+) -> None:
+    """There it would be older by then than what the node in the middle has."""
+    middle, ends = (0, (1, 2)) if edges is STAR else (1, (0, 2))
+    trio.both(TABLE.format(version="timestamptz"))
+    connect_all(trio, nodes, edges)
+    add_targets(nodes, edges, forward="any")
+    nodes[ends[0]].sql("INSERT INTO t VALUES (1, 'v1', '2020-01-01')")
+    for n in (ends[0], middle):
+        nodes[n].fresh("CALL tbl_repl.drain()")
+    nodes[ends[0]].sql("UPDATE t SET v = 'v2'")
+    for n in ends:
+        nodes[n].fresh("CALL tbl_repl.drain()")
+    settle(nodes)
+    assert [node.one("SELECT v FROM t") for node in nodes] == ["v2"] * 3
+
+
+@pytest.mark.once
+def test_a_row_keeps_its_origin_where_another_one_is_rejected(trio: Pair, nodes: list[Node]) -> None:
+    trio.both(TABLE.format(version="timestamptz") + "; CREATE TABLE u (id integer PRIMARY KEY)")
+    connect_all(trio, nodes, CHAIN)
+    for here, there in CHAIN:
+        for table in "tu":
+            nodes[here].fresh(
+                f"SELECT tbl_repl.add_target('{table}', 'n{there}', mode => 'async', forward => 'any', initial_copy => 'none')"
+            )
+    nodes[1].sql("ALTER TABLE t ADD CHECK (v <> 'bad')")
+    last = nodes[2].one("SELECT tbl_repl.node_name()")
+    nodes[0].fresh(
+        f"SET tbl_repl.origin = '{last}'; INSERT INTO t VALUES (1, 'x', '2020-01-01'), (2, 'bad', '2020-01-01')"
+    )
+    nodes[0].sql("INSERT INTO u VALUES (10)")
+    for node in nodes[:2]:
+        node.fresh("CALL tbl_repl.drain()")
+    assert nodes[2].rows("u") == ["(10)"]
+    assert nodes[2].rows("t") == [], "it was made there"

@@ -586,3 +586,82 @@ def test_a_type_that_was_renamed_or_moved_is_the_same(pair: Pair, mode: str) -> 
     pair.drain()
     pair.assert_same("t")
     pair.assert_same("k")
+
+
+def waits(pair: Pair) -> object:
+    return wait_until(lambda: pair.source.admin("SELECT 1 FROM pg_locks WHERE NOT granted"))
+
+
+@pytest.mark.once
+def test_two_who_alter_a_target_both_have_their_way(source: Pair) -> None:
+    source.target.sql(SOURCE)
+    target = source.add_target("t", mode="async")
+    first, second = source.source.connect(), source.source.connect()
+    first.execute(f"BEGIN; SELECT tbl_repl.alter_target({target}, row_filter => 'id > 5')")
+    waiting = start(second, f"SELECT tbl_repl.alter_target({target}, mode => 'tolerant')")
+    waits(source)
+    first.execute("COMMIT")
+    waiting.result(10)
+    assert source.source.sql("SELECT mode, row_filter FROM tbl_repl.target") == [("tolerant", "id > 5")]
+
+
+@pytest.mark.once
+def test_who_alters_a_target_that_goes_is_told(source: Pair) -> None:
+    source.target.sql(SOURCE)
+    target = source.add_target("t", mode="async")
+    first, second = source.source.connect(), source.source.connect()
+    first.execute(f"BEGIN; SELECT tbl_repl.drop_target({target})")
+    waiting = start(second, f"SELECT tbl_repl.alter_target({target}, mode => 'sync')")
+    waits(source)
+    first.execute("COMMIT")
+    with pytest.raises(errors.UndefinedObject, match=f"target {target} does not exist"):
+        waiting.result(10)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("mode", ["sync", "tolerant"])
+@pytest.mark.parametrize(
+    "write",
+    [
+        "INSERT INTO t VALUES (70)",
+        "DELETE FROM t",
+        "INSERT INTO t VALUES (7), (8); DELETE FROM t WHERE id < 8",
+    ],
+)
+def test_what_was_written_before_the_target_became_async_is_shipped(
+    source: Pair, mode: str, write: str
+) -> None:
+    source.target.sql(SOURCE)
+    target = source.add_target("t", mode=mode)
+    source.source.sql(f"BEGIN; {write}; SELECT tbl_repl.alter_target({target}, mode => 'async'); COMMIT")
+    source.drain()
+    source.assert_same("t")
+
+
+@pytest.mark.once
+def test_the_last_two_targets_of_a_table_are_dropped_at_once(source: Pair) -> None:
+    source.target.sql(SOURCE + "; CREATE TABLE u (LIKE t INCLUDING ALL)")
+    targets = [source.add_target("t", dst_table=name, mode="async") for name in "tu"]
+    first, second = source.source.connect(), source.source.connect()
+    first.execute(f"BEGIN; SELECT tbl_repl.drop_target({targets[0]})")
+    waiting = start(second, f"SELECT tbl_repl.drop_target({targets[1]})")
+    waits(source)
+    first.execute("COMMIT")
+    waiting.result(20)
+    assert source.source.sql("SELECT tgname FROM pg_trigger WHERE tgrelid = 't'::regclass") == []
+    assert source.source.sql("SELECT 1 FROM tbl_repl.source") == []
+
+
+@pytest.mark.once
+def test_a_drop_that_waits_for_a_reader_keeps_no_other_one_waiting(source: Pair) -> None:
+    source.target.sql(SOURCE)
+    target = source.add_target("t", mode="async")
+    reader = source.source.connect()
+    reader.execute("BEGIN; SELECT FROM t")
+    dropping = start(source.source.connect(), f"SELECT tbl_repl.drop_target({target})")
+    waits(source)
+    for _ in range(20):
+        with within(0.5):
+            source.source.sql("SELECT FROM t; INSERT INTO t SELECT max(id) + 1 FROM t")
+    reader.execute("COMMIT")
+    dropping.result(10)

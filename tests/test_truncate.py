@@ -6,6 +6,7 @@ import psycopg
 import pytest
 
 from support import Pair
+from support.programs import dsn_of
 from support.tables import (
     MODES,
     assert_shipped_directly,
@@ -15,6 +16,7 @@ from support.tables import (
     replicate,
     transaction,
 )
+from tbl_repl import bulk, database
 
 NO_TRUNCATE = """
 CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'not this one'; END $$;
@@ -306,3 +308,60 @@ def test_a_tree_in_one_table_is_filled_and_cleared(pair: Pair) -> None:
     pair.drain()
     pair.assert_same("t")
     assert quarantined(pair) == []
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("modes", [("tolerant", "tolerant"), ("async", "sync")], ids="/".join)
+def test_a_truncate_of_a_parent_leaves_children_that_are_ahead(pair: Pair, modes: tuple[str, str]) -> None:
+    """They have been shipped already, and would go with the parents' rows."""
+    pair.both("CREATE TABLE p (id integer PRIMARY KEY, v integer)")
+    pair.both("CREATE TABLE c (id integer PRIMARY KEY, p integer REFERENCES p ON DELETE CASCADE)")
+    parents, _ = (pair.add_target(table, mode=mode) for table, mode in zip("pc", modes, strict=True))
+    pair.source.sql("INSERT INTO p VALUES (1, 1), (2, 2)")
+    pair.drain()
+    pair.source.sql("INSERT INTO c VALUES (10, 1), (20, 2)")
+    pair.target.sql("ALTER TABLE p ADD CHECK (v < 100)")
+    pair.source.sql("UPDATE p SET v = 500 WHERE id = 1")
+    pair.source.sql("TRUNCATE p CASCADE")
+    pair.source.sql("INSERT INTO p VALUES (1, 11), (2, 12)")
+    pair.source.sql("INSERT INTO c VALUES (10, 1), (20, 2)")
+    pair.drain()
+    pair.assert_same("p")
+    pair.assert_same("c")
+    assert (pair.status(parents), pair.target.one("SELECT count(*) FROM c")) == ("ok", 2)
+
+
+@pytest.mark.once
+def test_a_reference_that_is_checked_late_holds_up_no_other_table(pair: Pair) -> None:
+    """Rows that only the target has refer to one that a TRUNCATE takes away."""
+    pair.both("CREATE TABLE p (id integer PRIMARY KEY, v integer); CREATE TABLE b (id integer PRIMARY KEY)")
+    for table in "pb":
+        pair.add_target(table, mode="async")
+    pair.source.sql("INSERT INTO p VALUES (1, 1), (2, 2), (3, 3)")
+    pair.drain()
+    pair.target.sql(
+        "CREATE TABLE r (id integer REFERENCES p DEFERRABLE INITIALLY DEFERRED); INSERT INTO r VALUES (1)"
+    )
+    pair.source.sql("TRUNCATE p")
+    pair.source.sql("INSERT INTO p VALUES (2, 22); INSERT INTO b VALUES (1)")
+    pair.drain()
+    pair.assert_same("b")
+    assert pair.target.rows("p") == ["(1,1)", "(2,22)"]
+    assert [(key, code) for key, code, _ in quarantined(pair)] == [({"id": 1}, "23503")]
+
+
+@pytest.mark.once
+def test_a_truncate_of_a_partition_goes_by_copy_as_well(pair: Pair) -> None:
+    pair.source.sql(
+        "CREATE TABLE t (id integer PRIMARY KEY) PARTITION BY RANGE (id);"
+        "CREATE TABLE low PARTITION OF t FOR VALUES FROM (0) TO (100); CREATE TABLE high PARTITION OF t DEFAULT"
+    )
+    pair.target.sql("CREATE TABLE t (id integer PRIMARY KEY)")
+    pair.add_target("t", mode="async")
+    pair.source.sql("INSERT INTO t SELECT generate_series(1, 50)")
+    pair.drain()
+    pair.source.sql("TRUNCATE low")
+    pair.source.sql("INSERT INTO t SELECT generate_series(200, 300)")
+    with database.connect(dsn_of(pair.source), "worker") as connection:
+        assert bulk.ship(connection, pair.server, 1) is not None
+    pair.assert_same("t")

@@ -6,7 +6,7 @@
 -- cannot do, or fails at, replay does.
 
 -- _bulk_lanes(server, min_rows): targets behind one connection that have at least so many rows queued,
--- and nothing that only replay can handle.  SECURITY DEFINER: the worker's role may see status only.
+-- and nothing that only replay can handle.  Not those that are shipped to directly: their writers would wait for all of it.  SECURITY DEFINER: the worker's role may see status only.
 CREATE OR REPLACE FUNCTION tbl_repl._bulk_lanes(server name, min_rows bigint)
 RETURNS TABLE (targets integer[], owner name, timeout interval)
 LANGUAGE sql VOLATILE
@@ -17,7 +17,7 @@ AS $function$
     FROM tbl_repl.target AS t
     JOIN tbl_repl.target_state AS st USING (target_id)
     CROSS JOIN LATERAL tbl_repl._pending_rows(t.target_id) AS p
-    WHERE t.server = _bulk_lanes.server AND tbl_repl._takes_bulk(st)
+    WHERE t.server = _bulk_lanes.server AND tbl_repl._takes_bulk(st) AND (t.mode = 'async' OR st.status <> 'ok' OR p.rows > 0)
     GROUP BY t.owner, t.timeout
     HAVING sum(p.rows) >= min_rows
        AND bool_and(t.operations @> '{insert,update,delete,truncate}')
@@ -73,7 +73,6 @@ DECLARE
     source  tbl_repl.source%ROWTYPE;
     pending text;
     ops     text[];
-    by_key  boolean;
     parts   record;
     columns text;
     keys    text;
@@ -89,19 +88,19 @@ BEGIN
         EXECUTE format('SELECT array_agg(DISTINCT CASE WHEN c.op = ''T'' AND c.keys IS NOT NULL THEN ''t'' ELSE c.op::text END), '
                        'sum(c.row_count) FROM %s', pending) INTO ops, amount;
         CONTINUE WHEN ops IS NULL;
-        by_key := tbl_repl._truncates_by_key(target.target_id);
         parts := tbl_repl._upsert_parts(target);
         target_id := target.target_id;
         fk_rank := source.fk_rank;
         dst_table := tbl_repl._dst_table(target);
         dst_columns := tbl_repl._dst_columns(target);
         cascades := target.cascades;
-        whole := 'T' = ANY (ops) AND NOT by_key;
+        whole := 'T' = ANY (ops) AND NOT tbl_repl._truncates_by_key(target.target_id);
         is_binary := tbl_repl._may_copy_binary(target, source);
         columns := tbl_repl._sent_list(target, is_binary);
         matches := tbl_repl._row_match(target, source) || coalesce(' AND (' || target.filter_expr || ')', '');
         keys := format('SELECT unnest(c.keys) AS tbl_repl_key FROM %s AND c.op = ANY (%L)', pending,
-                       CASE WHEN by_key THEN '{I,U,K,D,T}' ELSE '{I,U,K,D}' END);
+                       -- a TRUNCATE of the whole table has no keys, one of a partition has
+                       '{I,U,K,D,T,B}');
         -- rows that were only inserted come in the order in which they were, which the target's index likes, and once each
         rows_query := CASE WHEN whole THEN format('SELECT %s FROM %s AS s WHERE %s%s', columns, source.source_table, tbl_repl._sent_as_known(target, source), ' AND (' || target.filter_expr || ')')
                            ELSE format('SELECT %s FROM (%s) AS u JOIN %s AS s ON %s', columns, keys, source.source_table, matches) END;
@@ -213,8 +212,8 @@ SET search_path = pg_catalog, pg_temp
 AS $function$
     SELECT format('tbl_repl %s %s.%s.%s', tbl_repl.node_name(), pg_backend_pid(),
                   to_hex(extract(epoch FROM pg_postmaster_start_time())::bigint), 'b01d'),
-           format('SET statement_timeout = 0; SET lock_timeout = %s; %s; %s; SET tbl_repl.origin = %L',
-                  ceil(extract(epoch FROM timeout) * 800), tbl_repl._text_session(), tbl_repl._transaction_session(), tbl_repl.node_name()),
+           format('SET statement_timeout = 0; SET lock_timeout = %s; %s; %s; %s',
+                  ceil(extract(epoch FROM timeout) * 800), tbl_repl._text_session(), tbl_repl._transaction_session(), tbl_repl._origin_session()),
            tbl_repl._place_query(), 'SELECT ' || tbl_repl._in_time('$1')
 $function$;
 COMMENT ON FUNCTION tbl_repl._bulk_session(interval) IS
@@ -243,6 +242,10 @@ BEGIN
     SELECT tbl_repl._connection_name(t.server, t.owner, t.timeout), clock_timestamp() + t.timeout * 2 INTO conn, deadline
     FROM tbl_repl.target AS t WHERE t.target_id = _bulk_connect.target_id;
     PERFORM tbl_repl._connect_alive(target_id, conn, deadline);
+    -- what the worker has left there when it lost its own connection
+    PERFORM tbl_repl._call(conn, format('SELECT pg_catalog.count(pg_catalog.pg_terminate_backend(a.pid)) FROM pg_catalog.pg_stat_activity AS a '
+                                        'WHERE a.datname = pg_catalog.current_database() AND a.usename = current_user AND a.application_name = %L',
+                                        (tbl_repl._bulk_session('0')).application_name), deadline);
     RETURN tbl_repl._call(conn, tbl_repl._place_query(), deadline);
 END
 $function$;

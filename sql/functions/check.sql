@@ -84,6 +84,14 @@ RETURNS TABLE (severity text, code text, message text, hint text)
 LANGUAGE sql STABLE
 SET search_path = pg_catalog, pg_temp
 AS $function$
+    -- Connecting has no bound there but a cancel, and that of a session of another role takes this right.
+    SELECT 'notice', 'cannot_cancel', format('role %I may not cancel sessions of other roles', r.rolname),
+           format('From PostgreSQL 16 on nothing else ends a writer that hangs while connecting to a target that accepts connections and does not answer. '
+                  'As a superuser: GRANT pg_signal_backend TO %I;', r.rolname)
+    FROM pg_roles AS r
+    WHERE EXISTS (SELECT FROM tbl_repl.target) AND r.rolname = tbl_repl._owner() AND current_setting('server_version_num')::integer >= 160000
+      AND NOT r.rolsuper AND NOT pg_has_role(r.oid, 'pg_signal_backend', 'USAGE')
+    UNION ALL
     -- Named connections belong to the session: whoever may call dblink in a session that has shipped something can run
     -- anything on the target through it.
     SELECT 'warning', 'dblink_public', 'everybody may execute the functions of dblink',

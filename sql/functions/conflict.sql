@@ -176,7 +176,8 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._old_value_sql(tbl_repl.target) IS 'SQL expression: what capture keeps of an old row';
 
 -- What an applier has changed in a table that is replicated from here, too: it is carried on to the targets
--- that take any origin, always by the queue; and it may have met a change made here.
+-- that take any origin, always by the queue; and it may have met a change made here.  Not to the node where it was made, nor to
+-- the one it has come from: by the time it got there it could be older than what that one has.
 -- SECURITY DEFINER: called by the capture function on behalf of any applier.
 CREATE OR REPLACE FUNCTION tbl_repl._capture_carried(
     source_id integer,
@@ -190,6 +191,8 @@ LANGUAGE plpgsql VOLATILE
 SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 AS $function$
+DECLARE
+    via text := coalesce(nullif(current_setting('tbl_repl.via', true), ''), origin);
 BEGIN
     IF keys IS NULL THEN
         RETURN;  -- TRUNCATE: targets that take any origin have got its keys before
@@ -205,13 +208,11 @@ BEGIN
         END IF;
     END IF;
     INSERT INTO tbl_repl.change (segment, source_id, target_id, op, keys, row_count, origin, olds)
-    SELECT h.segment, _capture_carried.source_id, x.target_id, _capture_carried.op, _capture_carried.keys,
+    SELECT h.segment, _capture_carried.source_id, t.target_id, _capture_carried.op, _capture_carried.keys,
            cardinality(_capture_carried.keys), _capture_carried.origin, _capture_carried.olds
-    FROM tbl_repl.queue_head AS h,
-         (SELECT DISTINCT CASE WHEN t.mode <> 'async' THEN t.target_id END AS target_id
-          FROM tbl_repl.target AS t
-          WHERE t.source_id = _capture_carried.source_id AND t.forward = 'any'
-            AND t.remote ->> 'node' IS DISTINCT FROM _capture_carried.origin) AS x;
+    FROM tbl_repl.queue_head AS h, tbl_repl.target AS t
+    WHERE t.source_id = _capture_carried.source_id AND t.forward = 'any'
+      AND t.remote ->> 'node' IS DISTINCT FROM _capture_carried.origin AND t.remote ->> 'node' IS DISTINCT FROM via;
     IF FOUND THEN
         PERFORM tbl_repl._wake_worker(source_id);
     END IF;

@@ -111,9 +111,16 @@ CREATE OR REPLACE FUNCTION tbl_repl._transaction_session() RETURNS text
 LANGUAGE sql IMMUTABLE PARALLEL SAFE
 RETURN 'SET default_transaction_isolation = ''read committed''; SET default_transaction_read_only = off; SET default_transaction_deferrable = off; '
        'SET idle_in_transaction_session_timeout = 0; '
+       -- of a connection that only one side knows to be lost nothing stays for long there, nor what it has locked
+       'SET tcp_keepalives_idle = 30; SET tcp_keepalives_interval = 10; SET tcp_keepalives_count = 3; '
        -- from PostgreSQL 17 on
        'SELECT CASE WHEN pg_catalog.current_setting(''transaction_timeout'', true) IS NOT NULL THEN pg_catalog.set_config(''transaction_timeout'', ''0'', false) END';
 COMMENT ON FUNCTION tbl_repl._transaction_session() IS 'statements that give a session on a target transactions like ours';
+
+-- origin: where changes were made, said anew with those that are carried on; via: who sends them.
+CREATE OR REPLACE FUNCTION tbl_repl._origin_session() RETURNS text
+LANGUAGE sql STABLE RETURN format('SET tbl_repl.origin = %1$L; SET tbl_repl.via = %1$L', tbl_repl.node_name());
+COMMENT ON FUNCTION tbl_repl._origin_session() IS 'statements that tell a target from which node changes come';
 
 -- _open(conn, server, timeout, deadline, sent_until): opens the named connection and makes it fit for
 -- shipping.  sent_until: end of the lease of a message whose connection was lost just now.
@@ -178,11 +185,20 @@ BEGIN
             RAISE EXCEPTION USING ERRCODE = 'TR001', MESSAGE = 'connected';
         EXCEPTION WHEN SQLSTATE 'TR001' THEN
             NULL;
+        WHEN query_canceled THEN
+            -- by the worker, or by who waits for us: a cancel of somebody else comes earlier
+            IF clock_timestamp() < began + (deadline - began) / 2 THEN
+                RAISE;
+            END IF;
+            RAISE EXCEPTION USING
+                ERRCODE = 'sqlclient_unable_to_establish_sqlconnection',
+                MESSAGE = format('server %I does not answer', server),
+                DETAIL  = 'Connecting to it took too long, and was cancelled.';
         END;
         -- What shapes text is pinned, and what bounds waiting; never the search_path, which the
         -- target's own triggers may need.
         answer := tbl_repl._call(conn, format($message$
-            SET application_name = %L; SET statement_timeout = %s; SET lock_timeout = %s; %s; %s; SET tbl_repl.origin = %L;
+            SET application_name = %L; SET statement_timeout = %s; SET lock_timeout = %s; %s; %s; %s;
             SELECT pg_catalog.json_build_object(
                 'extension', EXISTS (SELECT FROM pg_catalog.pg_namespace AS n WHERE n.nspname = 'tbl_repl'),
                 'now', extract(epoch FROM pg_catalog.clock_timestamp()),
@@ -192,7 +208,7 @@ BEGIN
                           WHERE a.datname = pg_catalog.current_database() AND a.usename = current_user
                             AND a.pid <> pg_catalog.pg_backend_pid()
                             AND pg_catalog.starts_with(a.application_name, %L)))
-            $message$, own_name, ceil(lease_ms * 0.9), ceil(lease_ms * 0.8), tbl_repl._text_session(), tbl_repl._transaction_session(), node, tbl_repl._may_leave_receipts(),
+            $message$, own_name, ceil(lease_ms * 0.9), ceil(lease_ms * 0.8), tbl_repl._text_session(), tbl_repl._transaction_session(), tbl_repl._origin_session(), tbl_repl._may_leave_receipts(),
             format('tbl_repl %s ', node)), deadline);
         -- Rounded down: the lease may end early, never late.
         PERFORM tbl_repl._call(conn, format(

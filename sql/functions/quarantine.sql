@@ -29,6 +29,7 @@ DECLARE
     progress boolean;
     counted  bigint;
     turns    integer := CASE WHEN tbl_repl._cascades(ARRAY(SELECT l.target_id FROM unnest(loads) AS l)) THEN 2 ELSE 1 END;
+    carried  boolean := EXISTS (SELECT FROM unnest(loads) AS l WHERE l.origin IS NOT NULL);
     kept     integer[] := '{}';  -- targets whose tables cannot be emptied, for rows that stay refer to some of theirs
     cleared  record;
 BEGIN
@@ -79,8 +80,8 @@ BEGIN
         counted := 0;
         slow := 0;
         size := tbl_repl._rows_per_message();
-        IF item.origin IS NOT NULL THEN
-            PERFORM tbl_repl._call(conn, tbl_repl._set_origin(item.origin), clock_timestamp() + timeout);
+        IF carried THEN
+            PERFORM tbl_repl._call(conn, tbl_repl._set_origin(coalesce(item.origin, tbl_repl.node_name())), clock_timestamp() + timeout);
         END IF;
         OPEN portal FOR EXECUTE item.chunks;
         LOOP
@@ -115,7 +116,7 @@ BEGIN
                 EXIT;
             END IF;
             IF item.turn = turns THEN
-                poison := poison || rejected;
+                poison := poison || ARRAY(SELECT ROW(r.target_id, r.key, r.absent, r.code, r.message, item.origin)::tbl_repl.poison FROM unnest(rejected) AS r);
                 counted := counted + least(size, cardinality(keys)) - cardinality(rejected);
             END IF;
             keys := keys[size + 1:];
@@ -132,21 +133,27 @@ BEGIN
         progress := false;
         left_bad := ARRAY(SELECT p FROM unnest(poison) AS p WHERE NOT tbl_repl._is_about_other_rows(p.code));
         FOR item IN
-            SELECT p.target_id, p.absent, array_agg(p.key) AS keys
+            SELECT p.target_id, p.absent, p.origin, array_agg(p.key) AS keys
             FROM unnest(poison) AS p JOIN tbl_repl.target AS t ON t.target_id = p.target_id JOIN tbl_repl.source AS s USING (source_id)
             WHERE tbl_repl._is_about_other_rows(p.code)
-            GROUP BY p.target_id, p.absent, s.fk_rank ORDER BY s.fk_rank, p.target_id
+            GROUP BY p.target_id, p.absent, p.origin, s.fk_rank ORDER BY s.fk_rank, p.target_id
         LOOP
+            IF carried THEN
+                PERFORM tbl_repl._call(conn, tbl_repl._set_origin(coalesce(item.origin, tbl_repl.node_name())), clock_timestamp() + timeout);
+            END IF;
             rejected := tbl_repl._apply_keys(conn, timeout, item.target_id, item.absent, item.keys, false, stubborn);
             counted := cardinality(item.keys) - cardinality(rejected);
             progress := progress OR counted > 0;
             shipped := shipped + counted;
             by_target := tbl_repl._add_count(by_target, item.target_id, counted);
-            left_bad := left_bad || rejected;
+            left_bad := left_bad || ARRAY(SELECT ROW(r.target_id, r.key, r.absent, r.code, r.message, item.origin)::tbl_repl.poison FROM unnest(rejected) AS r);
         END LOOP;
         poison := left_bad;
         EXIT WHEN NOT progress;
     END LOOP;
+    IF carried THEN
+        PERFORM tbl_repl._call(conn, tbl_repl._set_origin(tbl_repl.node_name()), clock_timestamp() + timeout);
+    END IF;
     -- what rows referred to that have changed since
     cleared := tbl_repl._clear_kept(conn, timeout, ARRAY(SELECT k FROM unnest(kept) AS k WHERE k <> ALL (broken)), by_target);
     shipped := shipped + cleared.deleted;
@@ -213,7 +220,7 @@ BEGIN
                                                            OR SQLSTATE IS NOT DISTINCT FROM stubborn) THEN
                 RAISE;
             END IF;
-            bad := ROW(_apply_keys.target_id, keys[1], _apply_keys.absent, SQLSTATE, SQLERRM)::tbl_repl.poison;
+            bad := ROW(_apply_keys.target_id, keys[1], _apply_keys.absent, SQLSTATE, SQLERRM, NULL)::tbl_repl.poison;
         END;
         IF sent THEN
             PERFORM tbl_repl._call(conn, 'ROLLBACK TO tbl_repl; RELEASE tbl_repl', clock_timestamp() + timeout);

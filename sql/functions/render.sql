@@ -468,7 +468,7 @@ AS %L$sql$, format('connect_%s', t.target_id), format($body$
 BEGIN
     PERFORM tbl_repl._open(conn, %L, %L, deadline, sent_until);
 END
-$body$, t.server, t.timeout))
+$body$, t.server, format('%s seconds', extract(epoch FROM t.timeout))))
     FROM tbl_repl.target AS t
     WHERE t.target_id = _connect_sql.target_id
 $function$;

@@ -79,8 +79,9 @@ BEGIN
         FROM (SELECT t.target_id, t.server, t.owner, t.timeout, t.mode, st.status, st.last_error_at, tbl_repl._shipped_at(t.target_id) AS last_shipped_at,
                      CASE WHEN st.copy_after IS NULL THEN tbl_repl._has_pending(t.target_id)
                           ELSE coalesce(t.target_id = ANY (copies), true) END AS queued, d.is_due,
-                     -- that of a connection that was lost is over as soon as anybody tries it
-                     d.is_due OR st.status <> 'failed' AND st.last_error ~ '^(08|57P)'
+                     -- that of a connection that was lost is over as soon as anybody tries it; one who loses it again and again, for
+                     -- one of its rows ends the session there, is left to its own turn
+                     d.is_due OR st.status <> 'failed' AND st.failures < 3 AND st.last_error ~ '^(08|57P)'
                                  AND bool_or(d.is_due AND st.status <> 'failed') OVER (PARTITION BY t.server, t.owner, t.timeout) AS comes_along
               FROM tbl_repl.target AS t JOIN tbl_repl.target_state AS st USING (target_id)
               CROSS JOIN LATERAL (SELECT retry OR tbl_repl._seconds_until(st.next_try_at) = 0 AS is_due) AS d

@@ -516,16 +516,23 @@ END
 $function$;
 COMMENT ON FUNCTION tbl_repl._is_ok(integer) IS 'whether the status of a target is ok now: VOLATILE, for a new snapshot';
 
--- SKIP LOCKED: who holds the row is setting it as well, or has just brought the target back.
+-- SKIP LOCKED: who holds the row is setting it as well, or has just brought the target back.  Its commit is waited for, a moment:
+-- otherwise our next transaction would still find ok, and wait for the target once more.
 CREATE OR REPLACE FUNCTION tbl_repl._set_queueing(target_id integer)
 RETURNS void
 LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp
 AS $function$
+DECLARE
+    give_up timestamptz := clock_timestamp() + interval '200 milliseconds';
 BEGIN
-    UPDATE tbl_repl.target_state AS st SET status = 'queueing'
-    WHERE st.target_id IN (SELECT l.target_id FROM tbl_repl.target_state AS l
-                           WHERE l.target_id = _set_queueing.target_id AND l.status = 'ok' FOR UPDATE SKIP LOCKED);
+    LOOP
+        UPDATE tbl_repl.target_state AS st SET status = 'queueing'
+        WHERE st.target_id IN (SELECT l.target_id FROM tbl_repl.target_state AS l
+                               WHERE l.target_id = _set_queueing.target_id AND l.status = 'ok' FOR UPDATE SKIP LOCKED);
+        EXIT WHEN FOUND OR NOT tbl_repl._is_ok(target_id) OR clock_timestamp() > give_up OR current_setting('transaction_isolation') <> 'read committed';
+        PERFORM pg_sleep(0.002);
+    END LOOP;
 EXCEPTION WHEN serialization_failure THEN
     NULL;  -- under REPEATABLE READ: changed since our snapshot; the rows we queued are pending all the same
 END

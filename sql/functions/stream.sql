@@ -291,7 +291,7 @@ RETURN jsonb_set(counts, ARRAY[target_id::text], to_jsonb(coalesce((counts ->> t
 COMMENT ON FUNCTION tbl_repl._add_count(jsonb, integer, bigint) IS 'adds to {"target_id": rows}';
 
 -- All tables in one command, so that foreign keys between them do not matter; rows are deleted where a
--- foreign key from elsewhere does.
+-- foreign key from elsewhere does, unless it would take rows there along (23503): they are the other table's affair.
 CREATE OR REPLACE FUNCTION tbl_repl._truncate(
     conn    text,
     loads   tbl_repl.load[],
@@ -303,17 +303,26 @@ SET search_path = pg_catalog, pg_temp
 AS $function$
 DECLARE
     tables  text;
+    names   text[];
     deletes text;
 BEGIN
-    SELECT string_agg(d.name, ', '), string_agg(format('DELETE FROM %s', d.name), '; ' ORDER BY d.fk_rank DESC)
-    INTO tables, deletes
+    SELECT string_agg(d.name, ', '), array_agg(d.name), string_agg(format('DELETE FROM %s', d.name), '; ' ORDER BY d.fk_rank DESC)
+    INTO tables, names, deletes
     FROM (SELECT tbl_repl._dst_table(t) AS name, max(l.fk_rank) AS fk_rank
           FROM unnest(loads) AS l JOIN tbl_repl.target AS t ON t.target_id = l.target_id
           WHERE l.truncate GROUP BY 1) AS d;
     BEGIN
         PERFORM tbl_repl._call(conn, format('SAVEPOINT tbl_repl; TRUNCATE %s', tables), clock_timestamp() + timeout);
     EXCEPTION WHEN feature_not_supported OR insufficient_privilege THEN
-        PERFORM tbl_repl._call(conn, format('ROLLBACK TO tbl_repl; %s', deletes), clock_timestamp() + timeout);
+        IF tbl_repl._call(conn, format('ROLLBACK TO tbl_repl; SELECT pg_catalog.count(*) FROM pg_catalog.pg_constraint AS f WHERE f.contype = ''f'' '
+                                       'AND f.confdeltype IN (''c'', ''n'', ''d'') AND f.confrelid = ANY (%1$L::pg_catalog.regclass[]) AND f.conrelid <> ALL (%1$L::pg_catalog.regclass[])',
+                                       names), clock_timestamp() + timeout) <> '0' THEN
+            RAISE EXCEPTION USING
+                ERRCODE = 'foreign_key_violation',
+                MESSAGE = format('rows of other tables would go with those of %s', tables);
+        END IF;
+        -- one that is checked at the end belongs to this, and not to what is sent afterwards
+        PERFORM tbl_repl._call(conn, format('%s; SET CONSTRAINTS ALL IMMEDIATE; SET CONSTRAINTS ALL DEFERRED', deletes), clock_timestamp() + timeout);
     END;
 END
 $function$;

@@ -349,7 +349,7 @@ AS $function$
 DECLARE
     target tbl_repl.target%ROWTYPE := tbl_repl._own_target(target_id);
     source tbl_repl.source%ROWTYPE;
-    old    tbl_repl.target%ROWTYPE := target;
+    old    tbl_repl.target%ROWTYPE;
     parts  text[];
     whole  integer[];
 BEGIN
@@ -360,14 +360,21 @@ BEGIN
             MESSAGE = format('the source table of target %s does not exist any more', target_id),
             HINT    = format('End its replication: SELECT tbl_repl.drop_target(%s);', target_id);
     END IF;
+    target.timeout := coalesce(timeout, target.timeout);
+    PERFORM tbl_repl._check_words(coalesce(mode, target.mode), coalesce(operations, target.operations), coalesce(on_conflict, target.on_conflict),
+                                  coalesce(forward, target.forward), target.timeout);
+    PERFORM tbl_repl._connect_to_define(target);
+    EXECUTE format('LOCK TABLE %s IN SHARE ROW EXCLUSIVE MODE', source.source_table);
+    -- somebody else may have altered or dropped it while we waited
+    target := tbl_repl._own_target(target_id);
+    old := target;
+    SELECT * INTO STRICT source FROM tbl_repl.source AS s WHERE s.source_id = target.source_id;
     target.mode := coalesce(mode, target.mode);
     target.operations := coalesce(operations, target.operations);
     target.on_conflict := coalesce(on_conflict, target.on_conflict);
     target.forward := coalesce(forward, target.forward);
     target.version_column := coalesce(version_column, target.version_column);
     target.timeout := coalesce(timeout, target.timeout);
-    PERFORM tbl_repl._check_words(target.mode, target.operations, target.on_conflict, target.forward,
-                                  target.timeout);
     target.columns := coalesce(columns, target.columns);
     target.column_map := nullif(coalesce(column_map, target.column_map), '{}');
     target.row_filter := nullif(btrim(coalesce(row_filter, target.row_filter)), '');
@@ -378,8 +385,6 @@ BEGIN
         END IF;
         target.dst_name := parts[cardinality(parts)];
     END IF;
-    PERFORM tbl_repl._connect_to_define(target);
-    EXECUTE format('LOCK TABLE %s IN SHARE ROW EXCLUSIVE MODE', source.source_table);
     source := tbl_repl._follow_keys(source);
     PERFORM tbl_repl._check_only_once(target, source.source_table);
     -- names in an expression that was given before mean what they meant then
@@ -401,8 +406,9 @@ BEGIN
     END IF;
     IF old.mode = 'async' AND target.mode <> 'async' THEN
         PERFORM tbl_repl._leave_async(old);
+    ELSIF old.mode <> 'async' AND target.mode = 'async' THEN
+        PERFORM tbl_repl._become_async(target);
     END IF;
-    PERFORM tbl_repl._note_timeline(target_id);
     PERFORM tbl_repl._forget_tombstones(source.source_id);
     PERFORM tbl_repl._take_over(target);
     PERFORM tbl_repl._rebuild_target(target_id);
@@ -518,6 +524,20 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._leave_async(tbl_repl.target) IS
     'gives a target that is no longer async its own queue rows';
 
+-- What this transaction has written for a direct target is not shipped at its commit any more.
+CREATE OR REPLACE FUNCTION tbl_repl._become_async(target tbl_repl.target)
+RETURNS void
+LANGUAGE sql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT tbl_repl._unpack(f) FROM tbl_repl.flush AS f WHERE f.txid = pg_current_xact_id() AND f.target_id = target.target_id;
+    INSERT INTO tbl_repl.change (segment, source_id, target_id, op, keys, row_count, olds)
+    SELECT h.segment, s.source_id, target.target_id, s.op, s.keys, s.row_count, s.olds
+    FROM tbl_repl.queue_head AS h, tbl_repl.stash AS s
+    WHERE s.txid = pg_current_xact_id() AND s.source_id = target.source_id AND s.op NOT IN ('C', 'W', 'N')
+$function$;
+COMMENT ON FUNCTION tbl_repl._become_async(tbl_repl.target) IS 'queues what this transaction has written for a target that was direct';
+
 -- drop_target: ends the replication; rows on the target stay.  With the last target of a table its
 -- triggers go, and the table is as it was.  Who has defined a target needs no right on the table to drop it.
 -- Errors: 42704 unknown, 42501.  Locks the source ACCESS EXCLUSIVE.
@@ -530,7 +550,7 @@ AS $function$
 DECLARE
     target tbl_repl.target%ROWTYPE := tbl_repl._own_target(target_id, true);
     rel    record;
-    last   boolean := NOT EXISTS (SELECT FROM tbl_repl.target AS t WHERE t.source_id = target.source_id AND t.target_id <> drop_target.target_id);
+    last   boolean := tbl_repl._is_last(target);
 BEGIN
     SELECT c.oid::regclass AS id, pg_get_userbyid(c.relowner) AS owner, pg_has_role(current_user, c.relowner, 'USAGE') AS owned,
            (SELECT pg_has_role(current_user, f.proowner, 'USAGE') FROM pg_proc AS f
@@ -540,6 +560,7 @@ BEGIN
     -- Writers in flight have ended when this is granted: they may refer to the target.
     IF rel.owned THEN
         PERFORM tbl_repl._lock_to_drop(target, rel.id);
+        last := tbl_repl._is_last(target);  -- another one may have gone while we waited
     ELSIF last AND NOT rel.captured AND NOT pg_has_role(current_user, tbl_repl._owner(), 'USAGE') THEN
         -- its owner has dropped another target, and the trigger function is his since then
         RAISE EXCEPTION USING
@@ -574,8 +595,18 @@ END
 $function$;
 COMMENT ON FUNCTION tbl_repl.drop_target(integer) IS 'ends the replication to a target';
 
+CREATE OR REPLACE FUNCTION tbl_repl._is_last(target tbl_repl.target)
+RETURNS boolean
+LANGUAGE sql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT NOT EXISTS (SELECT FROM tbl_repl.target AS t WHERE t.source_id = target.source_id AND t.target_id <> target.target_id)
+$function$;
+COMMENT ON FUNCTION tbl_repl._is_last(tbl_repl.target) IS 'whether a table has no other target, as of now';
+
 -- Locks ship of a target, which turns drainers away, and then its table, to the end of the transaction.  Whoever waits for ship
--- must not wait for long, and who ships holds the table: so ship is given back again and again until the table is free.
+-- must not wait for long, and who ships holds the table: so ship is given back again and again until the table is free.  Who
+-- reads the table for long keeps us waiting, and all others behind us, but for a fifth of the time and 0.1 s each.
 -- The mode in which triggers go, at once: several targets may be dropped in one transaction, and who has read the table
 -- and then writes it would wait for us, and we for him.  Ends by lock_timeout, if the caller has one (55P03).
 CREATE OR REPLACE FUNCTION tbl_repl._lock_to_drop(target tbl_repl.target, source_table regclass)
@@ -591,16 +622,16 @@ BEGIN
     LOOP
         BEGIN
             PERFORM pg_advisory_xact_lock(tbl_repl._lock_ship(), target.target_id);
-            PERFORM set_config('lock_timeout', least(1000, ceil(extract(epoch FROM target.timeout) * 200))::text, true);
+            PERFORM set_config('lock_timeout', '100', true);
             EXECUTE format('LOCK TABLE %s IN ACCESS EXCLUSIVE MODE', source_table);
             PERFORM set_config('lock_timeout', old_limit, true);
             RETURN;
-        EXCEPTION WHEN lock_not_available THEN
+        EXCEPTION WHEN lock_not_available OR deadlock_detected THEN
             IF clock_timestamp() > give_up THEN
                 RAISE;
             END IF;
         END;
-        PERFORM pg_sleep(0.05);
+        PERFORM pg_sleep(0.4);
     END LOOP;
 END
 $function$;
@@ -780,7 +811,6 @@ BEGIN
         total := total + cardinality(page);
         after := page[cardinality(page)];
     END LOOP;
-    PERFORM tbl_repl._note_timeline(target_id);
     RETURN total;
 END
 $function$;

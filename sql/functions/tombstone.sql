@@ -12,6 +12,9 @@ LANGUAGE sql STABLE
 SET search_path = pg_catalog, pg_temp
 AS $function$
     SELECT format($piece$IF current_setting('tbl_repl.settling', true) IS DISTINCT FROM 'on' THEN
+        IF %1$s <> TG_RELID AND NOT EXISTS (SELECT FROM pg_partition_ancestors(TG_RELID) AS a (id) WHERE a.id = %1$s) THEN
+            PERFORM tbl_repl._refuse_other_table(%9$s, %10$L);
+        END IF;
         INSERT INTO tbl_repl.tombstone AS b (local_table, key, version)
         SELECT (%1$s), u.tbl_repl_key, max(%2$s)::text
         FROM unnest(%6$s, %7$s) AS u (tbl_repl_key, old)
@@ -26,7 +29,7 @@ AS $function$
         -- by name: a restored table has another number; and not from the catalog, which may be newer than the snapshot
         format('%L::regclass', source.source_table),
         CASE v.type WHEN 'timestamptz' THEN 'greatest(u.old::timestamptz, clock_timestamp())' ELSE 'coalesce(u.old::int8, -9223372036854775808)' END,
-        source.source_table, tbl_repl._key_match(source.source_table, source.key_columns), v.type, keys, olds, gone)
+        source.source_table, tbl_repl._key_match(source.source_table, source.key_columns), v.type, keys, olds, gone, source.source_id, source.source_table)
     FROM (SELECT t.version_column FROM tbl_repl.target AS t
           WHERE t.source_id = source.source_id AND t.on_conflict = 'newest' LIMIT 1) AS t
     JOIN pg_attribute AS a ON a.attrelid = source.source_table AND a.attname = t.version_column

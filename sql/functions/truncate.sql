@@ -260,7 +260,7 @@ BEGIN
         IF worked THEN
             listed := tbl_repl._call(conn, format('SELECT pg_catalog.json_agg(e.k) FROM %s', tbl_repl._by_key_list(target, listed)), clock_timestamp() + timeout);
             forms := tbl_repl._keys_from_there(target, target.dst_keys, conn, shape, listed);
-            left_there := left_there || ARRAY(SELECT ROW(target.target_id, f, true, '23503', 'rows on the target refer to it, which stay')::tbl_repl.poison
+            left_there := left_there || ARRAY(SELECT ROW(target.target_id, f, true, '23503', 'rows on the target refer to it, which stay', NULL)::tbl_repl.poison
                                               FROM unnest(forms) AS f WHERE f IS NOT NULL);
         ELSIF cardinality(gone) > 0 THEN
             -- which rows are to blame

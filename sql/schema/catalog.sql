@@ -380,6 +380,7 @@ CREATE TYPE tbl_repl.poison AS (
     key       text,
     absent    boolean,
     code      text,
-    message   text
+    message   text,
+    origin    text
 );
 COMMENT ON TYPE tbl_repl.poison IS 'a key that a target rejects';

@@ -181,6 +181,9 @@ def open_target(way: Way) -> Iterator[Target]:
     """
     options = conninfo_to_dict(way.conninfo)
     options.setdefault("options", "")  # PGOPTIONS is meant for the source
+    # what bounds one message is too short for a COPY, which the target takes at its own pace
+    unsent = max(int(options.get("tcp_user_timeout") or 0), int(SILENCE_SECONDS * 1000))
+    options["tcp_user_timeout"] = str(unsent)
     connection = psycopg.connect(
         make_conninfo("", **options), autocommit=True, row_factory=tuple_row, client_encoding=ENCODING
     )

@@ -108,6 +108,10 @@ def settle(connection: Connection) -> Connection:
         "idle_in_transaction_session_timeout": "0",
         "default_transaction_isolation": "read committed",
         "default_transaction_read_only": "off",
+        # the server, too, finds out that we are gone, or another worker would wait for our locks
+        "tcp_keepalives_idle": "30",
+        "tcp_keepalives_interval": "10",
+        "tcp_keepalives_count": "3",
     }
     if connection.info.server_version >= 170000:
         settings["transaction_timeout"] = "0"
