@@ -849,3 +849,11 @@ def test_an_owner_who_may_cancel_nobody(well: Pair) -> None:
     finally:
         well.source.admin("GRANT pg_signal_backend TO owner")
     assert found == ([("notice", "cannot_cancel", None)] if well.major >= 16 else [])
+
+
+@pytest.mark.once
+def test_a_filter_on_a_table_whose_rows_take_others_along(pair: Pair) -> None:
+    pair.both("CREATE TABLE p (id integer PRIMARY KEY, active boolean)")
+    pair.both("CREATE TABLE c (id integer PRIMARY KEY, p integer REFERENCES p ON DELETE CASCADE)")
+    target = pair.add_target("p", row_filter="active")
+    assert problems(pair) == [("warning", "filter_cascades", target)]

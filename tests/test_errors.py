@@ -565,3 +565,7 @@ def test_a_restore_without_owners_by_a_superuser_is_mended_by_alter_target(table
             restored.sql(f"SELECT tbl_repl.drop_target({target})")
     finally:
         restored.close()
+
+
+def test_no_role(tables: Pair) -> None:
+    refused(tables, "22004", lambda: tables.source.fresh("SELECT tbl_repl.grant_access(NULL, 'reader')"))

@@ -11,6 +11,12 @@ DECLARE
     grantee text := role::text;
     item    record;
 BEGIN
+    IF role IS NULL THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'null_value_not_allowed',
+            MESSAGE = 'role must not be NULL',
+            HINT    = 'Name a role: SELECT tbl_repl.grant_access(''...'', ''operator'');';
+    END IF;
     PERFORM tbl_repl._check_word('access level', level, '{operator,reader}');
     EXECUTE format('GRANT USAGE ON SCHEMA tbl_repl TO %s', grantee);
     EXECUTE format('GRANT SELECT ON tbl_repl.target_status, tbl_repl.pending, tbl_repl.quarantine, tbl_repl.conflict_log, tbl_repl.copy_progress, tbl_repl.node TO %s', grantee);

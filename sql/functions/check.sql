@@ -504,6 +504,10 @@ BEGIN
         RETURN QUERY SELECT 'warning', 'remote_constraints_changed', format('unique or foreign keys of table %s on the target have changed', dst),
             format('Take note of them: %s', rebuild);
     END IF;
+    IF target.filter_expr IS NOT NULL AND (facts ->> 'cascades')::boolean THEN
+        RETURN QUERY SELECT 'warning', 'filter_cascades', format('rows that leave the filter of target %s take along what refers to them in table %s', target.target_id, dst),
+            'There: let those foreign keys be ON DELETE NO ACTION; or filter the tables that refer to it alike.'::text;
+    END IF;
     IF target.mode <> 'async' AND (facts ->> 'extension')::boolean AND NOT (facts ->> 'receipts')::boolean THEN
         RETURN QUERY SELECT 'notice', 'receipts_not_allowed', format('role %s may not leave receipts on the target, so rows in doubt after a crash are not found', facts ->> 'user'),
             format('There: SELECT tbl_repl.grant_access(%L, ''operator''); then here: %s', quote_ident(facts ->> 'user'), rebuild);

@@ -206,7 +206,9 @@ BEGIN
     BEGIN
         UPDATE tbl_repl.target_state AS st SET last_error = format('%s: %s', code, concat_ws(': ', message, why)), last_error_at = clock_timestamp()
         WHERE st.target_id IN (SELECT l.target_id FROM tbl_repl.target_state AS l
-                               WHERE l.target_id = _log_error.target_id FOR UPDATE SKIP LOCKED);
+                               WHERE l.target_id = _log_error.target_id
+                                 -- that another session is still trying to connect says less than why that is so
+                                 AND NOT (code = '55P03' AND l.last_error ~ '^08' AND l.status <> 'ok') FOR UPDATE SKIP LOCKED);
     EXCEPTION WHEN serialization_failure THEN
         NULL;
     END;
