@@ -825,6 +825,7 @@ def test_the_caller_s_intervalstyle_is_no_problem(well: Pair) -> None:
     assert problems(well) == []
 
 
+@pytest.mark.once
 def test_a_target_that_hangs_while_connecting_hides_no_other(trio: Pair) -> None:
     """From PostgreSQL 16 on somebody has to cancel it, as a running worker does."""
     trio.both("CREATE TABLE t (id integer PRIMARY KEY); CREATE TABLE u (id integer PRIMARY KEY)")

@@ -42,6 +42,7 @@ def same(pair: Pair) -> None:
         pair.assert_same(table)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("rows", [3, 1200])
 @pytest.mark.parametrize("mode", ["sync", "tolerant", "async"])
@@ -81,6 +82,7 @@ def test_grandchildren_stay_where_the_target_rejects_another_row(pair: Pair, cha
     same(pair)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("change", CHANGES)
 def test_grandchildren_stay_where_rows_go_by_copy(pair: Pair, change: str) -> None:
     plant(pair, "async", 1500)
@@ -104,6 +106,7 @@ def test_a_tree_in_one_table_keeps_its_lower_branches(pair: Pair) -> None:
     assert pair.target.one("SELECT count(*) FROM e") == 4
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("mode", ["sync", "tolerant", "async"])
 @pytest.mark.parametrize("action", ["CASCADE", "NO ACTION", "RESTRICT"])
 @pytest.mark.parametrize("change", ["key", "replaced"])

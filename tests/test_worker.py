@@ -315,6 +315,24 @@ def test_targets_whose_connection_was_lost_come_back_together(pair: Pair) -> Non
         pair.assert_same(table)
 
 
+@pytest.mark.once
+def test_a_row_that_ends_the_session_keeps_no_other_table_waiting(pair: Pair) -> None:
+    pair.both("CREATE TABLE a (id integer PRIMARY KEY); CREATE TABLE b (id integer PRIMARY KEY)")
+    pair.target.sql(
+        "CREATE FUNCTION leave() RETURNS trigger LANGUAGE plpgsql AS "
+        "$$BEGIN PERFORM pg_terminate_backend(pg_backend_pid()); RETURN NEW; END$$;"
+        "CREATE TRIGGER leave BEFORE INSERT ON b FOR EACH ROW EXECUTE FUNCTION leave()"
+    )
+    for table in "ab":
+        pair.add_target(table, mode="async")
+    with WorkerProcess(pair.source) as worker:
+        pair.source.sql("INSERT INTO b VALUES (1)")
+        wait_until(lambda: worker.events("target failed"), 20)
+        for i in range(3):
+            pair.source.sql("INSERT INTO a VALUES (%s)", [i])
+            wait_until(lambda n=i + 1: pair.target.one("SELECT count(*) FROM a") == n, 20)
+
+
 def test_a_table_locked_on_the_source_delays_no_neighbour(pair: Pair) -> None:
     pair.both("CREATE TABLE t (id integer PRIMARY KEY); CREATE TABLE free (id integer PRIMARY KEY)")
     for table in ("t", "free"):

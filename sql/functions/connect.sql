@@ -156,6 +156,7 @@ DECLARE
     foreign_lease boolean;
     began     timestamptz := clock_timestamp();
     why       text;
+    hangs     boolean := false;
 BEGIN
     conninfo := coalesce(tbl_repl._conninfo(server, timeout, own_name), server);
     FOR older IN
@@ -190,10 +191,12 @@ BEGIN
             IF clock_timestamp() < began + (deadline - began) / 2 THEN
                 RAISE;
             END IF;
+            hangs := true;
             RAISE EXCEPTION USING
                 ERRCODE = 'sqlclient_unable_to_establish_sqlconnection',
                 MESSAGE = format('server %I does not answer', server),
-                DETAIL  = 'Connecting to it took too long, and was cancelled.';
+                DETAIL  = 'Connecting to it took too long, and was cancelled.',
+                HINT    = 'See that it runs, and that nothing on the way swallows what is sent to it.';
         END;
         -- What shapes text is pinned, and what bounds waiting; never the search_path, which the
         -- target's own triggers may need.
@@ -248,7 +251,7 @@ BEGIN
     EXCEPTION WHEN query_canceled OR assert_failure OR OTHERS THEN
         IF conn = ANY (tbl_repl._dblink_connections()) THEN
             PERFORM tbl_repl._dblink_disconnect(conn);
-        ELSIF SQLSTATE = '08001' THEN
+        ELSIF SQLSTATE = '08001' AND NOT hangs THEN
             -- dblink does not say to whom
             GET STACKED DIAGNOSTICS why = PG_EXCEPTION_DETAIL;
             RAISE EXCEPTION USING

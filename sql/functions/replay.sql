@@ -44,6 +44,7 @@ SET plan_cache_mode = force_generic_plan
 AS $function$
 DECLARE
     lane    record;
+    began   timestamptz;
     handled bigint;
 BEGIN
     IF pg_current_xact_id_if_assigned() IS NOT NULL OR current_setting('transaction_isolation') <> 'read committed' THEN
@@ -75,13 +76,12 @@ BEGIN
     -- Async targets come along with nothing queued yet: what commits until the snapshot is taken is shipped
     -- for all of them or for none.  Their writers never wait for our locks.
     FOR lane IN
-        SELECT array_agg(w.target_id ORDER BY w.target_id) AS targets, bool_or(w.queued OR q.tries) AS has_work
+        SELECT array_agg(w.target_id ORDER BY w.target_id) AS targets, array_agg(w.target_id ORDER BY w.target_id) FILTER (WHERE w.is_due) AS due, bool_or(w.queued OR q.tries) AS has_work
         FROM (SELECT t.target_id, t.server, t.owner, t.timeout, t.mode, st.status, st.last_error_at, tbl_repl._shipped_at(t.target_id) AS last_shipped_at,
                      CASE WHEN st.copy_after IS NULL THEN tbl_repl._has_pending(t.target_id)
                           ELSE coalesce(t.target_id = ANY (copies), true) END AS queued, d.is_due,
-                     -- that of a connection that was lost is over as soon as anybody tries it; one who loses it again and again, for
-                     -- one of its rows ends the session there, is left to its own turn
-                     d.is_due OR st.status <> 'failed' AND st.failures < 3 AND st.last_error ~ '^(08|57P)'
+                     -- that of a connection that was lost is over as soon as anybody tries it
+                     d.is_due OR st.status <> 'failed' AND st.last_error ~ '^(08|57P)'
                                  AND bool_or(d.is_due AND st.status <> 'failed') OVER (PARTITION BY t.server, t.owner, t.timeout) AS comes_along
               FROM tbl_repl.target AS t JOIN tbl_repl.target_state AS st USING (target_id)
               CROSS JOIN LATERAL (SELECT retry OR tbl_repl._seconds_until(st.next_try_at) = 0 AS is_due) AS d
@@ -94,7 +94,14 @@ BEGIN
                  max(w.last_error_at) FILTER (WHERE w.last_error_at > coalesce(w.last_shipped_at, '-infinity')) NULLS FIRST,
                  min(w.last_shipped_at) NULLS FIRST, min(w.target_id)
     LOOP
+        began := clock_timestamp();
         handled := tbl_repl._replay_lane(lane.targets, lane.has_work, max_rows, retry, copies, leave_large);
+        IF handled = 0 AND lane.due <> lane.targets
+           AND EXISTS (SELECT FROM tbl_repl.target_state AS st
+                       WHERE st.target_id = ANY (lane.targets) AND st.last_error_at > began AND st.last_error ~ '^(08|57P)') THEN
+            -- lost again: perhaps a row of one that has come along ends the session there each time
+            handled := tbl_repl._replay_lane(lane.due, lane.has_work, max_rows, retry, copies, leave_large);
+        END IF;
         IF handled < 0 THEN
             RETURN handled;
         ELSIF handled > 0 THEN
