@@ -42,6 +42,7 @@ def everything_at_once(pair: Pair, key: str) -> None:
         pair.source.sql(statement)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("in_array", [True, False], ids=["one array", "more keys than an array takes"])
 @pytest.mark.parametrize(
     ("key_type", "key"),

@@ -223,6 +223,7 @@ def parts(pair: Pair) -> Replicated:
     return Replicated(pair, pair.add_target("t"), pair.add_target("t", dst_table="u", mode="async"))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "write",
     [
@@ -499,6 +500,7 @@ def test_two_sources_of_one_table_do_not_empty_each_other(pair: Pair) -> None:
     assert pair.target.sql("SELECT id, v FROM t ORDER BY id") == []
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("isolation", ["REPEATABLE READ", "SERIALIZABLE"])
 @pytest.mark.parametrize("mode", ["tolerant", "async"])
 @pytest.mark.parametrize(

@@ -374,6 +374,7 @@ def test_newest_takes_no_version_for_the_least(pair: Pair, version: str, least: 
     assert content(pair.target) == []
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("policy", ["newest", "keep"])
 @pytest.mark.parametrize("mode", ["sync", "tolerant", "async"])
 def test_linked_tables_are_settled_in_an_order_that_foreign_keys_allow(
@@ -496,6 +497,7 @@ def test_newest_truncate_deletes_every_row(two: Pair) -> None:
     assert [r[0] for r in content(two.source)] == [9]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("options", "error"),
     [

@@ -316,6 +316,7 @@ class Machine(RuleBasedStateMachine):
         self.scene.check()
 
 
+@pytest.mark.once
 @pytest.mark.slow
 @pytest.mark.parametrize("capture", ["statement", "row"])
 @pytest.mark.parametrize("mode", ["sync", "tolerant", "async"])

@@ -416,6 +416,7 @@ def test_a_background_copy_goes_by_pieces_beside_writers(pair: Pair) -> None:
     pair.assert_same("t")
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("mode", ["sync", "tolerant", "async"])
 @pytest.mark.parametrize("rows", [0, 100])
 def test_a_background_copy_ends_in_every_mode(pair: Pair, mode: str, rows: int) -> None:

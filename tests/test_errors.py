@@ -218,6 +218,7 @@ VERBS = [
 ]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("verb", VERBS)
 def test_verbs_refuse_unknown_and_foreign_targets(tables: Pair, verb: str) -> None:
     role = tables.source.role("stranger")

@@ -41,6 +41,7 @@ def guarded(pair: Pair) -> Pair:
     return pair
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", WRITES)
 def test_every_write_is_refused(guarded: Pair, name: str) -> None:
     if name == "merge" and guarded.major < 15:

@@ -74,6 +74,7 @@ def test_one_table_by_two_keys(pair: Pair) -> None:
     assert pair.target.rows("by_id") == pair.target.rows("by_code") == []
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("ddl", "key_columns"),
     [

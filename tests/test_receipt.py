@@ -515,6 +515,7 @@ def test_a_role_without_the_right_ships_all_the_same_and_check_says_how_to_mend_
     assert_settled(pair, target)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("rows", [1, 2, MANY])
 @pytest.mark.parametrize("gone", ["right", "extension"])
 def test_a_right_that_is_taken_away_fails_nobody(pair: Pair, gone: str, rows: int) -> None:

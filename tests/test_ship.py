@@ -81,6 +81,7 @@ def constrain(node: Node, deferred: str) -> None:
         )
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("refused", ["at once", "deferred"])
 @pytest.mark.parametrize("rows", [2, MANY])
 @pytest.mark.parametrize("bad_one", ["target", "third"])
@@ -384,6 +385,7 @@ def test_a_failed_deferred_constraint_reaches_no_target(pair: Pair, kind: str, m
     assert pair.source.rows("t") == pair.target.rows("t") == []
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("depth", [1, 2, 4, 9])
 def test_deferred_checks_behind_deferred_triggers_come_before_shipping(
@@ -431,6 +433,7 @@ def test_what_a_deferred_trigger_writes_is_shipped_in_the_same_transaction(pair:
 # --- early SET CONSTRAINTS -------------------------------------------------------------------------
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("when", ["before", "after", "twice"])
 @pytest.mark.parametrize("end", ["COMMIT", "ROLLBACK"])
@@ -714,6 +717,7 @@ DEFINES = {
 }
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("isolation", ["REPEATABLE READ", "SERIALIZABLE"])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("how", DEFINES)
@@ -987,6 +991,7 @@ def test_unique_values_are_swapped_between_rows(pair: Pair, rows: int) -> None:
     assert_shipped_directly(pair)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("rows", [2, MANY])
 @pytest.mark.parametrize("action", ["CASCADE", "SET NULL", "NO ACTION"])
 def test_unique_values_swapped_on_a_parent_leave_its_children_alone(

@@ -68,6 +68,7 @@ def test_only_the_map_is_sent(source: Pair) -> None:
     assert source.target.sql("TABLE t") == [(1, "y")]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("expression", ["id", " id ", "ID", '"id"', "s.id", "(id)", "s . id -- the key"])
 def test_rename_of_the_key_in_any_spelling(source: Pair, expression: str) -> None:
     source.target.sql("CREATE TABLE t (pk integer PRIMARY KEY, n integer)")
@@ -98,6 +99,7 @@ def test_key_sent_twice(source: Pair) -> None:
     assert source.target.sql("TABLE t ORDER BY id") == [(2, 2), (7, 7)]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("dst_table", "schema", "name"),
     [
@@ -374,6 +376,7 @@ def test_who_has_read_the_table_may_still_write_it(
         pair.assert_same("t")
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("partitioned", [False, True])
 def test_dropping_a_target_beside_drainers_and_readers(pair: Pair, partitioned: bool) -> None:
     """Readers that come and go, a drainer that has ship and wants to read: nobody is the victim of a deadlock."""

@@ -127,6 +127,7 @@ def test_after_a_truncate_rows_that_go_slowly_go(pair: Pair) -> None:
     assert pair.source.one("SELECT rows_shipped FROM tbl_repl.target_status") == shipped + 39
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "parent, child", [("tolerant", "tolerant"), ("tolerant", "async"), ("async", "tolerant")]
 )
@@ -224,6 +225,7 @@ def test_truncate_of_one_of_two_sources_leaves_the_rows_of_the_other(pair: Pair)
     assert pair.target.rows("t") == []
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("mode", ["tolerant", "async"])
 @pytest.mark.parametrize("change", ["filter", "second source", "moved there"])
 def test_a_queued_truncate_is_not_lost_to_a_filter_or_a_second_source(

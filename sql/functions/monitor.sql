@@ -208,7 +208,7 @@ BEGIN
         WHERE st.target_id IN (SELECT l.target_id FROM tbl_repl.target_state AS l
                                WHERE l.target_id = _log_error.target_id
                                  -- that another session is still trying to connect says less than why that is so
-                                 AND NOT (code = '55P03' AND l.last_error ~ '^08' AND l.status <> 'ok') FOR UPDATE SKIP LOCKED);
+                                 AND NOT (code = '55P03' AND l.status <> 'ok' AND coalesce(l.last_error ~ '^08', false)) FOR UPDATE SKIP LOCKED);
     EXCEPTION WHEN serialization_failure THEN
         NULL;
     END;
