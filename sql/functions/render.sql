@@ -172,7 +172,7 @@ BEGIN
     IF cardinality(always) > 0 THEN
         mismatch := format($piece$
     IF rendered IS NOT NULL THEN
-        SELECT concat_ws('; ', string_agg(format('%%s WHERE %%s AND (%%s)', %L,
+        SELECT concat_ws('; ', string_agg(format(%L,
                (SELECT string_agg(format('d.%%I %%s %%L', c, e, v), ' AND ') FROM unnest(%L::name[], %L::text[], key_values) AS x (c, e, v)),
                (SELECT string_agg(format('d.%%I IS DISTINCT FROM %%L', c, v), ' OR ') FROM unnest(%L::name[], fixed_values) AS x (c, v))), '; '), upserts)
         INTO upserts
@@ -277,19 +277,21 @@ COMMENT ON FUNCTION tbl_repl._render_sql(integer) IS
     'text of render_N, which says the state of some keys in SQL for one target';
 
 -- What an identity column that is always generated has there can only be had by inserting the row anew; not where that would
--- take along what refers to it.
+-- take along what refers to it.  For format(), with the conditions of the key and of another value.  Without rows in its
+-- result, as everything that is sent; the cast is about the row, or it would be evaluated where there is none.
 CREATE OR REPLACE FUNCTION tbl_repl._renewal_sql(target tbl_repl.target)
 RETURNS text
 LANGUAGE sql IMMUTABLE
 SET search_path = pg_catalog, pg_temp
 AS $function$
-    SELECT CASE WHEN target.cascades THEN -- about the row, or it would be evaluated where there is none
-                                                format('SELECT pg_catalog.concat(''tbl_repl: a column that is GENERATED ALWAYS has another value, and rows refer to this one'', '
-                                                       'pg_catalog.left(d.ctid::text, 0))::integer FROM %s AS d', tbl_repl._dst_table(target))
-                ELSE format('DELETE FROM %s AS d', tbl_repl._dst_table(target)) END
+    SELECT format('DELETE FROM %s AS d WHERE %%1$s AND ', replace(tbl_repl._dst_table(target), '%', '%%'))
+           || CASE WHEN target.cascades
+                   THEN 'CASE WHEN %1$s AND (%2$s) THEN pg_catalog.concat(''tbl_repl: a column that is GENERATED ALWAYS has another value, and rows refer to this one'', '
+                        'pg_catalog.left(d.ctid::text, 0))::integer = 0 END'
+                   ELSE '(%2$s)' END
 $function$;
 COMMENT ON FUNCTION tbl_repl._renewal_sql(tbl_repl.target) IS
-    'statement that makes room for a row whose identity column has another value, without its condition; it fails where that is not possible';
+    'format of the statement that makes room for a row whose identity column has another value; it fails where that is not possible';
 
 CREATE OR REPLACE FUNCTION tbl_repl._has_own_columns(target tbl_repl.target)
 RETURNS boolean
