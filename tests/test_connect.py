@@ -9,13 +9,7 @@ import pytest
 from psycopg import errors
 
 from support import Pair, wait_until
-
-MODES = ("sync", "tolerant")
-
-
-def replicate(pair: Pair, **options: object) -> int:
-    pair.both("CREATE TABLE t (id integer PRIMARY KEY, v text)")
-    return pair.add_target("t", **options)
+from support.tables import MODES, replicate
 
 
 def healthy(pair: Pair) -> bool:

@@ -9,11 +9,7 @@ from psycopg import errors
 from support import Node, Pair, wait_until
 from support.background import start, within
 from support.programs import WorkerProcess
-
-
-def replicate(pair: Pair, mode: str, name: str = "t", **options: object) -> int:
-    pair.both(f"CREATE TABLE {name} (id integer PRIMARY KEY, v text)")
-    return pair.add_target(name, mode=mode, **options)
+from support.tables import replicate
 
 
 def token(conn: Node | psycopg.Connection) -> str:
@@ -30,7 +26,7 @@ def arrived(pair: Pair, target: int, at: str, timeout: str = "0 s") -> bool:
 
 @pytest.mark.parametrize("mode", ["sync", "tolerant"])
 def test_a_direct_target_has_it_at_once(pair: Pair, mode: str) -> None:
-    target = replicate(pair, mode)
+    target = replicate(pair, mode=mode)
     conn = pair.source.connect()
     for n in range(20):
         conn.execute(f"BEGIN; INSERT INTO t VALUES ({n}, 'x')")
@@ -43,7 +39,7 @@ def test_a_direct_target_has_it_at_once(pair: Pair, mode: str) -> None:
 
 
 def test_an_async_target_has_it_when_somebody_has_shipped_it(pair: Pair) -> None:
-    target = replicate(pair, "async")
+    target = replicate(pair, mode="async")
     pair.source.sql("INSERT INTO t VALUES (1, 'x')")
     at = token(pair.source)
     assert not arrived(pair, target, at)
@@ -63,7 +59,7 @@ def test_an_async_target_has_it_when_somebody_has_shipped_it(pair: Pair) -> None
 
 def test_read_your_writes(pair: Pair) -> None:
     """As the application would: write here, read there, every time."""
-    target = replicate(pair, "async")
+    target = replicate(pair, mode="async")
     writer, reader = pair.source.connect(), pair.target.connect()
     with WorkerProcess(pair.source):
         for n in range(100):
@@ -77,8 +73,8 @@ def test_read_your_writes(pair: Pair) -> None:
 
 
 def test_what_comes_later_is_not_waited_for(pair: Pair) -> None:
-    target = replicate(pair, "async")
-    other = replicate(pair, "async", "o")
+    target = replicate(pair, mode="async")
+    other = replicate(pair, "o", mode="async")
     pair.source.sql("INSERT INTO t VALUES (1, 'x')")
     at = token(pair.source)
     pair.drain()
@@ -90,7 +86,7 @@ def test_what_comes_later_is_not_waited_for(pair: Pair) -> None:
 
 def test_others_are_not_waited_for(pair: Pair) -> None:
     """A transaction that was open when the token was taken, and queued later."""
-    target = replicate(pair, "async")
+    target = replicate(pair, mode="async")
     other = pair.source.connect()
     other.execute("BEGIN; INSERT INTO t VALUES (1, 'open')")
     pair.source.sql("INSERT INTO t VALUES (2, 'x')")
@@ -103,7 +99,7 @@ def test_others_are_not_waited_for(pair: Pair) -> None:
 
 @pytest.mark.parametrize("end", ["COMMIT", "ROLLBACK"])
 def test_a_transaction_that_is_still_open_is_waited_for(pair: Pair, end: str) -> None:
-    target = replicate(pair, "sync")
+    target = replicate(pair, mode="sync")
     conn = pair.source.connect()
     conn.execute("BEGIN; INSERT INTO t VALUES (1, 'x')")
     at = token(conn)
@@ -115,7 +111,7 @@ def test_a_transaction_that_is_still_open_is_waited_for(pair: Pair, end: str) ->
 
 
 def test_a_tolerant_target_that_queues_is_waited_for(pair: Pair) -> None:
-    target = replicate(pair, "tolerant")
+    target = replicate(pair, mode="tolerant")
     pair.call("pause_target", target_id=target)
     pair.source.sql("INSERT INTO t VALUES (1, 'x')")
     at = token(pair.source)
@@ -126,7 +122,7 @@ def test_a_tolerant_target_that_queues_is_waited_for(pair: Pair) -> None:
 
 
 def test_rows_in_quarantine_count_as_handled(pair: Pair) -> None:
-    target = replicate(pair, "async")
+    target = replicate(pair, mode="async")
     pair.target.sql("ALTER TABLE t ADD CHECK (v <> 'bad')")
     pair.source.sql("INSERT INTO t VALUES (1, 'bad')")
     at = token(pair.source)
@@ -136,7 +132,7 @@ def test_rows_in_quarantine_count_as_handled(pair: Pair) -> None:
 
 
 def test_what_a_target_does_not_take_is_not_waited_for(pair: Pair) -> None:
-    target = replicate(pair, "async", operations=["insert"])
+    target = replicate(pair, mode="async", operations=["insert"])
     pair.source.sql("INSERT INTO t VALUES (1, 'x')")
     pair.drain()
     pair.source.sql("UPDATE t SET v = 'y'")
@@ -144,8 +140,8 @@ def test_what_a_target_does_not_take_is_not_waited_for(pair: Pair) -> None:
 
 
 def test_looking_at_a_large_queue_of_others_leaves_the_processor_alone(pair: Pair) -> None:
-    target = replicate(pair, "async")
-    replicate(pair, "async", "o")
+    target = replicate(pair, mode="async")
+    replicate(pair, "o", mode="async")
     pair.source.sql("""
         DO $$ BEGIN
             FOR n IN 1 .. 20000 LOOP INSERT INTO o VALUES (n, 'x'); COMMIT; END LOOP;
@@ -181,7 +177,7 @@ def test_looking_at_a_large_queue_of_others_leaves_the_processor_alone(pair: Pai
     ],
 )
 def test_what_is_no_token_of_this_node_is_refused(pair: Pair, bad: str | None) -> None:
-    target = replicate(pair, "sync")
+    target = replicate(pair, mode="sync")
     if bad is not None:
         bad = bad.replace("{node}", str(pair.source.one("SELECT tbl_repl.node_name()")))
     with pytest.raises(errors.InvalidParameterValue) as caught:
@@ -191,7 +187,7 @@ def test_what_is_no_token_of_this_node_is_refused(pair: Pair, bad: str | None) -
 
 @pytest.mark.parametrize("timeout", [None, "-1 s"])
 def test_a_bad_timeout_is_refused(pair: Pair, timeout: str | None) -> None:
-    target = replicate(pair, "sync")
+    target = replicate(pair, mode="sync")
     with pytest.raises(errors.InvalidParameterValue, match="timeout"):
         pair.source.sql(
             "SELECT tbl_repl.wait_for(%s, %s, %s::interval)", [target, token(pair.source), timeout]
@@ -205,7 +201,7 @@ def test_an_unknown_target_is_refused(pair: Pair) -> None:
 
 
 def test_a_target_that_is_dropped_meanwhile_is_unknown(pair: Pair) -> None:
-    target = replicate(pair, "async")
+    target = replicate(pair, mode="async")
     pair.source.sql("INSERT INTO t VALUES (1, 'x')")
     waiter = start(pair.source.connect(), f"SELECT tbl_repl.wait_for({target}, '{token(pair.source)}')")
     wait_until(
@@ -219,7 +215,7 @@ def test_a_target_that_is_dropped_meanwhile_is_unknown(pair: Pair) -> None:
 
 
 def test_where_waiting_is_vain_it_is_refused(pair: Pair) -> None:
-    target = replicate(pair, "sync")
+    target = replicate(pair, mode="sync")
     conn = pair.source.connect()
     conn.execute("BEGIN; INSERT INTO t VALUES (1, 'x')")
     with pytest.raises(errors.ActiveSqlTransaction, match="not been committed"):
@@ -231,7 +227,7 @@ def test_where_waiting_is_vain_it_is_refused(pair: Pair) -> None:
 
 
 def test_readers_may_wait_and_others_may_not(pair: Pair) -> None:
-    target = replicate(pair, "async")
+    target = replicate(pair, mode="async")
     role = pair.source.role("waiter")
     pair.source.sql(f"GRANT INSERT ON t TO writer; SELECT tbl_repl.grant_access('{role}', 'reader')")
     pair.source.sql(f"GRANT INSERT ON t TO {role}; INSERT INTO t VALUES (1, 'x')")

@@ -98,9 +98,8 @@ BEGIN
         is_binary := tbl_repl._may_copy_binary(target, source);
         columns := tbl_repl._sent_list(target, is_binary);
         matches := tbl_repl._row_match(target, source) || coalesce(' AND (' || target.filter_expr || ')', '');
-        keys := format('SELECT unnest(c.keys) AS tbl_repl_key FROM %s AND c.op = ANY (%L)', pending,
-                       -- a TRUNCATE of the whole table has no keys, one of a partition has
-                       '{I,U,K,D,T,B}');
+        -- a TRUNCATE of the whole table has no keys, one of a partition has
+        keys := format('SELECT unnest(c.keys) AS tbl_repl_key FROM %s', pending);
         -- rows that were only inserted come in the order in which they were, which the target's index likes, and once each
         rows_query := CASE WHEN whole THEN format('SELECT %s FROM %s AS s WHERE %s%s', columns, source.source_table, tbl_repl._sent_as_known(target, source), ' AND (' || target.filter_expr || ')')
                            ELSE format('SELECT %s FROM (%s) AS u JOIN %s AS s ON %s', columns, keys, source.source_table, matches) END;

@@ -146,9 +146,8 @@ RETURNS text
 LANGUAGE sql IMMUTABLE
 SET search_path = pg_catalog, pg_temp
 AS $function$
-    SELECT CASE WHEN bool_or(p.cascades) AND count(p.upserts) + count(p.deletes) > 1
-                THEN concat('SET CONSTRAINTS ALL DEFERRED; ', tbl_repl._message(parcels, tbl_repl._next_variant(NULL, NULL, true)))
-                ELSE tbl_repl._message(parcels, tbl_repl._next_variant(NULL, NULL, false)) END
+    SELECT concat(CASE WHEN bool_or(p.cascades) AND count(p.upserts) + count(p.deletes) > 1 THEN 'SET CONSTRAINTS ALL DEFERRED; ' END,
+                  tbl_repl._message(parcels, tbl_repl._next_variant(NULL, NULL, bool_or(p.cascades))))
     FROM unnest(parcels) AS p
 $function$;
 COMMENT ON FUNCTION tbl_repl._first_message(tbl_repl.parcel[]) IS 'what a connection is sent unless an error asks for another order';
@@ -221,9 +220,6 @@ EXCEPTION WHEN query_canceled OR assert_failure OR OTHERS THEN
         -- a cancel right behind the sending: whoever waits for the answer finds out
         lane.state := 'sent';
         RETURN lane;
-    ELSIF SQLSTATE = '57014' AND clock_timestamp() > lane.deadline THEN
-        -- by the worker, or by who waits for us (see _open)
-        RETURN tbl_repl._lane_failed(lane, '08001', 'the target does not answer', 'Connecting to it took longer than timeout, and was cancelled.', NULL);
     END IF;
     GET STACKED DIAGNOSTICS error_text = MESSAGE_TEXT, error_detail = PG_EXCEPTION_DETAIL, error_hint = PG_EXCEPTION_HINT;
     RETURN tbl_repl._lane_failed(lane, SQLSTATE, error_text, error_detail, error_hint);

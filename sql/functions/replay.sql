@@ -235,7 +235,6 @@ DECLARE
     paged     integer[];
     small     record;
     sent      boolean;
-    started   timestamptz := clock_timestamp();
     error_text   text;
     error_detail text;
     error_hint   text;
@@ -256,17 +255,9 @@ BEGIN
             END IF;
             -- twice the timeout: an older session of ours may have to be outlived first
             PERFORM tbl_repl._connect(lane.target_id, lane.conn, clock_timestamp() + lane.timeout * 2);
-        EXCEPTION WHEN query_canceled OR assert_failure OR OTHERS THEN
-            -- who waits for us to connect cancels us when we hang (see _open)
-            IF SQLSTATE = '57014' AND clock_timestamp() < started + lane.timeout THEN
-                RAISE;
-            END IF;
+        EXCEPTION WHEN assert_failure OR OTHERS THEN
             GET STACKED DIAGNOSTICS error_text = MESSAGE_TEXT, error_detail = PG_EXCEPTION_DETAIL, error_hint = PG_EXCEPTION_HINT;
-            IF SQLSTATE = '57014' THEN
-                PERFORM tbl_repl._lane_is_down(lane.server, targets, '08001', 'does not answer', NULL, NULL);
-            ELSE
-                PERFORM tbl_repl._lane_is_down(lane.server, targets, SQLSTATE, error_text, error_detail, error_hint);
-            END IF;
+            PERFORM tbl_repl._lane_is_down(lane.server, targets, SQLSTATE, error_text, error_detail, error_hint);
             RETURN 0;
         END;
     END IF;

@@ -302,15 +302,16 @@ LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp
 AS $function$
 DECLARE
-    tables  text;
     names   text[];
+    tables  text;
     deletes text;
 BEGIN
-    SELECT string_agg(d.name, ', '), array_agg(d.name), string_agg(format('DELETE FROM %s', d.name), '; ' ORDER BY d.fk_rank DESC)
-    INTO tables, names, deletes
+    SELECT array_agg(d.name), string_agg(format('DELETE FROM %s', d.name), '; ' ORDER BY d.fk_rank DESC)
+    INTO names, deletes
     FROM (SELECT tbl_repl._dst_table(t) AS name, max(l.fk_rank) AS fk_rank
           FROM unnest(loads) AS l JOIN tbl_repl.target AS t ON t.target_id = l.target_id
           WHERE l.truncate GROUP BY 1) AS d;
+    tables := array_to_string(names, ', ');
     BEGIN
         PERFORM tbl_repl._call(conn, format('SAVEPOINT tbl_repl; TRUNCATE %s', tables), clock_timestamp() + timeout);
     EXCEPTION WHEN feature_not_supported OR insufficient_privilege THEN
