@@ -245,3 +245,4 @@ def test_who_is_not_let_in_is_told_by_which_server_why_and_what_to_do(pair: Pair
         assert said.message_primary == f"could not connect to server {pair.server}"
         assert "password authentication failed" in (said.message_detail or "")
         assert "user mapping" in (said.message_hint or "")
+        assert (f"pause_target({target})" in (said.message_hint or "")) == statement.startswith("INSERT")

@@ -689,9 +689,14 @@ BEGIN
         ERRCODE = lane.code,
         MESSAGE = lane.error,
         DETAIL  = coalesce(lane.detail, format('Sync target on server %I.', (lane.parcels[1]).server)),
-        HINT    = coalesce(lane.hint, CASE WHEN lane.code IN ('55P03', '57014')
+        HINT    = concat_ws(' ', coalesce(lane.hint, CASE WHEN lane.code IN ('55P03', '57014')
                                THEN 'Somebody holds the row on the target, perhaps a writer there who waits for this one. The local transaction is rolled back: try it again.'
-                               ELSE 'The local transaction is rolled back: what a sync target, or an initial copy, cannot take is not committed here.' END);
+                               ELSE 'The local transaction is rolled back: what a sync target, or an initial copy, cannot take is not committed here.' END),
+                            -- not of one that this transaction has added
+                            (SELECT format('To let changes queue meanwhile: %s', string_agg(format('SELECT tbl_repl.pause_target(%s);', p.target_id), ' '))
+                             FROM unnest(lane.parcels) AS p
+                             WHERE lane.code ~ '^08' AND p.sync AND NOT EXISTS (SELECT FROM tbl_repl.stash AS s WHERE s.target_id = p.target_id AND s.op = 'C')
+                             HAVING count(*) > 0));
 END
 $function$;
 COMMENT ON FUNCTION tbl_repl._raise_lane(tbl_repl.lane) IS 'fails the transaction with what a sync target said';
