@@ -48,6 +48,17 @@ def test_single_rows_go_through_prepared_statements(pair: Pair) -> None:
     assert "statement: PREPARE" not in log
 
 
+def test_a_session_on_the_target_notices_within_a_minute_that_its_writer_is_lost(pair: Pair) -> None:
+    replicate(pair, mode="sync")
+    conn = pair.source.connect()
+    conn.execute("INSERT INTO t VALUES (1, 'x')")
+    [idle, interval, count] = conn.execute(
+        "SELECT v FROM unnest(dblink_get_connections()) c, unnest('{idle,interval,count}'::text[]) WITH ORDINALITY s (name, n),"
+        " dblink(c, format('SHOW tcp_keepalives_%s', name)) AS r (v integer) ORDER BY n"
+    ).fetchall()
+    assert 0 < idle[0] + interval[0] * count[0] <= 60
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("rows", [1, 1500])
 def test_a_killed_idle_connection_is_noticed_and_opened_again(pair: Pair, mode: str, rows: int) -> None:

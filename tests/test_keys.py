@@ -102,6 +102,7 @@ def test_no_usable_key_is_refused(pair: Pair, ddl: str, key_columns: list[str] |
     with pytest.raises(psycopg.errors.InvalidTableDefinition) as error:
         pair.add_target("t", key_columns=key_columns)
     assert error.value.diag.message_hint
+    assert ("WITHOUT OVERLAPS" in str(error.value)) == ("OVERLAPS" in ddl)
     assert "on the target" not in str(error.value)
 
 

@@ -421,7 +421,7 @@ def test_a_change_does_not_come_back_from_where_it_was_carried_to(
 
 
 @pytest.mark.once
-def test_a_row_keeps_its_origin_where_another_one_is_rejected(trio: Pair, nodes: list[Node]) -> None:
+def test_rows_keep_their_origin_when_one_is_rejected_and_in_quarantine(trio: Pair, nodes: list[Node]) -> None:
     trio.both(TABLE.format(version="timestamptz") + "; CREATE TABLE u (id integer PRIMARY KEY)")
     connect_all(trio, nodes, CHAIN)
     for here, there in CHAIN:
@@ -439,3 +439,8 @@ def test_a_row_keeps_its_origin_where_another_one_is_rejected(trio: Pair, nodes:
         node.fresh("CALL tbl_repl.drain()")
     assert nodes[2].rows("u") == ["(10)"]
     assert nodes[2].rows("t") == [], "it was made there"
+    nodes[1].sql("ALTER TABLE t DROP CONSTRAINT t_v_check")
+    for node in nodes[:2]:
+        node.fresh("CALL tbl_repl.drain()")
+    assert nodes[1].one("SELECT count(*) FROM t") == 2
+    assert nodes[2].rows("t") == [], "it was made there, too"

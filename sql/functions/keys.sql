@@ -30,7 +30,9 @@ BEGIN
     IF NOT FOUND THEN
         RAISE EXCEPTION USING
             ERRCODE = 'invalid_table_definition',
-            MESSAGE = CASE WHEN key_columns IS NULL
+            MESSAGE = CASE WHEN key_columns IS NULL AND EXISTS (SELECT FROM pg_index AS i WHERE i.indrelid = source_table AND i.indisprimary)
+                           THEN format('table %s has no primary key but one WITHOUT OVERLAPS', source_table)
+                           WHEN key_columns IS NULL
                            THEN format('table %s has no primary key', source_table)
                            ELSE format('table %s has no unique index on exactly the not-null columns (%s)', source_table,
                                        (SELECT string_agg(quote_ident(c), ', ') FROM unnest(key_columns) AS c)) END,

@@ -312,8 +312,8 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._is_definition_error(text) IS
     'whether an error says that the target''s definition does not fit its table';
 
--- What is in quarantine, as something to ship.  Together, for rows may be in each other's way; but those that take too
--- long one by one, and in turn.
+-- What is in quarantine, as something to ship.  Together, for rows may be in each other's way (but as changes of the node that made
+-- them, see _takes_origin); those that take too long one by one, and in turn.
 CREATE OR REPLACE FUNCTION tbl_repl._quarantine_loads(targets integer[], max_rows integer)
 RETURNS tbl_repl.load[]
 LANGUAGE sql STABLE
@@ -321,10 +321,13 @@ SET search_path = pg_catalog, pg_temp
 AS $function$
     SELECT coalesce(array_agg(ROW(q.target_id, s.fk_rank, format(
                'SELECT array_agg(q.key) AS keys FROM (SELECT key FROM tbl_repl.quarantined WHERE target_id = %s AND (sqlstate = ''57014'') = %L '
-               'ORDER BY last_failed_at LIMIT %s) AS q HAVING count(*) > 0',
-               q.target_id, q.slow, CASE WHEN q.slow THEN 1 ELSE greatest(max_rows, tbl_repl._rows_per_message()) END), true, false, NULL)::tbl_repl.load), '{}')
+               'AND origin IS NOT DISTINCT FROM %L ORDER BY last_failed_at LIMIT %s) AS q HAVING count(*) > 0',
+               q.target_id, q.slow, o.origin, CASE WHEN q.slow THEN 1 ELSE greatest(max_rows, tbl_repl._rows_per_message()) END),
+               true, false, o.origin)::tbl_repl.load), '{}')
     FROM (SELECT DISTINCT ON (x.target_id) x.target_id, x.sqlstate = '57014' AS slow
           FROM tbl_repl.quarantined AS x WHERE x.target_id = ANY (targets) ORDER BY x.target_id, x.last_failed_at) AS q
+    CROSS JOIN LATERAL (SELECT DISTINCT x.origin FROM tbl_repl.quarantined AS x
+                        WHERE x.target_id = q.target_id AND (x.sqlstate = '57014') = q.slow) AS o
     JOIN tbl_repl.target AS t USING (target_id) JOIN tbl_repl.source AS s USING (source_id)
 $function$;
 COMMENT ON FUNCTION tbl_repl._quarantine_loads(integer[], integer) IS 'another try of what targets have rejected';
@@ -347,15 +350,15 @@ BEGIN
     END LOOP;
     -- What has never arrived is not expected there: expected stays as it was before the first failure, unless a person
     -- has said that it does not matter (NULL).
-    INSERT INTO tbl_repl.quarantined AS q (target_id, key, sqlstate, message, expected)
-    SELECT DISTINCT ON (p.target_id, p.key) p.target_id, p.key, p.code, p.message, x.digests
+    INSERT INTO tbl_repl.quarantined AS q (target_id, key, sqlstate, message, origin, expected)
+    SELECT DISTINCT ON (p.target_id, p.key) p.target_id, p.key, p.code, p.message, p.origin, x.digests
     FROM unnest(poison) AS p
     LEFT JOIN (SELECT t.target_id, e.key, e.digests
                FROM tbl_repl.target AS t
                CROSS JOIN LATERAL tbl_repl._expected(t.target_id, ARRAY(SELECT u.key FROM unnest(poison) AS u WHERE u.target_id = t.target_id)) AS e
                WHERE t.on_conflict IN ('keep', 'error') AND t.target_id IN (SELECT u.target_id FROM unnest(poison) AS u)) AS x USING (target_id, key)
     ON CONFLICT (target_id, key) DO UPDATE
-    SET attempts = q.attempts + 1, sqlstate = excluded.sqlstate, message = excluded.message, last_failed_at = clock_timestamp(),
+    SET attempts = q.attempts + 1, sqlstate = excluded.sqlstate, message = excluded.message, origin = excluded.origin, last_failed_at = clock_timestamp(),
         expected = CASE WHEN excluded.expected IS NOT NULL THEN q.expected END;
     PERFORM tbl_repl._log_error(p.target_id, p.key, p.code, p.message, NULL,
                                 'The row is in quarantine; it is tried again when it changes, or by replay.', NULL)

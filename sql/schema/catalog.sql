@@ -249,13 +249,14 @@ CREATE UNLOGGED TABLE tbl_repl.flush (
 ) WITH (fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 5000);
 COMMENT ON TABLE tbl_repl.flush IS 'transactions in flight that ship at commit';
 
--- expected: what the target should still have of the row, see _expected.
+-- origin: the node that made the change, NULL for this one; expected: what the target should still have of the row, see _expected.
 CREATE TABLE tbl_repl.quarantined (
     target_id       integer NOT NULL REFERENCES tbl_repl.target ON DELETE CASCADE,
     key             text NOT NULL,
     attempts        integer NOT NULL DEFAULT 1,
     sqlstate        text NOT NULL,
     message         text NOT NULL,
+    origin          text,
     first_failed_at timestamptz NOT NULL DEFAULT clock_timestamp(),
     last_failed_at  timestamptz NOT NULL DEFAULT clock_timestamp(),
     expected        text[],
