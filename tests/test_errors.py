@@ -335,6 +335,17 @@ def test_what_is_empty_or_null_is_called_so(tables: Pair) -> None:
 
 
 @pytest.mark.once
+@pytest.mark.parametrize("name", ["", " ", "a b", "köln", "x" * 33, None], ids=repr)
+def test_names_that_a_node_cannot_have(tables: Pair, name: str | None) -> None:
+    refused(
+        tables,
+        "22023",
+        lambda: tables.source.sql("SELECT tbl_repl.set_node_name(%s)", [name]),
+        hint="short name",
+    )
+
+
+@pytest.mark.once
 @pytest.mark.parametrize(
     "expression",
     ["n >", "upper(", "", " ", "n > 1 /* open", "'open", "CASE WHEN n > 1 THEN true", "n > 1 END"],

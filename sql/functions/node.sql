@@ -23,12 +23,12 @@ LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp
 AS $function$
 BEGIN
-    IF set_node_name.name IS NULL OR octet_length(set_node_name.name) NOT BETWEEN 1 AND 32
-       OR set_node_name.name ~ '[[:space:][:cntrl:]]' THEN
+    -- others than printable ASCII are not kept in application_name
+    IF set_node_name.name IS NULL OR set_node_name.name !~ '^[!-~]{1,32}$' THEN
         RAISE EXCEPTION USING
             ERRCODE = 'invalid_parameter_value',
             MESSAGE = 'invalid node name',
-            DETAIL  = 'A node name has 1 to 32 bytes and no white space: it is part of application_name on the targets.',
+            DETAIL  = 'A node name has 1 to 32 printable ASCII characters and no white space: it is part of application_name on the targets.',
             HINT    = 'Choose a short name that no other node has.';
     END IF;
     DELETE FROM tbl_repl.node;
@@ -36,7 +36,7 @@ BEGIN
 END
 $function$;
 COMMENT ON FUNCTION tbl_repl.set_node_name(text) IS
-    'names this node; 1 to 32 bytes, unique among the nodes that replicate to each other';
+    'names this node; 1 to 32 printable ASCII characters, unique among the nodes that replicate to each other';
 
 CREATE OR REPLACE FUNCTION tbl_repl._place(OUT system_identifier bigint, OUT database_id oid, OUT timeline text)
 LANGUAGE sql STABLE
