@@ -255,3 +255,19 @@ def test_what_is_counted_side_by_side_is_all_counted(pair: Pair) -> None:
     for thread in threads:
         thread.join()
     assert pair.source.sql("SELECT batches FROM tbl_repl.progress") == [(before + 800,)]
+
+
+@pytest.mark.once
+def test_the_queue_is_emptied_behind_a_large_batch_of_tables_that_refer_to_each_other(pair: Pair) -> None:
+    pair.both("CREATE TABLE p (id text PRIMARY KEY); CREATE TABLE c (id text REFERENCES p ON DELETE CASCADE)")
+    pair.add_target("p", mode="async")
+    pair.source.sql("INSERT INTO p SELECT md5(g::text) FROM generate_series(1, 40000) g")
+    assert (
+        pair.source.one(
+            "SELECT max(pg_table_size(s)) FROM unnest('{tbl_repl.change_0,tbl_repl.change_1}'::regclass[]) s"
+        )
+        > 1048576
+    )
+    pair.source.sql("CALL tbl_repl.drain()")
+    pair.assert_same("p")
+    assert pair.source.one("SELECT count(*) FROM tbl_repl.change") == 0

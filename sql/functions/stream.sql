@@ -262,6 +262,9 @@ BEGIN
         IF NOT FOUND THEN
             RAISE EXCEPTION 'no stream of variant %', variant;
         END IF;
+        IF opened <> variant THEN
+            CLOSE portal;  -- it reads the queue, which could not be emptied behind us
+        END IF;
     END LOOP;
     LOOP
         FETCH portal INTO statement, rows, target_id;
