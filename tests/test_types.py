@@ -337,3 +337,44 @@ def test_types_with_another_name_or_size_on_the_target(pair: Pair) -> None:
     ) == [(1, "ok", 2, True, "x", "1", "a0eebc99-9c0b-4ef8-bb6d-6bb9bd380a11", True)]
     pair.source.sql("DELETE FROM t")
     assert pair.target.rows("t") == []
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("mode", ["sync", "tolerant", "async"])
+@pytest.mark.parametrize("sent", [["id", "at", "z"], ["id", "z"]], ids=["sent", "not sent"])
+def test_what_a_filter_wants_does_not_depend_on_who_asks(pair: Pair, mode: str, sent: list[str]) -> None:
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY, at timestamptz, z integer)")
+    pair.source.sql("SET timezone = 'UTC'")
+    target = pair.add_target("t", mode=mode, columns=sent, row_filter="at::date = '2024-01-01'")
+    kathmandu = pair.source.connect()
+    kathmandu.execute("SET timezone = 'Asia/Kathmandu'")
+
+    def there() -> list[tuple[int, int]]:
+        kathmandu.execute("CALL tbl_repl.drain()")
+        return pair.target.sql("SELECT id, z FROM t ORDER BY id")
+
+    kathmandu.execute(
+        "INSERT INTO t VALUES (1, '2024-01-01 23:30+00', 0), (2, '2023-12-31 23:30+00', 0); BEGIN; UPDATE t SET z = 1; COMMIT"
+    )
+    assert there() == [(1, 1)]
+    kathmandu.execute("INSERT INTO t VALUES (3, '2024-01-01 12:00+00', 3)")
+    pair.target.sql("DELETE FROM t WHERE id = 1")
+    assert kathmandu.execute("SELECT difference FROM tbl_repl.compare_target(%s)", [target]).fetchall() == [
+        ("missing_on_target",)
+    ]
+    kathmandu.execute("SELECT tbl_repl.repair_target(%s, delete_extra => true)", [target])
+    assert there() == [(1, 1), (3, 3)]
+    pair.target.sql("TRUNCATE t")
+    assert kathmandu.execute("SELECT tbl_repl.resync_target(%s)", [target]).fetchone() == (2,)
+    assert there() == [(1, 1), (3, 3)]
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("mode", ["sync", "tolerant", "async"])
+def test_a_filter_that_reads_other_tables_decides_at_commit(pair: Pair, mode: str) -> None:
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY)")
+    pair.source.sql("CREATE TABLE chosen (id integer)")
+    pair.add_target("t", mode=mode, row_filter="EXISTS (SELECT FROM chosen AS c WHERE c.id = s.id)")
+    pair.source.sql("BEGIN; INSERT INTO t VALUES (1), (2); INSERT INTO chosen VALUES (2); COMMIT")
+    pair.drain()
+    assert pair.target.rows("t") == ["(2)"]

@@ -30,7 +30,7 @@ BEGIN
     -- old: what a conflict policy needs of the old row; absent: the same where there was none
     SELECT tbl_repl._old_value_sql(t) AS old, CASE t.on_conflict WHEN 'newest' THEN 'NULL::text' ELSE '''''::text' END AS absent,
            tbl_repl._text_settings('{timestamptz}'::regtype[]::oid[] || ARRAY(SELECT p.type_id FROM tbl_repl._key_parts(source.source_table, source.key_columns) AS p)
-                                   || tbl_repl._sent_types(t, source.source_table)) AS settings
+                                   || tbl_repl._with_filter(tbl_repl._sent_types(t, source.source_table), t)) AS settings
     INTO policy
     FROM tbl_repl.target AS t WHERE t.source_id = source.source_id AND t.on_conflict <> 'overwrite' ORDER BY t.target_id LIMIT 1;
     IF FOUND THEN
@@ -93,13 +93,14 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._native_key_type(tbl_repl.source) IS
     'array type in which the keys of a table can be collected as they are; NULL: as text only';
 
--- A filter runs as its target's owner: only where all targets have the owner of the trigger function.
+-- A filter runs as its target's owner: only where all targets have the owner of the trigger function.  And it decides what is sent
+-- by the state at commit: what it says may not depend on anything but the row, nor on the settings of who writes.
 CREATE OR REPLACE FUNCTION tbl_repl._capture_filter(source tbl_repl.source)
 RETURNS text
 LANGUAGE sql STABLE
 SET search_path = pg_catalog, pg_temp
 AS $function$
-    SELECT CASE WHEN bool_and(t.filter_expr IS NOT NULL) AND bool_and(t.on_conflict = 'overwrite') AND count(DISTINCT t.owner) = 1
+    SELECT CASE WHEN bool_and(t.filter_expr IS NOT NULL AND t.filter_is_immutable) AND bool_and(t.on_conflict = 'overwrite') AND count(DISTINCT t.owner) = 1
                      AND min(t.owner::text) = coalesce((SELECT r.rolname::text FROM pg_proc AS f JOIN pg_roles AS r ON r.oid = f.proowner
                                                         WHERE f.pronamespace = 'tbl_repl'::regnamespace
                                                           AND f.proname = format('capture_%s', source.source_id)), current_user)

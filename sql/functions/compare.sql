@@ -324,7 +324,7 @@ LANGUAGE plpgsql STABLE
 SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp%s%s
 AS %L$sql$,
-        format('digest_%s', t.target_id), E'\n' || nullif(tbl_repl._text_settings(tbl_repl._sent_types(t, s.source_table)
+        format('digest_%s', t.target_id), E'\n' || nullif(tbl_repl._text_settings(tbl_repl._with_filter(tbl_repl._sent_types(t, s.source_table), t)
             || ARRAY(SELECT p.type_id FROM tbl_repl._key_parts(s.source_table, s.key_columns) AS p)), ''),
         tbl_repl._literal_setting(b.body), b.body)
     FROM tbl_repl.target AS t JOIN tbl_repl.source AS s USING (source_id)

@@ -148,6 +148,26 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._resolve(regclass, text, text, text) IS
     'checks an expression over the source row and resolves its names';
 
+-- What PostgreSQL takes into an index it has looked through: no sub-select, and immutable functions only.
+CREATE OR REPLACE FUNCTION tbl_repl._is_immutable(source_table regclass, expression text)
+RETURNS boolean
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp SET client_min_messages = warning
+AS $function$
+DECLARE
+    table_name text := format('tbl_repl.indexing_%s', pg_backend_pid());
+BEGIN
+    EXECUTE format('CREATE TABLE %s (LIKE %s)', table_name, source_table);
+    EXECUTE format('CREATE INDEX ON %s ((%s))', table_name, expression);
+    EXECUTE format('DROP TABLE %s', table_name);
+    RETURN true;
+EXCEPTION WHEN assert_failure OR OTHERS THEN
+    RETURN false;
+END
+$function$;
+COMMENT ON FUNCTION tbl_repl._is_immutable(regclass, text) IS
+    'whether an expression says the same of a row whoever evaluates it, and whenever';
+
 -- What follows an expression in a query is not the user's, and what is wrong with the expression may be told of that:
 -- here nothing follows.
 CREATE OR REPLACE FUNCTION tbl_repl._syntax_error(source_table regclass, expression text)
@@ -293,8 +313,10 @@ BEGIN
         types := array_append(types, expr.type_id);
     END LOOP;
     target.filter_expr := NULL;
+    target.filter_is_immutable := true;
     IF target.row_filter IS NOT NULL THEN
         target.filter_expr := (tbl_repl._resolve(source.source_table, target.row_filter, target.filter_path, 'row_filter')).resolved;
+        target.filter_is_immutable := tbl_repl._is_immutable(source.source_table, target.filter_expr);
     END IF;
 
     target.dst_keys := '{}';

@@ -380,6 +380,7 @@ AS $function$
             WHEN t = 'bytea'::regtype THEN 'b'
             WHEN t = 'money'::regtype THEN 'm'
             WHEN EXISTS (SELECT FROM pg_type AS y WHERE y.oid = t AND y.typtype = 'e') THEN ''
+            WHEN t = 0 THEN 'fdzibmat'
             ELSE 'fdzibma' END AS letters
         FROM unnest(types) AS t
     ), letters AS (SELECT string_agg(letters, '') AS l FROM need)
@@ -390,7 +391,9 @@ AS $function$
         CASE WHEN l ~ 'f' THEN 'SET extra_float_digits = 1' END,
         CASE WHEN l ~ 'b' THEN 'SET bytea_output = ''hex''' END,
         CASE WHEN l ~ 'm' THEN 'SET lc_monetary = ''C''' END,
-        CASE WHEN l ~ 'a' THEN 'SET array_nulls = on' END)
+        CASE WHEN l ~ 'a' THEN 'SET array_nulls = on' END,
+        CASE WHEN l ~ 't' THEN format('SET default_text_search_config = %L',
+                                      (SELECT g.reset_val FROM pg_settings AS g WHERE g.name = 'default_text_search_config')) END)
     FROM letters
 $function$;
 COMMENT ON FUNCTION tbl_repl._text_settings(oid[]) IS
@@ -409,6 +412,16 @@ AS $function$
                                AND e.expression = format('s.%I', a.attname)
 $function$;
 COMMENT ON FUNCTION tbl_repl._sent_types(tbl_repl.target, regclass) IS 'types of the expressions that are sent, 0 for any';
+
+-- Who writes, ships or compares must not decide by his settings which rows a filter wants.
+CREATE OR REPLACE FUNCTION tbl_repl._with_filter(types oid[], target tbl_repl.target)
+RETURNS oid[]
+LANGUAGE sql IMMUTABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT CASE WHEN target.filter_is_immutable THEN types ELSE array_append(types, 0::oid) END
+$function$;
+COMMENT ON FUNCTION tbl_repl._with_filter(oid[], tbl_repl.target) IS 'types whose settings are pinned, and those that the filter of a target may need';
 
 -- What is generated for a target knows the types of the columns: which settings their text needs, and what a key is cast to.
 -- One that has another type since then has to be an error, not another value: these calls fail to resolve (42883) as soon as

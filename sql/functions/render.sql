@@ -269,7 +269,7 @@ SET search_path = pg_catalog, pg_temp%s%s
 SET enable_seqscan = off
 SET plan_cache_mode = force_generic_plan
 AS %L$sql$,
-        format('render_%s', target_id), E'\n' || nullif(tbl_repl._text_settings(types), ''),
+        format('render_%s', target_id), E'\n' || nullif(tbl_repl._text_settings(tbl_repl._with_filter(types, target)), ''),
         tbl_repl._literal_setting(body), body);
 END
 $function$;
@@ -423,7 +423,7 @@ SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp%s%s
 AS %L$sql$,
         format('page_%s', t.target_id),
-        E'\n' || nullif((SELECT tbl_repl._text_settings(array_agg(p.type_id)) FROM tbl_repl._key_parts(s.source_table, s.key_columns) AS p), ''),
+        E'\n' || nullif((SELECT tbl_repl._text_settings(tbl_repl._with_filter(array_agg(p.type_id), t)) FROM tbl_repl._key_parts(s.source_table, s.key_columns) AS p), ''),
         tbl_repl._literal_setting(b.body), b.body)
     FROM tbl_repl.target AS t JOIN tbl_repl.source AS s USING (source_id)
     CROSS JOIN LATERAL (SELECT tbl_repl._with_source_checked(s, format($body$
@@ -511,7 +511,7 @@ SET enable_seqscan = off
 SET plan_cache_mode = force_generic_plan
 AS %4$L$sql$,
         format('row_%s', t.target_id),
-        E'\n' || nullif(tbl_repl._text_settings(tbl_repl._sent_types(t, s.source_table)), ''),
+        E'\n' || nullif(tbl_repl._text_settings(tbl_repl._with_filter(tbl_repl._sent_types(t, s.source_table), t)), ''),
         tbl_repl._literal_setting(b.body), b.body)
     FROM tbl_repl.target AS t JOIN tbl_repl.source AS s USING (source_id)
     CROSS JOIN LATERAL (SELECT tbl_repl._with_source_checked(s, format($body$

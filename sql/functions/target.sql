@@ -398,7 +398,7 @@ BEGIN
         column_map = target.column_map, row_filter = target.row_filter, operations = target.operations,
         on_conflict = target.on_conflict, version_column = target.version_column, forward = target.forward,
         timeout = target.timeout, sent_columns = target.sent_columns, sent_exprs = target.sent_exprs,
-        filter_expr = target.filter_expr, map_path = target.map_path, filter_path = target.filter_path, dst_keys = target.dst_keys, remote = target.remote, generation = target.generation,
+        filter_expr = target.filter_expr, filter_is_immutable = target.filter_is_immutable, map_path = target.map_path, filter_path = target.filter_path, dst_keys = target.dst_keys, remote = target.remote, generation = target.generation,
         receipts = target.receipts, cascades = target.cascades
     WHERE t.target_id = _alter_target.target_id;
     IF target.on_conflict <> 'overwrite' AND tbl_repl._old_value_sql(old) IS DISTINCT FROM tbl_repl._old_value_sql(target) THEN
