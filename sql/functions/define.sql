@@ -341,7 +341,8 @@ COMMENT ON FUNCTION tbl_repl._define_sent(tbl_repl.target, tbl_repl.source) IS
 -- _remote_facts(conn, schema, name, deadline): what the target's catalogs say of the table, as jsonb: columns
 -- [{name, type, base, category, length, notnull, identity, generated, has_default, domain_of, fuzzy, equals, greater}], keys
 -- (unique indexes an upsert may use), unique (column lists of every unique index and exclusion constraint), referenced, cascades
--- (a foreign key with an action refers to it), followed (columns that such a key refers to, and whose changes it acts on),
+-- (a foreign key with an action refers to it), follows (the tables to which one of its own refers), followed (columns that such a
+-- key refers to, and whose changes it acts on),
 -- usable (its schema), writable, policies (row-level security may hide rows from our role, or refuse them), user, oid, kind, version, extension, receipts.
 CREATE OR REPLACE FUNCTION tbl_repl._remote_facts(
     conn       text,
@@ -380,6 +381,9 @@ BEGIN
             'referenced', EXISTS (SELECT FROM pg_constraint AS r WHERE r.confrelid = c.oid AND r.contype = 'f' AND r.conrelid <> c.oid
                                   OR r.confrelid = c.oid AND r.contype = 'f' AND r.confdeltype <> 'a'),
             'cascades', EXISTS (SELECT FROM pg_constraint AS r WHERE r.confrelid = c.oid AND r.contype = 'f' AND r.confdeltype IN ('c', 'n', 'd')),
+            'follows', (SELECT coalesce(jsonb_agg(DISTINCT jsonb_build_object('schema', y.nspname, 'name', x.relname)), '[]') FROM pg_constraint AS r
+                        JOIN pg_class AS x ON x.oid = r.confrelid JOIN pg_namespace AS y ON y.oid = x.relnamespace
+                        WHERE r.conrelid = c.oid AND r.contype = 'f' AND r.confdeltype IN ('c', 'n', 'd')),
             'followed', (SELECT coalesce(jsonb_agg(DISTINCT a.attname), '[]') FROM pg_constraint AS r
                          JOIN pg_attribute AS a ON a.attrelid = c.oid AND a.attnum = ANY (r.confkey)
                          WHERE r.confrelid = c.oid AND r.contype = 'f' AND r.confupdtype IN ('c', 'n', 'd')),

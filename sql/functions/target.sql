@@ -173,6 +173,7 @@ BEGIN
     PERFORM tbl_repl._rebuild_neighbours(target);
     PERFORM tbl_repl._check_truncates(whole);
     PERFORM tbl_repl._prepare_now(target);
+    PERFORM tbl_repl._note_followed(target);
     PERFORM tbl_repl._rank_sources();
     PERFORM tbl_repl._boot();
     IF initial_copy = 'now' THEN
@@ -213,6 +214,19 @@ END
 $function$;
 COMMENT ON FUNCTION tbl_repl._rebuild_neighbours(tbl_repl.target) IS
     'rebuilds the triggers of the other tables that are replicated into the same one';
+
+-- A table that is created later may refer to one that has its target already.
+CREATE OR REPLACE FUNCTION tbl_repl._note_followed(target tbl_repl.target)
+RETURNS void
+LANGUAGE sql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    UPDATE tbl_repl.target AS o SET cascades = true
+    WHERE o.server = target.server AND NOT o.cascades
+      AND target.remote -> 'follows' @> jsonb_build_array(jsonb_build_object('schema', o.dst_schema, 'name', o.dst_name))
+$function$;
+COMMENT ON FUNCTION tbl_repl._note_followed(tbl_repl.target) IS
+    'notes that deletions from tables to which that of the target refers take rows along';
 
 -- Part of the names of prepared statements: never one that was used before, by a transaction that was rolled
 -- back or an extension that was dropped, for some session may still have prepared it.
@@ -416,6 +430,7 @@ BEGIN
     PERFORM tbl_repl._rebuild_neighbours(target);
     PERFORM tbl_repl._check_truncates(whole);
     PERFORM tbl_repl._prepare_now(target);
+    PERFORM tbl_repl._note_followed(target);
     PERFORM tbl_repl._rank_sources();
 END
 $function$;
