@@ -210,3 +210,49 @@ def test_a_referenced_row_is_not_renewed_for_the_value_of_an_identity_column(pai
         pair.drain()
         assert [(key, code) for key, code, _ in quarantined(pair)] == [({"id": 1}, "22P02")]
     pair.assert_same("c")
+
+
+UNIQUE = {
+    "number": "v numeric UNIQUE NOT NULL",
+    "checked": "v integer UNIQUE NOT NULL CHECK (v > 0)",
+    "by expression": "v integer NOT NULL, EXCLUDE USING btree ((v + 1) WITH =)",
+}
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("column", UNIQUE)
+@pytest.mark.parametrize("mode", ["sync", "tolerant", "async"])
+@pytest.mark.parametrize("rows", [1, 1200])
+def test_a_unique_value_that_a_deleted_row_had_goes_to_another_one(
+    pair: Pair, mode: str, column: str, rows: int
+) -> None:
+    pair.both(f"CREATE TABLE p (id integer PRIMARY KEY, {UNIQUE[column]})")
+    pair.both("CREATE TABLE c (id integer PRIMARY KEY, p integer REFERENCES p ON DELETE CASCADE)")
+    targets = [pair.add_target(table, mode=mode, timeout="20 s") for table in ("p", "c")]
+    pair.source.sql(
+        f"INSERT INTO p SELECT g, g FROM generate_series(1, {rows}) g; INSERT INTO c VALUES (1, 1)"
+    )
+    pair.drain()
+    pair.source.sql(
+        f"BEGIN; DELETE FROM p; INSERT INTO p SELECT g + {rows}, g FROM generate_series(1, {rows}) g; COMMIT"
+    )
+    pair.drain()
+    pair.assert_same("p")
+    assert pair.target.rows("c") == []
+    assert [pair.status(target) for target in targets] == ["ok", "ok"]
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("mode", ["sync", "tolerant", "async"])
+def test_a_value_that_a_deleted_row_referred_to_changes(pair: Pair, mode: str) -> None:
+    pair.both("CREATE TABLE p (id integer PRIMARY KEY, code text UNIQUE)")
+    pair.both("CREATE TABLE c (id integer PRIMARY KEY, p integer REFERENCES p ON DELETE CASCADE)")
+    pair.both("CREATE TABLE d (id integer PRIMARY KEY, code text REFERENCES p (code))")
+    for table in "pcd":
+        pair.add_target(table, mode=mode)
+    pair.source.sql("INSERT INTO p VALUES (1, 'a'); INSERT INTO d VALUES (1, 'a')")
+    pair.drain()
+    pair.source.sql("BEGIN; DELETE FROM d; UPDATE p SET code = 'z'; COMMIT")
+    pair.drain()
+    pair.assert_same("p")
+    assert pair.target.rows("d") == []

@@ -341,8 +341,8 @@ COMMENT ON FUNCTION tbl_repl._define_sent(tbl_repl.target, tbl_repl.source) IS
 -- _remote_facts(conn, schema, name, deadline): what the target's catalogs say of the table, as jsonb: columns
 -- [{name, type, base, category, length, notnull, identity, generated, has_default, domain_of, fuzzy, equals, greater}], keys
 -- (unique indexes an upsert may use), unique (column lists of every unique index and exclusion constraint), referenced, cascades
--- (a foreign key with an action refers to it), follows (the tables to which one of its own refers), followed (columns that such a
--- key refers to, and whose changes it acts on),
+-- (a foreign key with an action refers to it), follows (the tables to which one of its own refers), unreferred (condition
+-- that no row refers to a row d), followed (columns that such a key refers to, and whose changes it acts on),
 -- usable (its schema), writable, policies (row-level security may hide rows from our role, or refuse them), user, oid, kind, version, extension, receipts.
 CREATE OR REPLACE FUNCTION tbl_repl._remote_facts(
     conn       text,
@@ -381,9 +381,26 @@ BEGIN
             'referenced', EXISTS (SELECT FROM pg_constraint AS r WHERE r.confrelid = c.oid AND r.contype = 'f' AND r.conrelid <> c.oid
                                   OR r.confrelid = c.oid AND r.contype = 'f' AND r.confdeltype <> 'a'),
             'cascades', EXISTS (SELECT FROM pg_constraint AS r WHERE r.confrelid = c.oid AND r.contype = 'f' AND r.confdeltype IN ('c', 'n', 'd')),
-            'follows', (SELECT coalesce(jsonb_agg(DISTINCT jsonb_build_object('schema', y.nspname, 'name', x.relname)), '[]') FROM pg_constraint AS r
-                        JOIN pg_class AS x ON x.oid = r.confrelid JOIN pg_namespace AS y ON y.oid = x.relnamespace
+            'follows', (SELECT coalesce(jsonb_agg(jsonb_build_object('schema', y.nspname, 'name', x.relname, 'action', r.confdeltype, 'match', k.match)), '[]')
+                        FROM pg_constraint AS r JOIN pg_class AS x ON x.oid = r.confrelid JOIN pg_namespace AS y ON y.oid = x.relnamespace
+                        CROSS JOIN LATERAL (
+                            SELECT string_agg(format('r.%%I = d.%%I', h.attname, p.attname), ' AND ' ORDER BY n) AS match
+                            FROM unnest(r.conkey, r.confkey) WITH ORDINALITY AS u (here, there, n)
+                            JOIN pg_attribute AS h ON h.attrelid = r.conrelid AND h.attnum = u.here
+                            JOIN pg_attribute AS p ON p.attrelid = r.confrelid AND p.attnum = u.there) AS k
                         WHERE r.conrelid = c.oid AND r.contype = 'f' AND r.confdeltype IN ('c', 'n', 'd')),
+            'unreferred', (SELECT coalesce(string_agg(format(' AND NOT EXISTS (SELECT FROM %%s AS r WHERE %%s%%s)', r.conrelid::regclass, k.match,
+                                                    CASE WHEN r.conrelid = c.oid THEN ' AND (r.tableoid, r.ctid) <> (d.tableoid, d.ctid)' END), ''), '')
+                                  -- those that came later are not known here
+                                  || format(' AND %%s = (SELECT pg_catalog.count(*) FROM pg_catalog.pg_constraint AS f WHERE f.contype = ''f'' '
+                                            'AND f.conparentid = 0 AND f.confrelid = %%L::pg_catalog.regclass)', count(*), c.oid::regclass)
+                           FROM pg_constraint AS r
+                           CROSS JOIN LATERAL (
+                               SELECT string_agg(format('r.%%I = d.%%I', h.attname, p.attname), ' AND ' ORDER BY n) AS match
+                               FROM unnest(r.conkey, r.confkey) WITH ORDINALITY AS u (here, there, n)
+                               JOIN pg_attribute AS h ON h.attrelid = r.conrelid AND h.attnum = u.here
+                               JOIN pg_attribute AS p ON p.attrelid = r.confrelid AND p.attnum = u.there) AS k
+                           WHERE r.confrelid = c.oid AND r.contype = 'f' AND r.conparentid = 0),
             'followed', (SELECT coalesce(jsonb_agg(DISTINCT a.attname), '[]') FROM pg_constraint AS r
                          JOIN pg_attribute AS a ON a.attrelid = c.oid AND a.attnum = ANY (r.confkey)
                          WHERE r.confrelid = c.oid AND r.contype = 'f' AND r.confupdtype IN ('c', 'n', 'd')),

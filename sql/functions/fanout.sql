@@ -316,10 +316,14 @@ BEGIN
                     rendered := tbl_repl._render_transaction(parcel.target_id, own, mine, 'plain');
                     parcel.deletes := nullif(rendered.deletes, '');
                     parcel.upserts := nullif(rendered.upserts, '');
+                    parcel.asides := NULL;
                     IF variant LIKE 'clear%' THEN
                         rendered := tbl_repl._render_transaction(parcel.target_id, own, mine, 'aside');
                         parcel.asides := nullif(rendered.deletes, '');
                         parcel.upserts := nullif(rendered.upserts, '');
+                    ELSIF variant LIKE 'free%' THEN
+                        rendered := tbl_repl._render_transaction(parcel.target_id, own, mine, 'free');
+                        parcel.asides := nullif(rendered.deletes, '');
                     END IF;
                     ordered := array_append(ordered, parcel);
                 END LOOP;

@@ -141,7 +141,8 @@ COMMENT ON FUNCTION tbl_repl._aside_assignments(tbl_repl.target) IS
 --           version that its snapshot still shows was deleted by somebody else.
 --   absent: whether a key without a row means a deletion (not for targets without the operation delete).
 --   form:   'prepared' (one row: EXECUTE), 'plain' (what a user may read), 'aside' (values that wander
---           between rows are given up: deletes says how, before anything else is done); for comparing: 'values' (upserts: the rows alone, deletes: the
+--           between rows are given up: deletes says how, before anything else is done), 'free' (deletes leaves alone what rows
+--           refer to, which may have another parent soon); for comparing: 'values' (upserts: the rows alone, deletes: the
 --           keys without a row, as JSON) or 'keys' (as 'values', without values).
 --   rows:   number of keys rendered; deletes and upserts are NULL where there is nothing to say.
 -- STABLE: every table of a batch is read in the snapshot of the statement that calls.
@@ -214,6 +215,9 @@ BEGIN
                         THEN %4$s
                         ELSE %5$L || %6$s || ' WHERE ' || %7$s END;
     END IF;
+    IF tbl_repl_form = 'free' THEN
+        deletes := deletes || %15$L;
+    END IF;
     IF present = 1 AND tbl_repl_form = 'prepared' THEN
         upserts := format(%8$L, substr(rendered, 2));
     ELSIF present > 0 THEN
@@ -252,7 +256,8 @@ $body$,
                                     'AND (f.conrelid <> f.confrelid OR f.confdeltype <> ''a''))', tbl_repl._dst_table(target))) END,
             mismatch,
             CASE WHEN NOT tbl_repl._has_exact_key(source.source_table, source.key_columns) THEN 'DISTINCT ' END,
-            tbl_repl._render_values_sql(target, source));
+            tbl_repl._render_values_sql(target, source),
+            target.remote ->> 'unreferred');
     body := tbl_repl._with_source_checked(source, body);
     RETURN format($sql$CREATE OR REPLACE FUNCTION tbl_repl.%I(
     tbl_repl_keys   text[],
@@ -324,7 +329,7 @@ AS $function$
         %10$s
         WHERE tbl_repl_absent OR v.row_values IS NOT NULL
     ) AS i;
-    deletes := CASE WHEN deletes IS NOT NULL AND tbl_repl_form <> 'aside' THEN format(%11$L, deletes, '') END;
+    deletes := CASE WHEN deletes IS NOT NULL AND tbl_repl_form NOT IN ('aside', 'free') THEN format(%11$L, deletes, '') END;
     upserts := CASE WHEN upserts IS NOT NULL THEN format(%11$L, upserts, CASE WHEN tbl_repl_form = 'aside' THEN ', true' END) END;
     RETURN;$piece$,
         CASE WHEN cardinality(source.key_columns) = 1 THEN 'json_build_array(u.tbl_repl_key)' ELSE 'u.tbl_repl_key::json' END,

@@ -166,7 +166,7 @@ RETURNS text
 LANGUAGE sql IMMUTABLE
 SET search_path = pg_catalog, pg_temp
 AS $function$
-    SELECT CASE WHEN variant IN ('upserts first', 'clear, upserts first')
+    SELECT CASE WHEN variant LIKE '%upserts first'
                 THEN concat_ws('; ', string_agg(p.asides, '; ' ORDER BY p.fk_rank DESC, p.target_id),
                                      string_agg(p.upserts, '; ' ORDER BY p.fk_rank, p.target_id),
                                      string_agg(p.deletes, '; ' ORDER BY p.fk_rank DESC, p.target_id))

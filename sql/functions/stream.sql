@@ -131,28 +131,9 @@ COMMENT ON FUNCTION tbl_repl._loads_by_origin(tbl_repl.target, "char"[], text) I
 -- The orders in which the statements of a remote transaction may be sent.  Rows always from those that are referred to,
 -- deletions from those that refer to others.
 CREATE OR REPLACE FUNCTION tbl_repl._variants() RETURNS text[]
-LANGUAGE sql IMMUTABLE PARALLEL SAFE RETURN ARRAY['deletes first', 'upserts first', 'clear, deletes first', 'clear, upserts first'];
+LANGUAGE sql IMMUTABLE PARALLEL SAFE RETURN ARRAY['deletes first', 'upserts first', 'clear, deletes first', 'clear, upserts first', 'free, upserts first'];
 COMMENT ON FUNCTION tbl_repl._variants() IS
-    'orders of statements; clear: before anything else unique values that wander between rows are given up';
-
--- _next_variant(variant, code, cascades): the first one (variant NULL), and what may help after an error; NULL: nothing.
--- Deletions first, for the values that they free; children that move to a new parent want the rows before (23503, and 23001
--- for RESTRICT from PostgreSQL 18 on), unique values that wander between rows want to be given up (23505, 23P01).
--- cascades: never deletions first.  Rows that moved away from one that goes would be gone or changed by then; they are written
--- again, but not what refers to them, which nobody has touched on the source.
-CREATE OR REPLACE FUNCTION tbl_repl._next_variant(variant text, code text, cascades boolean)
-RETURNS text
-LANGUAGE sql IMMUTABLE
-SET search_path = pg_catalog, pg_temp
-AS $function$
-    SELECT CASE WHEN variant IS NULL THEN CASE WHEN cascades THEN 'upserts first' ELSE 'deletes first' END
-                WHEN code IN ('23503', '23001')
-                THEN CASE variant WHEN 'deletes first' THEN 'upserts first' WHEN 'clear, deletes first' THEN 'clear, upserts first' END
-                WHEN code IN ('23505', '23P01')
-                THEN CASE variant WHEN 'deletes first' THEN 'clear, deletes first' WHEN 'upserts first' THEN 'clear, upserts first' END END
-$function$;
-COMMENT ON FUNCTION tbl_repl._next_variant(text, text, boolean) IS
-    'in which order to send the statements of a remote transaction, after an error in another one';
+    'orders of statements; before anything else, clear: unique values that wander between rows are given up, free: what no row refers to is deleted';
 
 -- Errors that another order of statements, or the rest of a batch, may cure.
 CREATE OR REPLACE FUNCTION tbl_repl._is_about_other_rows(code text)
@@ -160,6 +141,29 @@ RETURNS boolean
 LANGUAGE sql IMMUTABLE
 RETURN code IN ('23503', '23001', '23505', '23P01');
 COMMENT ON FUNCTION tbl_repl._is_about_other_rows(text) IS 'whether an error is about a row beside others';
+
+-- _next_variant(variant, code, cascades): the first one (variant NULL), and what may help after an error; NULL: nothing.
+-- Deletions first, for the values that they free; children that move to a new parent want the rows before (23503, and 23001
+-- for RESTRICT from PostgreSQL 18 on), unique values that wander between rows want to be given up (23505, 23P01).
+-- cascades: never deletions first.  Rows that moved away from one that goes would be gone or changed by then; they are written
+-- again, but not what refers to them, which nobody has touched on the source.  What no row refers to may go before, for its values.
+CREATE OR REPLACE FUNCTION tbl_repl._next_variant(variant text, code text, cascades boolean)
+RETURNS text
+LANGUAGE sql IMMUTABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT CASE WHEN variant IS NULL THEN CASE WHEN cascades THEN 'upserts first' ELSE 'deletes first' END
+                -- 23514: a check does not take the value that was put in the place of a unique one
+                WHEN cascades AND (variant = 'upserts first' AND code IN ('23503', '23001')
+                                   OR variant = 'clear, upserts first' AND (tbl_repl._is_about_other_rows(code) OR code = '23514'))
+                THEN 'free, upserts first'
+                WHEN code IN ('23503', '23001')
+                THEN CASE variant WHEN 'deletes first' THEN 'upserts first' WHEN 'clear, deletes first' THEN 'clear, upserts first' END
+                WHEN code IN ('23505', '23P01')
+                THEN CASE variant WHEN 'deletes first' THEN 'clear, deletes first' WHEN 'upserts first' THEN 'clear, upserts first' END END
+$function$;
+COMMENT ON FUNCTION tbl_repl._next_variant(text, text, boolean) IS
+    'in which order to send the statements of a remote transaction, after an error in another one';
 
 CREATE OR REPLACE FUNCTION tbl_repl._cascades(targets integer[])
 RETURNS boolean
@@ -196,7 +200,8 @@ AS $function$
             JOIN (VALUES ('deletes first', 1, 'deletes', 'plain'), ('deletes first', 2, 'upserts', 'plain'),
                          ('upserts first', 1, 'upserts', 'plain'), ('upserts first', 2, 'deletes', 'plain'),
                          ('clear, deletes first', 1, 'deletes', 'aside'), ('clear, deletes first', 2, 'deletes', 'plain'), ('clear, deletes first', 3, 'upserts', 'aside'),
-                         ('clear, upserts first', 1, 'deletes', 'aside'), ('clear, upserts first', 2, 'upserts', 'aside'), ('clear, upserts first', 3, 'deletes', 'plain')
+                         ('clear, upserts first', 1, 'deletes', 'aside'), ('clear, upserts first', 2, 'upserts', 'aside'), ('clear, upserts first', 3, 'deletes', 'plain'),
+                         ('free, upserts first', 1, 'deletes', 'free'), ('free, upserts first', 2, 'upserts', 'plain'), ('free, upserts first', 3, 'deletes', 'plain')
                  ) AS step (variant, n, part, form) ON step.variant = _stream_query.variant) END
 $function$;
 COMMENT ON FUNCTION tbl_repl._stream_query(tbl_repl.load[], boolean, text) IS
@@ -361,7 +366,7 @@ BEGIN
             PERFORM tbl_repl._send(conn, 'SET CONSTRAINTS ALL IMMEDIATE');
             PERFORM tbl_repl._receive(conn, clock_timestamp() + timeout, false, true);
             RETURN counts;
-        EXCEPTION WHEN foreign_key_violation OR restrict_violation OR unique_violation OR exclusion_violation THEN
+        EXCEPTION WHEN foreign_key_violation OR restrict_violation OR unique_violation OR exclusion_violation OR check_violation THEN
             code := SQLSTATE;
             IF first_code IS NULL THEN
                 GET STACKED DIAGNOSTICS first_code = RETURNED_SQLSTATE, first_text = MESSAGE_TEXT,
