@@ -29,7 +29,7 @@ def plant(
     pair.both(TREE.format(column=column and f", {column}", action=action, below=below))
     targets = [pair.add_target(table, mode=mode, timeout="20 s") for table in TABLES]
     pair.source.sql(
-        f"BEGIN; INSERT INTO p SELECT g FROM generate_series(1, {rows}) g; "
+        f"BEGIN; INSERT INTO p SELECT g{', g' if column else ''} FROM generate_series(1, {rows}) g; "
         f"INSERT INTO c SELECT g, g FROM generate_series(1, {rows}) g; "
         f"INSERT INTO g SELECT g, g FROM generate_series(1, {rows}) g; COMMIT"
     )
@@ -256,3 +256,43 @@ def test_a_value_that_a_deleted_row_referred_to_changes(pair: Pair, mode: str) -
     pair.drain()
     pair.assert_same("p")
     assert pair.target.rows("d") == []
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("mode", ["tolerant", "async"])
+@pytest.mark.parametrize("column", UNIQUE)
+def test_grandchildren_stay_where_a_parent_cannot_give_way(pair: Pair, mode: str, column: str) -> None:
+    """Its successor wants its unique value: that is for a person to solve, by deleting and inserting on the source."""
+    plant(pair, mode, 3, UNIQUE[column])
+    pair.source.sql("UPDATE p SET id = id + 100")
+    pair.drain()
+    assert pair.target.rows("g") == ["(1,1)", "(2,2)", "(3,3)"]
+    assert quarantined(pair)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("mode", ["tolerant", "async"])
+@pytest.mark.parametrize("rows", [3, 1200])
+@pytest.mark.parametrize("child", ["paused", "rejected", "over another connection"])
+def test_a_parent_waits_for_children_that_are_still_to_leave_it(
+    pair: Pair, mode: str, rows: int, child: str
+) -> None:
+    _, c, _ = plant(pair, mode, rows)
+    if child == "paused":
+        pair.call("pause_target", target_id=c)
+    elif child == "rejected":
+        pair.target.sql("ALTER TABLE c ADD CONSTRAINT held CHECK (p <> 100002) NOT VALID")
+    else:
+        pair.call("alter_target", target_id=c, timeout="19 s")
+        pair.call("pause_target", target_id=c)
+    pair.source.sql(CHANGES["keys"])
+    pair.drain()
+    assert len(pair.target.rows("g")) == rows
+    if child == "rejected":
+        pair.target.sql("ALTER TABLE c DROP CONSTRAINT held")
+    else:
+        pair.call("resume_target", target_id=c)
+    pair.drain()
+    pair.drain()
+    same(pair)
+    assert quarantined(pair) == []

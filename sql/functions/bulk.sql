@@ -26,6 +26,7 @@ AS $function$
        AND bool_and(t.forward = 'local')
        AND bool_and(NOT EXISTS (SELECT FROM tbl_repl.quarantined AS q WHERE q.target_id = t.target_id))
        AND bool_and(cardinality(tbl_repl._always_columns(t)) = 0)
+       AND NOT tbl_repl._is_torn(array_agg(t.target_id))
 $function$;
 COMMENT ON FUNCTION tbl_repl._bulk_lanes(name, bigint) IS
     'targets of a server with a backlog worth a COPY';

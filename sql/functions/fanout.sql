@@ -428,7 +428,8 @@ BEGIN
             -- the bad one may have used up the time
             part.deadline := greatest(lane.deadline, clock_timestamp() + (SELECT least(min(p.timeout) / 4, interval '1 second') FROM unnest(part.parcels) AS p));
         END IF;
-        IF item.sync OR NOT two_phase THEN
+        IF item.sync OR NOT (two_phase OR EXISTS (SELECT FROM tbl_repl._taken_along((item.parcels[1]).target_id) AS a
+                                                  JOIN unnest(lane.parcels) AS p ON p.target_id = a.target_id)) THEN
             part := tbl_repl._lane_finish(tbl_repl._lane_send(part, two_phase), own, mine, two_phase);
             IF item.sync AND part.state = 'failed' AND part.code ~ '^08' THEN
                 -- waits for the same, but for a shorter time

@@ -183,6 +183,9 @@ SET search_path = pg_catalog, pg_temp
 AS $function$
 DECLARE
     cascades boolean := tbl_repl._cascades(ARRAY[target_id]);
+    guard    text := (SELECT string_agg(format(' AND NOT EXISTS (SELECT FROM %s AS r WHERE %s)', a.dst_table, a.match), '')
+                      FROM tbl_repl._taken_along(target_id) AS a);
+    head     text := (SELECT format('DELETE FROM %s AS d', tbl_repl._dst_table(t)) FROM tbl_repl.target AS t WHERE t.target_id = _apply_keys.target_id);
     form     text;
     rendered record;
     asides   text;
@@ -209,10 +212,18 @@ BEGIN
             PERFORM tbl_repl._call(conn, 'SAVEPOINT tbl_repl', clock_timestamp() + timeout);
             sent := true;
             PERFORM tbl_repl._send(conn, concat_ws('; ', 'SET CONSTRAINTS ALL DEFERRED', asides,
-                                                   CASE WHEN NOT cascades THEN deletes END, rendered.upserts, CASE WHEN cascades THEN deletes END,
-                                                   'SET CONSTRAINTS ALL IMMEDIATE; RELEASE tbl_repl'));
+                                                   CASE WHEN NOT cascades THEN deletes END, rendered.upserts, CASE WHEN cascades THEN deletes || coalesce(guard, '') END,
+                                                   'SET CONSTRAINTS ALL IMMEDIATE'));
             -- each of the three that may take long is bounded there
             PERFORM tbl_repl._receive(conn, clock_timestamp() + timeout * 3, false, true);
+            IF guard IS NOT NULL AND deletes IS NOT NULL
+               AND tbl_repl._call(conn, format('SELECT pg_catalog.count(*) FROM %s%s', substr(head, length('DELETE FROM ') + 1),
+                                               regexp_replace(substr(deletes, length(head) + 1), '^ USING', ',')), clock_timestamp() + timeout) <> '0' THEN
+                RAISE EXCEPTION USING
+                    ERRCODE = 'foreign_key_violation',
+                    MESSAGE = 'rows on the target refer to it, whose new state has not arrived there';
+            END IF;
+            PERFORM tbl_repl._call(conn, 'RELEASE tbl_repl', clock_timestamp() + timeout);
             RETURN '{}';
         EXCEPTION WHEN query_canceled OR assert_failure OR OTHERS THEN
             GET STACKED DIAGNOSTICS context = PG_EXCEPTION_CONTEXT;

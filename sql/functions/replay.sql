@@ -339,6 +339,7 @@ BEGIN
     SELECT '{}'::integer[] AS broken INTO failure;
     IF cardinality(loads) > 0 THEN
         failure := tbl_repl._apply(lane.target_id, lane.conn, lane.timeout, loads,
+                                   tbl_repl._is_torn(ARRAY(SELECT l.target_id FROM unnest(loads) AS l), batch.cut IS NOT NULL OR cardinality(paged) > 0),
                                    -- pages were read later
                                    CASE WHEN loads = batch.loads THEN batch.variants END);
         IF failure.code IS NOT NULL THEN
@@ -532,7 +533,7 @@ BEGIN
         shipped := array_append(shipped, item.target_id);
         counts := array_append(counts, cardinality(keys)::bigint);
     END LOOP;
-    IF shipped <> '{}' THEN
+    IF shipped <> '{}' AND NOT (cascades AND array_remove(deletes, NULL) <> '{}' AND tbl_repl._is_torn(targets)) THEN
         message := array_to_string(array_remove(CASE WHEN cascades THEN upserts || deletes ELSE deletes || upserts END, NULL), '; ');
     END IF;
 END
@@ -713,8 +714,8 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._back_to_ok(integer) IS
     'sets a drained target back to ok; the caller holds ship exclusively';
 
--- _apply(target_id, conn, timeout, loads, variants): one remote transaction, in which rows that the target
--- rejects are found by halving and put into quarantine.
+-- _apply(target_id, conn, timeout, loads, torn, variants): one remote transaction, in which rows that the target
+-- rejects are found by halving and put into quarantine.  torn: so are deletions that would take along what waits elsewhere.
 --   code, message, detail, hint: why nothing could be shipped at all, and trying again may help
 --   shipped, by_target: number of keys that are now right there; broken: targets that need a person
 CREATE OR REPLACE FUNCTION tbl_repl._apply(
@@ -722,6 +723,7 @@ CREATE OR REPLACE FUNCTION tbl_repl._apply(
     conn      text,
     timeout   interval,
     loads     tbl_repl.load[],
+    torn      boolean,
     variants  refcursor,
     OUT code      text,
     OUT message   text,
@@ -746,13 +748,15 @@ BEGIN
     BEGIN
         PERFORM tbl_repl._connect_alive(_apply.target_id, conn, clock_timestamp() + timeout * 2);
         BEGIN
-            -- twice the timeout: it bounds each statement there, and a message may hold two
-            by_target := tbl_repl._stream_any_way(conn, loads, false, timeout * 2, variants);
-            committing := true;
-            PERFORM tbl_repl._commit(conn, timeout);
-            shipped := (SELECT sum(n::bigint) FROM jsonb_each_text(by_target) AS c (target_id, n));
-            PERFORM tbl_repl._release(loads, '{}');
-            RETURN;
+            IF NOT torn THEN
+                -- twice the timeout: it bounds each statement there, and a message may hold two
+                by_target := tbl_repl._stream_any_way(conn, loads, false, timeout * 2, variants);
+                committing := true;
+                PERFORM tbl_repl._commit(conn, timeout);
+                shipped := (SELECT sum(n::bigint) FROM jsonb_each_text(by_target) AS c (target_id, n));
+                PERFORM tbl_repl._release(loads, '{}');
+                RETURN;
+            END IF;
         EXCEPTION WHEN query_canceled OR assert_failure OR OTHERS THEN
             GET STACKED DIAGNOSTICS context = PG_EXCEPTION_CONTEXT;
             IF tbl_repl._is_transient(SQLSTATE) AND (committing OR NOT (tbl_repl._is_too_slow(SQLSTATE, context, conn)
@@ -783,7 +787,7 @@ BEGIN
     END;
 END
 $function$;
-COMMENT ON FUNCTION tbl_repl._apply(integer, text, interval, tbl_repl.load[], refcursor) IS
+COMMENT ON FUNCTION tbl_repl._apply(integer, text, interval, tbl_repl.load[], boolean, refcursor) IS
     'ships keys in one remote transaction, rejected rows go into quarantine';
 
 CREATE OR REPLACE FUNCTION tbl_repl._target_failed(

@@ -196,16 +196,19 @@ DECLARE
     whole      boolean;
     waking     boolean;
     noting     boolean;
+    removing   boolean;
     changed    integer[];
     copied     integer[];
     item       record;
     parcels    tbl_repl.parcel[] := '{}';
+    removes    boolean := false;
+    torn       integer[] := '{}';
     failed     integer[] := '{}';
     queued     integer[] := '{}';
 BEGIN
-    SELECT sum(s.row_count), bool_or(s.keys IS NULL AND s.op <> 'W'), bool_or(s.op = 'W'), bool_or(s.op = 'N'),
+    SELECT sum(s.row_count), bool_or(s.keys IS NULL AND s.op <> 'W'), bool_or(s.op = 'W'), bool_or(s.op = 'N'), bool_or(s.op IN ('D', 'K', 'T')),
            array_agg(s.source_id) FILTER (WHERE s.op NOT IN ('C', 'W', 'N')), array_agg(s.target_id) FILTER (WHERE s.op = 'C')
-    INTO total, whole, waking, noting, changed, copied
+    INTO total, whole, waking, noting, removing, changed, copied
     FROM tbl_repl.stash AS s WHERE s.txid = own;
     IF total IS NULL THEN
         RETURN;
@@ -223,7 +226,8 @@ BEGIN
 
     FOR item IN
         SELECT t.target_id, t.source_id, t.server, t.mode, t.timeout, s.source_table, s.fk_rank, st.status,
-               coalesce(t.target_id = ANY (copied), false) AS copies, t.owner, t.cascades
+               coalesce(t.target_id = ANY (copied), false) AS copies, t.owner, t.cascades,
+               t.cascades AND t.mode = 'tolerant' AND (removing OR t.filter_expr IS NOT NULL) AS removes
         FROM tbl_repl.target AS t
         JOIN tbl_repl.target_state AS st USING (target_id)
         JOIN tbl_repl.source AS s USING (source_id)
@@ -244,15 +248,24 @@ BEGIN
             parcels := array_append(parcels, ROW(item.target_id, item.source_id, item.server,
                 tbl_repl._connection_name(item.server, item.owner, item.timeout),
                 item.mode = 'sync' OR item.copies, item.timeout, item.fk_rank, item.cascades, NULL, NULL, NULL, 0)::tbl_repl.parcel);
+            removes := removes OR item.removes;
         ELSE
             queued := array_append(queued, item.target_id);
         END IF;
     END LOOP;
+    IF removes THEN
+        torn := tbl_repl._torn_from(parcels, queued);
+        parcels := ARRAY(SELECT p FROM unnest(parcels) AS p WHERE p.target_id <> ALL (torn));
+        PERFORM tbl_repl._log_error(t, NULL, '23503', 'rows of other tables wait for another way to the target',
+                                    'They may refer to rows that are deleted, and would go along.', 'Replay ships these after those.', NULL)
+        FROM unnest(torn) AS t;
+    END IF;
 
     IF cardinality(parcels) > 0 THEN
         failed := CASE WHEN whole OR total > tbl_repl._rows_per_message() THEN tbl_repl._ship_large(parcels, own, repeatable)
                        ELSE tbl_repl._ship_small(parcels, own, repeatable) END;
     END IF;
+    failed := failed || torn;
     IF cardinality(queued) > 0 OR cardinality(failed) > 0 THEN
         PERFORM tbl_repl._queue_for(own, queued, failed);
     END IF;
@@ -366,6 +379,7 @@ BEGIN
     JOIN tbl_repl.target_state AS st ON st.target_id = t.target_id AND st.status = 'ok'
     JOIN pg_foreign_server AS f ON f.srvname = t.server
     WHERE t.target_id = change.target_id AND t.mode <> 'async'
+      AND NOT (t.cascades AND t.mode = 'tolerant' AND (change.op IN ('D', 'K') OR t.filter_expr IS NOT NULL))
       AND NOT EXISTS (SELECT FROM tbl_repl.stash AS s WHERE s.txid = change.txid);
     -- Once ship is held nothing but the sending may follow: who has more to ship takes it in order.  And the status is looked at
     -- once more, for who has held it may have changed that.

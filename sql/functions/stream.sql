@@ -174,6 +174,60 @@ AS $function$
 $function$;
 COMMENT ON FUNCTION tbl_repl._cascades(integer[]) IS 'whether deletions from some targets take other rows along';
 
+-- Targets whose rows would go along with one that is deleted from a target, and could not be had back: what refers to them
+-- goes, too, and nobody has touched it on the source; or they hold what is not sent.  match: that a row r refers to a row d.
+CREATE OR REPLACE FUNCTION tbl_repl._taken_along(target_id integer)
+RETURNS TABLE (target_id integer, dst_table text, match text)
+LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT c.target_id, tbl_repl._dst_table(c), f.f ->> 'match'
+    FROM tbl_repl.target AS p
+    JOIN tbl_repl.target AS c ON c.server = p.server AND c.target_id <> p.target_id AND c.operations @> '{update,delete}'
+    CROSS JOIN LATERAL jsonb_array_elements(c.remote -> 'follows') AS f (f)
+    WHERE p.target_id = _taken_along.target_id AND p.cascades AND p.on_conflict = 'overwrite'
+      AND f.f ->> 'schema' = p.dst_schema::text AND f.f ->> 'name' = p.dst_name::text AND f.f ->> 'action' = 'c'
+      AND (c.cascades OR tbl_repl._has_own_columns(c) OR c.on_conflict <> 'overwrite')
+$function$;
+COMMENT ON FUNCTION tbl_repl._taken_along(integer) IS 'targets whose rows are lost when they go along with one of another target';
+
+-- Then a deletion has to wait for the rows that have left the one that goes: they may be still to come.  partial: also those of the
+-- same targets.
+CREATE OR REPLACE FUNCTION tbl_repl._is_torn(targets integer[], partial boolean DEFAULT false)
+RETURNS boolean
+LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT EXISTS (
+        SELECT FROM tbl_repl.target AS t
+        CROSS JOIN LATERAL tbl_repl._taken_along(t.target_id) AS c
+        JOIN tbl_repl.target_state AS st ON st.target_id = c.target_id
+        WHERE t.target_id = ANY (targets) AND t.cascades
+          AND (partial OR EXISTS (SELECT FROM tbl_repl.quarantined AS q WHERE q.target_id = c.target_id)
+               OR c.target_id <> ALL (targets) AND (st.status <> 'ok' OR tbl_repl._has_pending(c.target_id))))
+$function$;
+COMMENT ON FUNCTION tbl_repl._is_torn(integer[], boolean) IS
+    'whether rows that deletions from some targets would take along wait elsewhere';
+
+-- The same for a transaction in flight: parcels, what it ships; queued, targets for which it queues.  Sync ones are shipped to.
+CREATE OR REPLACE FUNCTION tbl_repl._torn_from(parcels tbl_repl.parcel[], queued integer[])
+RETURNS integer[]
+LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $function$
+    SELECT coalesce(array_agg(DISTINCT p.target_id), '{}')
+    FROM unnest(parcels) AS p
+    CROSS JOIN LATERAL tbl_repl._taken_along(p.target_id) AS a
+    JOIN tbl_repl.target_state AS st ON st.target_id = a.target_id
+    LEFT JOIN unnest(parcels) AS c ON c.target_id = a.target_id
+    WHERE NOT p.sync
+      AND (EXISTS (SELECT FROM tbl_repl.quarantined AS q WHERE q.target_id = a.target_id)
+           OR c.conn <> p.conn
+           OR c.conn IS NULL AND (a.target_id = ANY (queued) OR st.status <> 'ok' OR tbl_repl._has_pending(a.target_id)))
+$function$;
+COMMENT ON FUNCTION tbl_repl._torn_from(tbl_repl.parcel[], integer[]) IS
+    'targets from which a transaction must not delete, for rows that would be taken along go another way';
+
 -- The one statement that reads everything, in the order in which it has to be sent.
 CREATE OR REPLACE FUNCTION tbl_repl._stream_query(
     loads   tbl_repl.load[],
