@@ -378,3 +378,24 @@ def test_a_filter_that_reads_other_tables_decides_at_commit(pair: Pair, mode: st
     pair.source.sql("BEGIN; INSERT INTO t VALUES (1), (2); INSERT INTO chosen VALUES (2); COMMIT")
     pair.drain()
     assert pair.target.rows("t") == ["(2)"]
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("here", "there"),
+    [
+        ("integer", "uuid"),
+        ("timestamptz", "json"),
+        ("timestamptz", "integer[]"),
+        ("integer", "point"),
+        ("integer", "inet"),
+        ("time", "timestamp"),
+        ("money", "numeric"),
+    ],
+)
+def test_a_type_of_which_no_value_can_arrive_is_refused_at_once(pair: Pair, here: str, there: str) -> None:
+    pair.source.sql(f"CREATE TABLE t (id integer PRIMARY KEY, v {here})")
+    pair.target.sql(f"CREATE TABLE t (id integer PRIMARY KEY, v {there})")
+    with pytest.raises(psycopg.errors.DatatypeMismatch) as error:
+        pair.add_target("t")
+    assert "column_map" in (error.value.diag.message_hint or "")

@@ -523,7 +523,7 @@ SET search_path = pg_catalog, pg_temp
 AS $function$
 DECLARE
     fact     jsonb;
-    category text;
+    sent     record;
     missing  name;
 BEGIN
     FOR n IN 1 .. cardinality(target.sent_columns) LOOP
@@ -539,9 +539,15 @@ BEGIN
                 MESSAGE = format('column %I of table %s is generated on the target', target.sent_columns[n], tbl_repl._dst_table(target)),
                 HINT    = 'Leave it out by columns.';
         END IF;
-        SELECT y.typcategory INTO category FROM pg_type AS y WHERE y.oid = tbl_repl._base_type(types[n]);
+        SELECT y.typcategory::text AS category, y.typname::text AS base INTO sent FROM pg_type AS y WHERE y.oid = tbl_repl._base_type(types[n]);
         -- Values travel as text, so much goes; what goes for no value at all is refused here.
-        IF fact ->> 'category' IN ('N', 'B', 'D', 'T') AND category <> fact ->> 'category' AND category <> 'X' THEN
+        IF sent.category <> 'X' AND (
+               fact ->> 'category' IN ('N', 'B', 'D', 'T') AND sent.category <> fact ->> 'category'
+            OR (fact ->> 'category' IN ('A', 'C', 'E', 'G', 'I', 'R') OR fact ->> 'base' = 'uuid') AND sent.category NOT IN ('S', fact ->> 'category')
+            OR fact ->> 'base' IN ('json', 'jsonb') AND sent.category IN ('D', 'T', 'G', 'I', 'R')
+            OR fact ->> 'base' IN ('date', 'timestamp', 'timestamptz') AND sent.base IN ('time', 'timetz')
+            OR fact ->> 'category' = 'N' AND fact ->> 'base' <> 'money' AND sent.base = 'money')
+        THEN
             RAISE EXCEPTION USING
                 ERRCODE = 'datatype_mismatch',
                 MESSAGE = format('column %I is of type %s on the target, but type %s is sent', target.sent_columns[n],
