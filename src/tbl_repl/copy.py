@@ -134,8 +134,8 @@ def _target_of(source: Connection, lane: Row) -> Iterator[bulk.Target]:
     if way is None:
         raise TblReplError(
             f"the user mapping of role {lane['owner']} cannot be read",
-            f"Connect as {lane['owner']} or a member of that role; where the mapping is for PUBLIC, as the owner of the server. "
-            "CALL tbl_repl.drain() copies without reading it.",
+            f"Connect as {lane['owner']} or a member of that role; where the mapping is for PUBLIC, "
+            "as the owner of the server. CALL tbl_repl.drain() copies without reading it.",
         )
     with bulk.open_target(way) as target:
         yield target
