@@ -549,6 +549,20 @@ def test_receipts_of_dropped_targets_go(pair: Pair) -> None:
     assert (pair.status(other), pair.pending(other)) == ("ok", 0)
 
 
+@pytest.mark.once
+def test_receipts_of_a_target_that_is_being_dropped_wait(pair: Pair) -> None:
+    target = replicate(pair, mode="sync")
+    fails_late(pair.source.connect(), WRITES["update"], "raise")
+    with pair.source.connect() as drainer, pair.source.connect() as dropping:
+        dropping.execute("BEGIN")
+        dropping.execute("SELECT tbl_repl.drop_target(%s)", [target])
+        start(drainer, "CALL tbl_repl.drain()").result(10)
+        assert in_doubt(pair, target) == 0
+        dropping.execute("ROLLBACK")
+    pair.drain()
+    assert_settled(pair, target)
+
+
 @pytest.mark.parametrize("status", ["paused", "async"])
 def test_a_target_that_is_no_longer_shipped_to_at_commit(pair: Pair, status: str) -> None:
     target = replicate(pair, mode="tolerant")

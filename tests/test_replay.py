@@ -511,6 +511,26 @@ def test_a_target_is_dropped_beside_a_drainer(pair: Pair) -> None:
 
 
 @pytest.mark.once
+def test_a_server_that_is_down_beside_an_open_drop_holds_up_nobody(trio: Pair) -> None:
+    """What went wrong is not noted for a target that is being dropped, or has been."""
+    for name in ("a", "b", "c"):
+        trio.both(f"CREATE TABLE {name} (id integer PRIMARY KEY)")
+    proxy = trio.proxy()
+    lost, dropped = (trio.add_target(name, mode="async", timeout="1 s") for name in ("a", "b"))
+    trio.add_target("c", trio.third_server, mode="async", timeout="1 s")
+    trio.source.sql("INSERT INTO a VALUES (1); INSERT INTO b VALUES (1); INSERT INTO c VALUES (1)")
+    proxy.set("refuse")
+    proxy.cut()
+    with trio.source.connect() as drainer, transaction(trio.source) as dropping:
+        dropping.execute("SELECT tbl_repl.drop_target(%s)", [dropped])
+        start(drainer, "CALL tbl_repl.drain()").result(10)
+        assert trio.third is not None
+        assert trio.third.rows("c") == ["(1)"]
+    assert trio.source.sql("SELECT DISTINCT target_id FROM tbl_repl.error_log") == [(lost,)]
+    trio.source.sql("SELECT tbl_repl._log_error(%s, NULL, '08006', 'x', NULL, NULL, NULL)", [dropped])
+
+
+@pytest.mark.once
 def test_nobody_waits_for_a_drop_that_waits_for_a_drainer(pair: Pair) -> None:
     """Nor for long for one that waits for a writer; how long it waits is a matter of lock_timeout."""
     pair.both("CREATE TABLE t (id integer PRIMARY KEY, v text)")

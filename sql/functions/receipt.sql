@@ -400,6 +400,7 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._fate(xid8) IS 'what became of a transaction';
 
 -- Queues the keys of a receipt, as an operation that its target takes and that removes what is not here.
+-- lock_timeout: foreign keys would wait for who drops the target; the receipt is found again.
 CREATE OR REPLACE FUNCTION tbl_repl._heal(
     node      text,
     conn      text,
@@ -414,6 +415,7 @@ CREATE OR REPLACE FUNCTION tbl_repl._heal(
 RETURNS void
 LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp
+SET lock_timeout = '20ms'
 AS $function$
 DECLARE
     target tbl_repl.target%ROWTYPE;
