@@ -411,6 +411,25 @@ def test_an_empty_key_is_a_key_like_any_other(pair: Pair, key_type: str, keys: l
     assert pair.target.rows("t") == []
 
 
+@pytest.mark.once
+def test_a_name_that_the_target_does_not_know_is_a_difference(pair: Pair) -> None:
+    pair.source.sql(
+        "CREATE TABLE only_here (); CREATE TABLE t (id integer PRIMARY KEY, r regclass, n integer)"
+    )
+    pair.target.sql("CREATE TABLE t (id integer PRIMARY KEY, r regclass, n regclass)")
+    target = pair.add_target("t", mode="async")
+    pair.source.sql(
+        "INSERT INTO t VALUES (1, 'pg_class', 1259), (2, 'only_here', 1259), (3, '0', 1), (4, NULL, NULL)"
+    )
+    pair.drain()
+    assert differences(pair, target) == [("missing_on_target", 2)]
+    pair.target.sql("INSERT INTO t VALUES (2, 'pg_class', 'pg_class')")
+    assert differences(pair, target) == [("different", 2)]
+    pair.source.sql("DROP TABLE only_here")
+    pair.target.sql("UPDATE t SET r = 'pg_type' WHERE id = 1")
+    assert differences(pair, target) == [("different", 1), ("different", 2)]
+
+
 # Types whose operators the search_path does not lead to, and not by the names that row comparisons use: the extension,
 # two values in their order, one that only the target has.
 FAR_TYPES = {

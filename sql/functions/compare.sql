@@ -442,7 +442,8 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._target_shape(tbl_repl.target, text) IS 'types of the sent columns on the target';
 
 -- SQL expression, for the target: the text of what the column holds after value, a text, was assigned to
--- it.  Not quite a cast, which cuts off what is too long: that would be refused.
+-- it.  Not quite a cast, which cuts off what is too long: that would be refused; and which fails for all rows where a name of
+-- an object (regclass) is unknown there.
 CREATE OR REPLACE FUNCTION tbl_repl._assigned(shape_column jsonb, value text)
 RETURNS text
 LANGUAGE sql IMMUTABLE
@@ -453,6 +454,8 @@ AS $function$
         WHEN base = 'varchar'
         THEN format('CASE WHEN pg_catalog.btrim(pg_catalog.substr(%1$s, %2$s + 1)) = '''' THEN pg_catalog.left(%1$s, %2$s) ELSE %1$s END', value, length)
         WHEN base = 'bpchar' THEN format('pg_catalog.rtrim(%s)', value)
+        WHEN base ~ '^reg(class|collation|namespace|oper|operator|proc|procedure|role|type)$'
+        THEN format('CASE WHEN %1$s ~ ''^[0-9]+$'' THEN (%1$s)::oid::%2$s::text ELSE coalesce(pg_catalog.to_%2$s(%1$s)::text, %1$s) END', value, base)
         ELSE format('(%s)::%s::text', value, shape_column ->> 'type') END
     FROM (SELECT shape_column ->> 'base' AS base, shape_column ->> 'length' AS length) AS c
 $function$;
