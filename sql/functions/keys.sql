@@ -4,6 +4,7 @@
 -- has several columns.  Everything here returns pieces of SQL over a row called s or a key called u.tbl_repl_key (so that no column of the table is meant by accident).
 
 -- Key columns come in index order, because that is the order in which the index compares them.
+-- A NOT NULL that is NOT VALID (PostgreSQL 18) sets attnotnull, too, but there may be rows from before.
 CREATE OR REPLACE FUNCTION tbl_repl._find_key(source_table regclass, key_columns name[])
 RETURNS name[]
 LANGUAGE plpgsql STABLE
@@ -16,7 +17,9 @@ BEGIN
     SELECT k.columns INTO found_key
     FROM pg_index AS i
     CROSS JOIN LATERAL (
-        SELECT array_agg(a.attname ORDER BY n) AS columns, bool_and(a.attnotnull) AS not_null
+        SELECT array_agg(a.attname ORDER BY n) AS columns, bool_and(a.attnotnull AND NOT EXISTS (
+                   SELECT FROM pg_constraint AS c
+                   WHERE c.conrelid = a.attrelid AND c.contype = 'n' AND c.conkey = ARRAY[a.attnum] AND NOT c.convalidated)) AS not_null
         FROM generate_series(0, i.indnkeyatts - 1) AS n
         JOIN pg_attribute AS a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[n]
     ) AS k
@@ -37,7 +40,7 @@ BEGIN
                            ELSE format('table %s has no unique index on exactly the not-null columns (%s)', source_table,
                                        (SELECT string_agg(quote_ident(c), ', ') FROM unnest(key_columns) AS c)) END,
             DETAIL  = 'A target needs a key to find the row on the other side.',
-            HINT    = 'Add a PRIMARY KEY, or name the columns of a unique index on not-null columns in key_columns.';
+            HINT    = 'Add a PRIMARY KEY, or name the columns of a unique index on not-null columns in key_columns; a NOT NULL that is NOT VALID does not count.';
     END IF;
     RETURN found_key;
 END
