@@ -11,7 +11,7 @@ from psycopg import errors
 
 from support import Node, Pair, Proxy, wait_until
 from support.background import in_background, start, within
-from support.tables import MANY, MODES, assert_shipped_directly, errors_of, replicate
+from support.tables import MANY, MODES, assert_shipped_directly, errors_of, replicate, transaction
 
 # --- sync: both sides or neither -------------------------------------------------------------------
 
@@ -707,6 +707,46 @@ def test_a_repeatable_read_writer_with_an_old_view_of_the_status_queues(pair: Pa
     conn.execute("COMMIT")
     assert pair.target.rows("t") == ["(1,x)", "(2,x)"]
     assert pair.pending(target) == 2
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("mode", MODES)
+def test_a_repeatable_read_writer_waits_for_nobody_who_changes_the_target(pair: Pair, mode: str) -> None:
+    """Not for longer than the timeout; who may queue does not wait at all."""
+    target = replicate(pair, mode=mode, timeout="1 s")
+    pair.source.sql("INSERT INTO t VALUES (1, 'x')")
+    with pair.source.connect() as conn, transaction(pair.source) as other:
+        conn.execute("BEGIN ISOLATION LEVEL REPEATABLE READ; UPDATE t SET v = 'y'")
+        other.execute("SELECT tbl_repl.pause_target(%s)", [target])
+        committing = start(conn, "COMMIT")
+        if mode == "sync":
+            with pytest.raises(errors.LockNotAvailable):
+                committing.result(5)
+        else:
+            committing.result(0.9)
+    assert pair.source.rows("t") == ["(1,x)" if mode == "sync" else "(1,y)"]
+    pair.call("resume_target", target_id=target)
+    pair.drain()
+    pair.assert_same("t")
+
+
+@pytest.mark.once
+def test_a_repeatable_read_writer_of_a_sync_target_that_is_paused_meanwhile_queues(pair: Pair) -> None:
+    target = replicate(pair, mode="sync")
+    pair.source.sql("INSERT INTO t VALUES (1, 'x')")
+    with pair.source.connect() as conn:
+        with transaction(pair.source) as other:
+            conn.execute("BEGIN ISOLATION LEVEL REPEATABLE READ; UPDATE t SET v = 'y'")
+            other.execute("SELECT tbl_repl.pause_target(%s)", [target])
+            committing = start(conn, "COMMIT")
+            wait_until(
+                lambda: pair.source.admin(
+                    f"SELECT 1 FROM pg_stat_activity WHERE pid = {conn.info.backend_pid} AND wait_event = 'PgSleep'"
+                )
+            )
+        committing.result(5)
+    assert pair.target.rows("t") == ["(1,x)"]
+    assert (pair.status(target), pair.pending(target)) == ("paused", 1)
 
 
 DEFINES = {

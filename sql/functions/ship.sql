@@ -468,8 +468,9 @@ COMMENT ON FUNCTION tbl_repl._rows_per_message() IS 'how many rows one message c
 
 -- May this transaction ship to the target directly?  Takes ship (shared) if so.
 -- A REPEATABLE READ writer sees status and definition of its snapshot: FOR SHARE fails (40001) when they have changed
--- since, and holds them from then on.  Others look once more when they have got ship: who has held it may have paused the
--- target, or begun to copy it.  A sync writer that finds a drainer at work while the status is ok waits for it, bounded.
+-- since, and holds them from then on; SKIP LOCKED, for who is changing them may take as long as he likes.  Others look once
+-- more when they have got ship: who has held it may have paused the target, or begun to copy it.  A sync writer that
+-- finds a drainer at work while the status is ok, or somebody who changes what its snapshot shows, waits, bounded.
 CREATE OR REPLACE FUNCTION tbl_repl._may_ship(
     target_id  integer,
     status     text,
@@ -482,37 +483,33 @@ LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp
 AS $function$
 DECLARE
-    deadline timestamptz;
+    deadline timestamptz := clock_timestamp() + timeout;
+    seen     boolean := NOT repeatable;
 BEGIN
     IF status <> 'ok' THEN
         RETURN false;
     END IF;
-    IF repeatable THEN
-        BEGIN
-            PERFORM FROM tbl_repl.target_state AS st JOIN tbl_repl.target AS t USING (target_id) WHERE st.target_id = _may_ship.target_id FOR SHARE;
-        EXCEPTION WHEN serialization_failure THEN
-            RETURN false;
-        END;
-    END IF;
-    IF NOT pg_try_advisory_xact_lock_shared(tbl_repl._lock_ship(), target_id) THEN
-        IF mode <> 'sync' THEN
-            RETURN false;
-        END IF;
-        deadline := clock_timestamp() + timeout;
-        LOOP
-            PERFORM pg_sleep(0.001);
-            EXIT WHEN pg_try_advisory_xact_lock_shared(tbl_repl._lock_ship(), target_id);
-            IF NOT repeatable AND NOT tbl_repl._is_ok(target_id) THEN
+    LOOP
+        IF NOT seen THEN
+            BEGIN
+                PERFORM FROM tbl_repl.target_state AS st JOIN tbl_repl.target AS t USING (target_id) WHERE st.target_id = _may_ship.target_id FOR SHARE SKIP LOCKED;
+                seen := FOUND;
+            EXCEPTION WHEN serialization_failure THEN
                 RETURN false;
-            ELSIF clock_timestamp() > deadline THEN
-                RAISE EXCEPTION USING
-                    ERRCODE = 'lock_not_available',
-                    MESSAGE = format('sync target %s is busy', target_id),
-                    DETAIL  = 'A replay of its queue holds it.',
-                    HINT    = 'Try again, or give the target a longer timeout.';
-            END IF;
-        END LOOP;
-    END IF;
+            END;
+        END IF;
+        EXIT WHEN seen AND pg_try_advisory_xact_lock_shared(tbl_repl._lock_ship(), target_id);
+        IF mode <> 'sync' OR (NOT repeatable AND NOT tbl_repl._is_ok(target_id)) THEN
+            RETURN false;
+        ELSIF clock_timestamp() > deadline THEN
+            RAISE EXCEPTION USING
+                ERRCODE = 'lock_not_available',
+                MESSAGE = format('sync target %s is busy', target_id),
+                DETAIL  = CASE WHEN seen THEN 'A replay of its queue holds it.' ELSE 'Another transaction is changing it.' END,
+                HINT    = 'Try again, or give the target a longer timeout.';
+        END IF;
+        PERFORM pg_sleep(0.001);
+    END LOOP;
     RETURN repeatable OR tbl_repl._is_ok(target_id);
 END
 $function$;
