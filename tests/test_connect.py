@@ -9,7 +9,8 @@ import pytest
 from psycopg import errors
 
 from support import Pair, wait_until
-from support.tables import MODES, replicate
+from support.background import start
+from support.tables import MODES, replicate, transaction
 
 
 def healthy(pair: Pair) -> bool:
@@ -257,3 +258,21 @@ def test_who_is_not_let_in_is_told_by_which_server_why_and_what_to_do(pair: Pair
         assert "password authentication failed" in (said.message_detail or "")
         assert "user mapping" in (said.message_hint or "")
         assert (f"pause_target({target})" in (said.message_hint or "")) == statement.startswith("INSERT")
+
+
+@pytest.mark.once
+def test_a_session_that_is_lost_while_it_prepares_is_opened_again(pair: Pair) -> None:
+    target = replicate(pair, mode="sync")
+    pair.source.sql("INSERT INTO t VALUES (1, 'x')")
+    ours = "application_name LIKE 'tbl_repl%' AND wait_event_type = 'Lock' AND datname = current_database()"
+    with pair.source.connect() as writer, transaction(pair.target) as other:
+        writer.execute("UPDATE t SET v = 'y'")
+        pair.call("alter_target", target_id=target)  # the writer's next statement is to be prepared again
+        other.execute("LOCK TABLE t")
+        writing = start(writer, "UPDATE t SET v = 'z'")
+        wait_until(
+            lambda: pair.target.admin(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {ours}")
+        )
+        other.execute("ROLLBACK")
+        writing.result(10)
+    assert pair.target.rows("t") == ["(1,z)"]

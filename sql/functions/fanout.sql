@@ -296,7 +296,8 @@ BEGIN
                 PERFORM tbl_repl._call(lane.conn, 'ROLLBACK', lane.deadline, true);
             END IF;
             IF code ~ '^(08|57P)' AND NOT 'lost' = ANY (tried) THEN
-                tried := array_append(tried, 'lost');
+                -- what the new connection could not prepare either may be asked for once more
+                tried := array_append(array_remove(tried, 'prepare'), 'lost');
                 EXIT WHEN clock_timestamp() > lane.deadline;
                 PERFORM tbl_repl._connect(lane.target_id, lane.conn, lane.deadline, lane.deadline);
             ELSIF code IN ('42501', '42883', '3F000') AND NOT 'receipt' = ANY (tried)
@@ -335,6 +336,12 @@ BEGIN
                 -- why it cannot be prepared says more than that it is not
                 GET STACKED DIAGNOSTICS error_text = MESSAGE_TEXT, error_detail = PG_EXCEPTION_DETAIL, error_hint = PG_EXCEPTION_HINT;
                 first_error := tbl_repl._lane_failed(lane, SQLSTATE, error_text, error_detail, error_hint);
+                IF SQLSTATE ~ '^(08|57P)' AND NOT 'lost' = ANY (tried) THEN
+                    -- lost while it was prepared: as if lost while the answer was waited for
+                    lane := first_error;
+                    answered := true;
+                    CONTINUE;
+                END IF;
             END IF;
             EXIT;
         END;
