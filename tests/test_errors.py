@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import psycopg
@@ -89,7 +90,8 @@ ADD = {
     "key transformed": ("42P16", {"column_map": {"id": "id + 1"}}, "column_map"),
     "filter syntax": ("42601", {"row_filter": "n >"}, "expression"),
     "filter column": ("42703", {"row_filter": "nope > 1"}, "expression"),
-    "filter not boolean": ("42804", {"row_filter": "n"}, "expression"),
+    "filter not boolean": ("42804", {"row_filter": "n"}, "boolean SQL expression"),
+    "filter by table": ("42P01", {"row_filter": "t.n > 1"}, "called s"),
     "filter aggregate": ("42803", {"row_filter": "count(*) > 1"}, "expression"),
     "filter unknown function": ("42883", {"row_filter": "nofunc(n)"}, "expression"),
     "map syntax": ("42601", {"column_map": {"v": "upper(v"}}, "expression"),
@@ -175,6 +177,15 @@ def test_source_and_server_must_be_given(tables: Pair) -> None:
         tables, "22004", lambda: tables.call("add_target", source_table=None, server=tables.server), hint=None
     )
     refused(tables, "22004", lambda: tables.call("add_target", source_table="t", server=None), hint=None)
+    for arguments in ("NULL, NULL", "'t', NULL", f"NULL, '{tables.server}'"):
+        dropping = f"SELECT tbl_repl.drop_target({arguments})"
+        refused(tables, "22004", partial(tables.source.sql, dropping), hint=None)
+
+
+@pytest.mark.once
+def test_a_filter_that_is_not_boolean_is_told_in_words_that_were_written(tables: Pair) -> None:
+    error = refused(tables, "42804", lambda: tables.add_target("t", row_filter="n + 1"))
+    assert error.diag.message_primary == "row_filter must be boolean, not integer"
 
 
 def test_server_without_mapping_or_usage(tables: Pair) -> None:

@@ -104,20 +104,20 @@ DECLARE
     parts        text[];
     error_text   text;
     error_code   text;
+    error_hint   text;
 BEGIN
     BEGIN
         PERFORM set_config('search_path', path, true);
         -- A cursor takes one query only, and WHERE neither aggregates nor sets.  What closes the CASE here
         -- cannot close the parentheses below as well.
-        OPEN probe FOR EXECUTE pg_catalog.format('SELECT FROM %s AS s WHERE false AND CASE WHEN true THEN %s%s', source_name, expression,
-                                                 CASE WHEN what OPERATOR(pg_catalog.=) 'row_filter' THEN E'\nEND' ELSE E'\nEND IS NULL' END);
+        OPEN probe FOR EXECUTE pg_catalog.format(E'SELECT FROM %s AS s WHERE false AND CASE WHEN true THEN %s\nEND IS NULL', source_name, expression);
         CLOSE probe;
         OPEN probe FOR EXECUTE pg_catalog.format(E'SELECT (%s\n) AS tbl_repl_x FROM %s AS s WHERE false', expression, source_name);
         CLOSE probe;
         EXECUTE pg_catalog.format(E'CREATE VIEW %s AS SELECT (%s\n) AS tbl_repl_x FROM %s AS s', view_name, expression, source_name);
         PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
     EXCEPTION WHEN assert_failure OR OTHERS THEN
-        GET STACKED DIAGNOSTICS error_text = MESSAGE_TEXT, error_code = RETURNED_SQLSTATE;
+        GET STACKED DIAGNOSTICS error_text = MESSAGE_TEXT, error_code = RETURNED_SQLSTATE, error_hint = PG_EXCEPTION_HINT;
         IF error_code = '42601' THEN
             error_text := coalesce(tbl_repl._syntax_error(source_table, expression), error_text);
         END IF;
@@ -126,7 +126,9 @@ BEGIN
             MESSAGE = format('%s does not fit table %s: %s', what, source_table, error_text),
             DETAIL  = CASE WHEN btrim(expression) = '' THEN 'The expression is empty.' ELSE format('Expression: %s', expression) END,
             HINT    = concat('Write one SQL expression over the columns of the source table.',
-                             CASE WHEN error_code IN ('42883', '42704', '42P01', '3F000')
+                             -- PostgreSQL has a hint of its own where the table itself is meant
+                             CASE WHEN error_code = '42P01' AND error_hint <> '' THEN ' The row is called s in it, not by the name of the table.'
+                                  WHEN error_code IN ('42883', '42704', '42P01', '3F000')
                                   THEN format(' Names are looked up in %s, the search_path when it was given: give it again to have it changed.',
                                               coalesce(nullif(path, ''), 'pg_catalog')) END);
     END;
@@ -315,7 +317,15 @@ BEGIN
     target.filter_expr := NULL;
     target.filter_is_immutable := true;
     IF target.row_filter IS NOT NULL THEN
-        target.filter_expr := (tbl_repl._resolve(source.source_table, target.row_filter, target.filter_path, 'row_filter')).resolved;
+        expr := tbl_repl._resolve(source.source_table, target.row_filter, target.filter_path, 'row_filter');
+        IF tbl_repl._base_type(expr.type_id) <> 'boolean'::regtype THEN
+            RAISE EXCEPTION USING
+                ERRCODE = 'datatype_mismatch',
+                MESSAGE = format('row_filter must be boolean, not %s', format_type(expr.type_id, -1)),
+                DETAIL  = format('Expression: %s', target.row_filter),
+                HINT    = 'Write one boolean SQL expression over the columns of the source table.';
+        END IF;
+        target.filter_expr := expr.resolved;
         target.filter_is_immutable := tbl_repl._is_immutable(source.source_table, target.filter_expr);
     END IF;
 

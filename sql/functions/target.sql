@@ -719,6 +719,11 @@ DECLARE
     found_ids integer[];
     parts     text[] := tbl_repl._parse_dst_table(dst_table);
 BEGIN
+    IF source_table IS NULL OR server IS NULL THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'null_value_not_allowed',
+            MESSAGE = 'source_table and server must be given';
+    END IF;
     SELECT array_agg(t.target_id) INTO found_ids
     FROM tbl_repl.target AS t JOIN tbl_repl.source AS s USING (source_id)
     WHERE s.source_table = drop_target.source_table AND t.server = drop_target.server
