@@ -334,6 +334,28 @@ def test_a_truncate_of_a_parent_leaves_children_that_are_ahead(pair: Pair, modes
 
 
 @pytest.mark.once
+def test_without_the_right_to_truncate_a_partitioned_child_goes_with_its_parent(pair: Pair) -> None:
+    pair.both(
+        "CREATE TABLE p (id integer PRIMARY KEY);"
+        "CREATE TABLE c (id integer PRIMARY KEY, p integer REFERENCES p ON DELETE CASCADE) PARTITION BY RANGE (id);"
+        "CREATE TABLE c1 PARTITION OF c FOR VALUES FROM (0) TO (100)"
+    )
+    for table in "pc":
+        pair.add_target(table, mode="sync")
+    pair.source.sql("INSERT INTO p VALUES (1), (2); INSERT INTO c VALUES (1, 1)")
+    pair.target.admin(
+        "ALTER TABLE p OWNER TO postgres; ALTER TABLE c OWNER TO postgres; ALTER TABLE c1 OWNER TO postgres;"
+        "GRANT SELECT, INSERT, UPDATE, DELETE, REFERENCES ON p, c, c1 TO owner"
+    )
+    pair.source.sql(
+        "BEGIN; TRUNCATE p CASCADE; INSERT INTO p VALUES (2); INSERT INTO c VALUES (9, 2); COMMIT"
+    )
+    pair.assert_same("p")
+    pair.assert_same("c")
+    assert_shipped_directly(pair)
+
+
+@pytest.mark.once
 def test_a_reference_that_is_checked_late_holds_up_no_other_table(pair: Pair) -> None:
     """Rows that only the target has refer to one that a TRUNCATE takes away."""
     pair.both("CREATE TABLE p (id integer PRIMARY KEY, v integer); CREATE TABLE b (id integer PRIMARY KEY)")

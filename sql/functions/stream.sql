@@ -378,7 +378,8 @@ BEGIN
         PERFORM tbl_repl._call(conn, format('SAVEPOINT tbl_repl; TRUNCATE %s', tables), clock_timestamp() + timeout);
     EXCEPTION WHEN feature_not_supported OR insufficient_privilege THEN
         IF tbl_repl._call(conn, format('ROLLBACK TO tbl_repl; SELECT pg_catalog.count(*) FROM pg_catalog.pg_constraint AS f WHERE f.contype = ''f'' '
-                                       'AND f.confdeltype IN (''c'', ''n'', ''d'') AND f.confrelid = ANY (%1$L::pg_catalog.regclass[]) AND f.conrelid <> ALL (%1$L::pg_catalog.regclass[])',
+                                       -- without the copies for partitions
+                                       'AND f.conparentid = 0 AND f.confdeltype IN (''c'', ''n'', ''d'') AND f.confrelid = ANY (%1$L::pg_catalog.regclass[]) AND f.conrelid <> ALL (%1$L::pg_catalog.regclass[])',
                                        names), clock_timestamp() + timeout) <> '0' THEN
             RAISE EXCEPTION USING
                 ERRCODE = 'foreign_key_violation',
