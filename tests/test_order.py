@@ -191,6 +191,22 @@ def test_what_only_the_target_has_in_a_row_stays_when_unique_values_wander(pair:
 
 
 @pytest.mark.once
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_unique_values_swapped_in_a_tree_arrive(pair: Pair, mode: str) -> None:
+    """One of the rows has a child, and cannot be deleted to make room."""
+    pair.both("CREATE TABLE t (id integer PRIMARY KEY, up integer REFERENCES t, slug text NOT NULL UNIQUE)")
+    pair.add_target("t", mode=mode)
+    pair.source.sql("INSERT INTO t VALUES (1, NULL, 'a'), (2, NULL, 'b'), (3, 1, 'c')")
+    pair.drain()
+    pair.source.sql(
+        "BEGIN; UPDATE t SET slug = 'x' WHERE id = 1; UPDATE t SET slug = 'a' WHERE id = 2; UPDATE t SET slug = 'b' WHERE id = 1; COMMIT"
+    )
+    pair.drain()
+    pair.assert_same("t")
+    assert quarantined(pair) == []
+
+
+@pytest.mark.once
 @pytest.mark.parametrize("mode", ["sync", "tolerant", "async"])
 def test_a_referenced_row_is_not_renewed_for_the_value_of_an_identity_column(pair: Pair, mode: str) -> None:
     pair.both("CREATE TABLE t (id integer PRIMARY KEY, n integer GENERATED ALWAYS AS IDENTITY)")

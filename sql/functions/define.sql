@@ -388,8 +388,7 @@ BEGIN
                     OR EXISTS (SELECT FROM unnest('{r,a,w,d}'::"char"[]) AS o (cmd)
                                WHERE NOT EXISTS (SELECT FROM p WHERE p.polpermissive AND p.polcmd IN (o.cmd, '*')
                                                  AND p.checks = 'true' AND (o.cmd = 'a' OR p.uses = 'true')))),
-            'referenced', EXISTS (SELECT FROM pg_constraint AS r WHERE r.confrelid = c.oid AND r.contype = 'f' AND r.conrelid <> c.oid
-                                  OR r.confrelid = c.oid AND r.contype = 'f' AND r.confdeltype <> 'a'),
+            'referenced', EXISTS (SELECT FROM pg_constraint AS r WHERE r.confrelid = c.oid AND r.contype = 'f'),
             'cascades', EXISTS (SELECT FROM pg_constraint AS r WHERE r.confrelid = c.oid AND r.contype = 'f' AND r.confdeltype IN ('c', 'n', 'd')),
             'follows', (SELECT coalesce(jsonb_agg(jsonb_build_object('schema', y.nspname, 'name', x.relname, 'action', r.confdeltype, 'match', k.match)), '[]')
                         FROM pg_constraint AS r JOIN pg_class AS x ON x.oid = r.confrelid JOIN pg_namespace AS y ON y.oid = x.relnamespace

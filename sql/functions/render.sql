@@ -252,8 +252,8 @@ $body$,
                  -- were it referenced by now, deleting would take children along
                  ELSE format('deletes := %L || %s || '' WHERE '' || %s || %L;', format('DELETE FROM %s AS d', tbl_repl._dst_table(target)),
                              replace(by_keys.from_expression, '{clause}', '''USING'''), by_keys.where_expression,
-                             format(' AND NOT EXISTS (SELECT FROM pg_catalog.pg_constraint AS f WHERE f.contype = ''f'' AND f.confrelid = %L::pg_catalog.regclass '
-                                    'AND (f.conrelid <> f.confrelid OR f.confdeltype <> ''a''))', tbl_repl._dst_table(target))) END,
+                             format(' AND NOT EXISTS (SELECT FROM pg_catalog.pg_constraint AS f WHERE f.contype = ''f'' AND f.confrelid = %L::pg_catalog.regclass)',
+                                    tbl_repl._dst_table(target))) END,
             mismatch,
             CASE WHEN NOT tbl_repl._has_exact_key(source.source_table, source.key_columns) THEN 'DISTINCT ' END,
             tbl_repl._render_values_sql(target, source),
