@@ -312,3 +312,27 @@ def test_a_parent_waits_for_children_that_are_still_to_leave_it(
     pair.drain()
     same(pair)
     assert quarantined(pair) == []
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_what_only_the_target_has_in_a_row_is_not_forgotten_for_the_value_of_an_identity_column(
+    pair: Pair, mode: str
+) -> None:
+    columns = "id integer PRIMARY KEY, n integer GENERATED ALWAYS AS IDENTITY, v text"
+    pair.source.sql(f"CREATE TABLE t ({columns})")
+    pair.target.sql(f"CREATE TABLE t ({columns}, own text DEFAULT 'none')")
+    pair.add_target("t", mode=mode)
+    pair.source.sql("INSERT INTO t (id, v) VALUES (1, 'a'), (2, 'b')")
+    pair.drain()
+    pair.target.sql("UPDATE t SET own = 'mine'")
+    pair.source.sql("UPDATE t SET v = 'c' WHERE id = 2")
+    change = "UPDATE t SET n = DEFAULT WHERE id = 1"
+    if mode == "sync":
+        with pytest.raises(errors.InvalidTextRepresentation, match="columns that are not sent"):
+            pair.source.fresh(change)
+    else:
+        pair.source.fresh(change)
+        pair.drain()
+        assert [(key, code) for key, code, _ in quarantined(pair)] == [({"id": 1}, "22P02")]
+    assert pair.target.rows("t") == ["(1,1,a,mine)", "(2,2,c,mine)"]

@@ -282,17 +282,19 @@ COMMENT ON FUNCTION tbl_repl._render_sql(integer) IS
     'text of render_N, which says the state of some keys in SQL for one target';
 
 -- What an identity column that is always generated has there can only be had by inserting the row anew; not where that would
--- take along what refers to it.  For format(), with the conditions of the key and of another value.  Without rows in its
--- result, as everything that is sent; the cast is about the row, or it would be evaluated where there is none.
+-- take along what refers to it, or forget what only the target has in it.  For format(), with the conditions of the key and of
+-- another value.  Without rows in its result, as everything that is sent; the cast is about the row, or it would be evaluated
+-- where there is none.
 CREATE OR REPLACE FUNCTION tbl_repl._renewal_sql(target tbl_repl.target)
 RETURNS text
 LANGUAGE sql IMMUTABLE
 SET search_path = pg_catalog, pg_temp
 AS $function$
     SELECT format('DELETE FROM %s AS d WHERE %%1$s AND ', replace(tbl_repl._dst_table(target), '%', '%%'))
-           || CASE WHEN target.cascades
-                   THEN 'CASE WHEN %1$s AND (%2$s) THEN pg_catalog.concat(''tbl_repl: a column that is GENERATED ALWAYS has another value, and rows refer to this one'', '
-                        'pg_catalog.left(d.ctid::text, 0))::integer = 0 END'
+           || CASE WHEN target.cascades OR tbl_repl._has_own_columns(target)
+                   THEN format('CASE WHEN %%1$s AND (%%2$s) THEN pg_catalog.concat(''tbl_repl: a column that is GENERATED ALWAYS has another value, and %s'', '
+                               'pg_catalog.left(d.ctid::text, 0))::integer = 0 END',
+                               CASE WHEN target.cascades THEN 'rows refer to this one' ELSE 'the row has columns that are not sent' END)
                    ELSE '(%2$s)' END
 $function$;
 COMMENT ON FUNCTION tbl_repl._renewal_sql(tbl_repl.target) IS
