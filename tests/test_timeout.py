@@ -67,6 +67,33 @@ def test_a_target_that_is_down_delays_a_tolerant_writer_once(pair: Pair, rows: i
     assert_heals(pair, target)
 
 
+def test_no_plan_is_compiled_while_a_writer_waits(pair: Pair) -> None:
+    """That takes longer than anything else here; a sequential scan that cannot be helped looks dear enough for it."""
+    pair.source.sql("CREATE TABLE allowed (v text); INSERT INTO allowed VALUES ('warm'), ('x')")
+    target = replicate(
+        pair, mode="tolerant", row_filter="EXISTS (SELECT FROM public.allowed AS a WHERE a.v = s.v)"
+    )
+    conn = pair.source.connect("postgres")
+    if not conn.execute("SELECT pg_jit_available()").fetchone()[0]:  # type: ignore[index]
+        pytest.skip("this server cannot compile plans")
+    try:
+        conn.execute("LOAD 'auto_explain'")
+    except errors.UndefinedFile:
+        pytest.skip("this server has no auto_explain")
+    conn.execute(
+        "SET jit = on; SET auto_explain.log_min_duration = 0; SET auto_explain.log_analyze = on;"
+        "SET auto_explain.log_nested_statements = on"
+    )
+    pair.source.sql("INSERT INTO t VALUES (0, 'warm')")
+    conn.execute("SELECT tbl_repl.explain_target(%s)", [target])
+    conn.execute("INSERT INTO t VALUES (1, 'warm')")
+    with pair.target.frozen():
+        conn.execute("INSERT INTO t VALUES (2, 'x')")
+    assert pair.status(target) == "queueing"
+    assert "INSERT INTO tbl_repl.change" in pair.source.log()
+    assert "JIT:" not in pair.source.log()
+
+
 def test_a_sync_writer_fails_when_the_target_is_down_and_goes_on_when_it_is_back(pair: Pair) -> None:
     replicate(pair, mode="sync")
     conn = warm(pair)

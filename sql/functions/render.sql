@@ -146,7 +146,8 @@ COMMENT ON FUNCTION tbl_repl._aside_assignments(tbl_repl.target) IS
 --           keys without a row, as JSON) or 'keys' (as 'values', without values).
 --   rows:   number of keys rendered; deletes and upserts are NULL where there is nothing to say.
 -- STABLE: every table of a batch is read in the snapshot of the statement that calls.
--- A plan that was made while the table was small must not become a sequential scan per commit.
+-- A plan that was made while the table was small must not become a sequential scan per commit; jit: see _flush, of tables that
+-- filter and map read.
 CREATE OR REPLACE FUNCTION tbl_repl._render_sql(target_id integer)
 RETURNS text
 LANGUAGE plpgsql STABLE
@@ -273,6 +274,7 @@ SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp%s%s
 SET enable_seqscan = off
 SET plan_cache_mode = force_generic_plan
+SET jit = off
 AS %L$sql$,
         format('render_%s', target_id), E'\n' || nullif(tbl_repl._text_settings(tbl_repl._with_filter(types, target)), ''),
         tbl_repl._literal_setting(body), body);

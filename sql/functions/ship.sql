@@ -23,12 +23,14 @@
 -- is still on its way is ended first, with its connection (see _open).  Not so one that comes before anything is
 -- sent (_may_ship) or, of many rows, committed there; nor what a sync target says was cancelled.
 -- No sequential scans: plans are made while stash and flush are small, and these two grow between two vacuums.
+-- jit: where one cannot be helped it looks very dear, and compiling takes longer than anything here.
 CREATE OR REPLACE FUNCTION tbl_repl._flush()
 RETURNS trigger
 LANGUAGE plpgsql VOLATILE
 SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 SET enable_seqscan = off
+SET jit = off
 AS $function$
 DECLARE
     quiet   boolean := false;
@@ -181,13 +183,12 @@ COMMENT ON FUNCTION tbl_repl._message(tbl_repl.parcel[], text) IS
 -- _ship_transaction(own): routes, ships, queues what could not be shipped.  SQLSTATE of a failed sync
 -- target is the remote one.  Takes ship (shared) of each target it ships to, then queue (shared) of each
 -- it queues for, all to the end of the transaction.
--- Nothing is planned anew at every commit; jit: where a sequential scan cannot be helped it looks very dear.
+-- Nothing is planned anew at every commit.
 CREATE OR REPLACE FUNCTION tbl_repl._ship_transaction(own xid8)
 RETURNS void
 LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp
 SET plan_cache_mode = force_generic_plan
-SET jit = off
 AS $function$
 DECLARE
     repeatable boolean := current_setting('transaction_isolation') <> 'read committed';
