@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import psycopg
@@ -376,41 +376,59 @@ def test_who_has_read_the_table_may_still_write_it(
         pair.assert_same("t")
 
 
+@contextlib.contextmanager
+def repeated(pair: Pair, statements: list[str]) -> Iterator[None]:
+    """Each is run over and over by a session of its own, which looks for deadlocks early where it may."""
+    stop = threading.Event()
+
+    def run(statement: str) -> None:
+        with pair.source.connect() as conn:
+            if pair.major >= 15:
+                conn.execute("SET deadlock_timeout = '100 ms'")
+            while not stop.is_set():
+                conn.execute(statement)
+
+    if pair.major >= 15:
+        with pair.source.cluster.connect() as superuser:
+            superuser.execute("GRANT SET ON PARAMETER deadlock_timeout TO owner")
+    with ThreadPoolExecutor(len(statements)) as pool:
+        running = [pool.submit(run, statement) for statement in statements]
+        try:
+            yield
+        finally:
+            stop.set()
+        for each in running:
+            each.result(30)
+
+
 @pytest.mark.once
 @pytest.mark.parametrize("partitioned", [False, True])
 def test_dropping_a_target_beside_drainers_and_readers(pair: Pair, partitioned: bool) -> None:
     """Readers that come and go, a drainer that has ship and wants to read: nobody is the victim of a deadlock."""
     tables_t_and_u(pair, partitioned)
-    stop = threading.Event()
-
-    def repeat(statement: str) -> Callable[[], None]:
-        def run() -> None:
-            with pair.source.connect() as conn:
-                if pair.major >= 15:
-                    conn.execute("SET deadlock_timeout = '100 ms'")
-                while not stop.is_set():
-                    conn.execute(statement)
-
-        return run
-
-    if pair.major >= 15:
-        with pair.source.cluster.connect() as superuser:
-            superuser.execute("GRANT SET ON PARAMETER deadlock_timeout TO owner")
     statements = ["SELECT count(*), pg_sleep(0.2) FROM t", "INSERT INTO t SELECT coalesce(max(id), 0) + 1, 1 FROM t",
                   "SELECT tbl_repl.replay()"]  # fmt: skip
-    with ThreadPoolExecutor() as pool:
-        running = [pool.submit(repeat(statement)) for statement in statements]
-        try:
-            for _ in range(5):
-                first = pair.add_target("t", mode="async", initial_copy="none", row_filter="n > 0")
-                second = pair.add_target("t", mode="async", initial_copy="none", dst_table="u")
-                with within(10):
-                    pair.call("drop_target", target_id=first)
-                    pair.call("drop_target", target_id=second)
-        finally:
-            stop.set()
-        for each in running:
-            each.result(30)
+    with repeated(pair, statements):
+        for _ in range(5):
+            first = pair.add_target("t", mode="async", initial_copy="none", row_filter="n > 0")
+            second = pair.add_target("t", mode="async", initial_copy="none", dst_table="u")
+            with within(10):
+                pair.call("drop_target", target_id=first)
+                pair.call("drop_target", target_id=second)
+
+
+@pytest.mark.once
+def test_a_target_of_a_table_that_is_always_in_use_is_dropped(source: Pair) -> None:
+    """Eight sessions use it in turns; there is no tenth of a second in which all of them end."""
+    source.target.sql(SOURCE)
+    target = source.add_target("t", mode="async")
+    uses = ["SELECT FROM t", "UPDATE t SET n = n + 1 WHERE id = 1", "UPDATE t SET n = n + 1 WHERE id = 2"]
+    statements = [f"{use}; SELECT pg_sleep(0.2 + random() / 10)" for use in uses + uses[:1] * 5]
+    with repeated(source, statements):
+        wait_until(
+            lambda: source.source.one("SELECT count(*) >= 8 FROM pg_locks WHERE relation = 't'::regclass")
+        )
+        source.source.fresh(f"SET lock_timeout = '10 s'; SELECT tbl_repl.drop_target({target})")
 
 
 @pytest.mark.parametrize("change", ["alter", "add"])

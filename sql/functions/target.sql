@@ -620,8 +620,9 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._is_last(tbl_repl.target) IS 'whether a table has no other target, as of now';
 
 -- Locks ship of a target, which turns drainers away, and then its table, to the end of the transaction.  Whoever waits for ship
--- must not wait for long, and who ships holds the table: so ship is given back again and again until the table is free.  Who
--- reads the table for long keeps us waiting, and all others behind us, but for a fifth of the time and 0.1 s each.
+-- must not wait for long, and who ships holds the table: so ship is given back again and again until the table is free.  While
+-- we wait for those who use the table all others wait behind us: a tenth of a second at first; in vain where several use it in
+-- turns, so it grows, up to less than a second, the time after which PostgreSQL looks for deadlocks.  In between all go on.
 -- The mode in which triggers go, at once: several targets may be dropped in one transaction, and who has read the table
 -- and then writes it would wait for us, and we for him.  Ends by lock_timeout, if the caller has one (55P03).
 CREATE OR REPLACE FUNCTION tbl_repl._lock_to_drop(target tbl_repl.target, source_table regclass)
@@ -633,11 +634,12 @@ DECLARE
     old_limit text := current_setting('lock_timeout');
     give_up   timestamptz := (SELECT CASE WHEN s.setting = '0' THEN 'infinity' ELSE clock_timestamp() + make_interval(secs => s.setting::double precision / 1000) END
                               FROM pg_settings AS s WHERE s.name = 'lock_timeout');
+    failures  integer := 0;
 BEGIN
     LOOP
         BEGIN
             PERFORM pg_advisory_xact_lock(tbl_repl._lock_ship(), target.target_id);
-            PERFORM set_config('lock_timeout', '100', true);
+            PERFORM set_config('lock_timeout', least(100 * 2 ^ least(failures / 5, 4), 900)::text, true);
             EXECUTE format('LOCK TABLE %s IN ACCESS EXCLUSIVE MODE', source_table);
             PERFORM set_config('lock_timeout', old_limit, true);
             RETURN;
@@ -646,6 +648,7 @@ BEGIN
                 RAISE;
             END IF;
         END;
+        failures := failures + 1;
         PERFORM pg_sleep(0.4);
     END LOOP;
 END
