@@ -336,3 +336,24 @@ def test_what_only_the_target_has_in_a_row_is_not_forgotten_for_the_value_of_an_
         pair.drain()
         assert [(key, code) for key, code, _ in quarantined(pair)] == [({"id": 1}, "22P02")]
     assert pair.target.rows("t") == ["(1,1,a,mine)", "(2,2,c,mine)"]
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("mode", ["tolerant", "async"])
+@pytest.mark.parametrize("action", ["CASCADE", "SET NULL"])
+def test_what_refers_to_another_column_stays_when_the_key_changes(pair: Pair, mode: str, action: str) -> None:
+    pair.both("CREATE TABLE p (id integer PRIMARY KEY, code text UNIQUE)")
+    pair.both(f"CREATE TABLE d (id integer PRIMARY KEY, code text REFERENCES p (code) ON DELETE {action})")
+    for table in "pd":
+        pair.add_target(table, mode=mode)
+    pair.source.sql("INSERT INTO p VALUES (1, 'a'); INSERT INTO d VALUES (1, 'a')")
+    pair.drain()
+    pair.source.sql("UPDATE p SET id = 2")
+    pair.drain()
+    assert pair.target.rows("d") == ["(1,a)"]
+    assert {code for _, code, _ in quarantined(pair)} <= {"23503", "23505"}
+    pair.source.sql("DELETE FROM d")
+    pair.drain()
+    pair.drain()
+    pair.assert_same("p")
+    assert quarantined(pair) == []

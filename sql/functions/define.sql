@@ -390,10 +390,10 @@ BEGIN
                                                  AND p.checks = 'true' AND (o.cmd = 'a' OR p.uses = 'true')))),
             'referenced', EXISTS (SELECT FROM pg_constraint AS r WHERE r.confrelid = c.oid AND r.contype = 'f'),
             'cascades', EXISTS (SELECT FROM pg_constraint AS r WHERE r.confrelid = c.oid AND r.contype = 'f' AND r.confdeltype IN ('c', 'n', 'd')),
-            'follows', (SELECT coalesce(jsonb_agg(jsonb_build_object('schema', y.nspname, 'name', x.relname, 'action', r.confdeltype, 'match', k.match)), '[]')
+            'follows', (SELECT coalesce(jsonb_agg(jsonb_build_object('schema', y.nspname, 'name', x.relname, 'action', r.confdeltype, 'match', k.match, 'columns', k.columns)), '[]')
                         FROM pg_constraint AS r JOIN pg_class AS x ON x.oid = r.confrelid JOIN pg_namespace AS y ON y.oid = x.relnamespace
                         CROSS JOIN LATERAL (
-                            SELECT string_agg(format('r.%%I = d.%%I', h.attname, p.attname), ' AND ' ORDER BY n) AS match
+                            SELECT string_agg(format('r.%%I = d.%%I', h.attname, p.attname), ' AND ' ORDER BY n) AS match, jsonb_agg(p.attname) AS columns
                             FROM unnest(r.conkey, r.confkey) WITH ORDINALITY AS u (here, there, n)
                             JOIN pg_attribute AS h ON h.attrelid = r.conrelid AND h.attnum = u.here
                             JOIN pg_attribute AS p ON p.attrelid = r.confrelid AND p.attnum = u.there) AS k

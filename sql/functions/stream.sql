@@ -174,8 +174,9 @@ AS $function$
 $function$;
 COMMENT ON FUNCTION tbl_repl._cascades(integer[]) IS 'whether deletions from some targets take other rows along';
 
--- Targets whose rows would go along with one that is deleted from a target, and could not be had back: what refers to them
--- goes, too, and nobody has touched it on the source; or they hold what is not sent.  match: that a row r refers to a row d.
+-- Targets whose rows would go along with one that is deleted from a target, or be changed, and could not be had back: what refers to
+-- them goes, too, and nobody has touched it on the source; or they hold what is not sent; or they refer to other columns than the key,
+-- and have not been touched themselves where it was only the key that changed.  match: that a row r refers to a row d.
 CREATE OR REPLACE FUNCTION tbl_repl._taken_along(target_id integer)
 RETURNS TABLE (target_id integer, dst_table text, match text)
 LANGUAGE sql STABLE
@@ -186,8 +187,9 @@ AS $function$
     JOIN tbl_repl.target AS c ON c.server = p.server AND c.target_id <> p.target_id AND c.operations @> '{update,delete}'
     CROSS JOIN LATERAL jsonb_array_elements(c.remote -> 'follows') AS f (f)
     WHERE p.target_id = _taken_along.target_id AND p.cascades AND p.on_conflict = 'overwrite'
-      AND f.f ->> 'schema' = p.dst_schema::text AND f.f ->> 'name' = p.dst_name::text AND f.f ->> 'action' = 'c'
-      AND (c.cascades OR tbl_repl._has_own_columns(c) OR c.on_conflict <> 'overwrite')
+      AND f.f ->> 'schema' = p.dst_schema::text AND f.f ->> 'name' = p.dst_name::text
+      AND (f.f ->> 'action' = 'c' AND (c.cascades OR tbl_repl._has_own_columns(c) OR c.on_conflict <> 'overwrite')
+           OR NOT (f.f -> 'columns' @> to_jsonb(p.dst_keys) AND f.f -> 'columns' <@ to_jsonb(p.dst_keys)))
 $function$;
 COMMENT ON FUNCTION tbl_repl._taken_along(integer) IS 'targets whose rows are lost when they go along with one of another target';
 
