@@ -51,6 +51,12 @@ def sqlstates(pair: Pair) -> list[str]:
     return [row[0] for row in pair.source.sql("SELECT sqlstate FROM tbl_repl.error_log ORDER BY at")]
 
 
+def connecting(pair: Pair) -> object:
+    return pair.source.admin(
+        "SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND classid = tbl_repl._lock_connect()::oid AND granted"
+    )
+
+
 # --- one target ------------------------------------------------------------------------------------
 
 
@@ -207,11 +213,7 @@ def test_while_one_session_hangs_in_connecting_others_queue_within_timeout(pair:
     first, second = pair.source.connect(), pair.source.connect()
     proxy.set("blackhole")
     hanging = start(first, "INSERT INTO t VALUES (1, 'first')")
-    wait_until(
-        lambda: pair.source.admin(
-            "SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND classid = 1952607283 AND granted"
-        )
-    )
+    wait_until(lambda: connecting(pair))
     with within(1 + SLACK):
         second.execute("INSERT INTO t VALUES (2, 'second')")
     assert_queues_at_once(pair, target)
@@ -219,6 +221,26 @@ def test_while_one_session_hangs_in_connecting_others_queue_within_timeout(pair:
     assert hanging.result(3) == []
     proxy.set("pass")
     assert_heals(pair, target)
+
+
+def test_a_short_timeout_ends_nobody_s_connecting_with_a_long_one(pair: Pair, proxy: Proxy) -> None:
+    """From PostgreSQL 16 on who has waited for his timeout cancels the one that hangs."""
+    replicate(pair, mode="tolerant", timeout="20 s")
+    hasty = replicate(pair, "u", mode="tolerant", timeout="1 s")
+    pair.source.forget()
+    first, *others = (pair.source.connect() for _ in range(3))
+    proxy.set("blackhole")
+    waiting = start(first, "INSERT INTO t VALUES (1, 'x')")
+    wait_until(lambda: connecting(pair))
+    for writing in [start(conn, f"INSERT INTO u VALUES ({i}, 'x')") for i, conn in enumerate(others)]:
+        writing.result(5)
+    assert (pair.status(hasty), waiting.done()) == ("queueing", False)
+    proxy.set("pass")
+    proxy.cut()
+    waiting.result(10)
+    assert "57014" not in sqlstates(pair)
+    pair.drain()
+    pair.assert_same("t")
 
 
 @pytest.mark.parametrize("how", ["refuse", "reset"])
@@ -371,11 +393,7 @@ def test_a_target_that_hangs_in_connecting_does_not_cost_the_healthy_one_its_tim
     proxy.set("blackhole")
     writing = start(conn, "INSERT INTO t VALUES (1, 'x')")
     # from 16 on it is the next one who ends a session that hangs in connecting
-    wait_until(
-        lambda: trio.source.admin(
-            "SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND classid = 1952607283 AND granted"
-        )
-    )
+    wait_until(lambda: connecting(trio))
     with within(2 + SLACK):
         waiting.execute("INSERT INTO t VALUES (2, 'x')")
     writing.result(4)

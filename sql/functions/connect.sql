@@ -290,12 +290,13 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._cancel_connecting(bigint) IS
     'cancels a session that hangs while connecting to a target';
 
--- One key for all connections of a role to a server, whatever their timeouts.
+-- One key for all connections of a role to a server that have the same timeout: who waits for one that hangs cancels it when his
+-- own time is over, and its own is then over, too.
 CREATE OR REPLACE FUNCTION tbl_repl._connect_key(conn text) RETURNS integer
 LANGUAGE sql IMMUTABLE
 SET search_path = pg_catalog, pg_temp
 AS $function$
-    SELECT hashtext(regexp_replace(conn, '_[0-9]+_[0-9]+$', ''))
+    SELECT hashtext(regexp_replace(conn, '_[0-9]+$', ''))
 $function$;
 COMMENT ON FUNCTION tbl_repl._connect_key(text) IS 'second part of the advisory lock connect';
 
