@@ -150,18 +150,16 @@ $function$;
 COMMENT ON FUNCTION tbl_repl._resolve(regclass, text, text, text) IS
     'checks an expression over the source row and resolves its names';
 
--- What PostgreSQL takes into an index it has looked through: no sub-select, and immutable functions only.
+-- What PostgreSQL takes into an index it has looked through: no sub-select, and immutable functions only.  The row is called s.
 CREATE OR REPLACE FUNCTION tbl_repl._is_immutable(source_table regclass, expression text)
 RETURNS boolean
 LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp SET client_min_messages = warning
 AS $function$
-DECLARE
-    table_name text := format('tbl_repl.indexing_%s', pg_backend_pid());
 BEGIN
-    EXECUTE format('CREATE TABLE %s (LIKE %s)', table_name, source_table);
-    EXECUTE format('CREATE INDEX ON %s ((%s))', table_name, expression);
-    EXECUTE format('DROP TABLE %s', table_name);
+    EXECUTE format('CREATE TEMP TABLE s (LIKE %s)', source_table);
+    EXECUTE format('CREATE INDEX ON pg_temp.s ((%s))', expression);
+    DROP TABLE pg_temp.s;
     RETURN true;
 EXCEPTION WHEN assert_failure OR OTHERS THEN
     RETURN false;

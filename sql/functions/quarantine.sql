@@ -185,6 +185,9 @@ DECLARE
     cascades boolean := tbl_repl._cascades(ARRAY[target_id]);
     guard    text := (SELECT string_agg(format(' AND NOT EXISTS (SELECT FROM %s AS r WHERE %s)', a.dst_table, a.match), '')
                       FROM tbl_repl._taken_along(target_id) AS a);
+    awaited  text := 'rows on the target refer to it, whose new state has not arrived there';
+    left_there bigint;
+    gone     text[];
     head     text := (SELECT format('DELETE FROM %s AS d', tbl_repl._dst_table(t)) FROM tbl_repl.target AS t WHERE t.target_id = _apply_keys.target_id);
     form     text;
     rendered record;
@@ -216,15 +219,20 @@ BEGIN
                                                    'SET CONSTRAINTS ALL IMMEDIATE'));
             -- each of the three that may take long is bounded there
             PERFORM tbl_repl._receive(conn, clock_timestamp() + timeout * 3, false, true);
-            IF guard IS NOT NULL AND deletes IS NOT NULL
-               AND tbl_repl._call(conn, format('SELECT pg_catalog.count(*) FROM %s%s', substr(head, length('DELETE FROM ') + 1),
-                                               regexp_replace(substr(deletes, length(head) + 1), '^ USING', ',')), clock_timestamp() + timeout) <> '0' THEN
-                RAISE EXCEPTION USING
-                    ERRCODE = 'foreign_key_violation',
-                    MESSAGE = 'rows on the target refer to it, whose new state has not arrived there';
+            gone := '{}';
+            IF guard IS NOT NULL AND deletes IS NOT NULL THEN
+                left_there := tbl_repl._call(conn, format('SELECT pg_catalog.count(*) FROM %s%s', substr(head, length('DELETE FROM ') + 1),
+                                                          regexp_replace(substr(deletes, length(head) + 1), '^ USING', ',')), clock_timestamp() + timeout);
+                IF left_there > 0 THEN
+                    gone := tbl_repl._without_row(target_id, keys);
+                    IF left_there <> cardinality(gone) THEN
+                        -- which of them is found out by halving
+                        RAISE EXCEPTION USING ERRCODE = 'foreign_key_violation', MESSAGE = awaited;
+                    END IF;
+                END IF;
             END IF;
             PERFORM tbl_repl._call(conn, 'RELEASE tbl_repl', clock_timestamp() + timeout);
-            RETURN '{}';
+            RETURN ARRAY(SELECT ROW(_apply_keys.target_id, g, _apply_keys.absent, '23503', awaited, NULL)::tbl_repl.poison FROM unnest(gone) AS g);
         EXCEPTION WHEN query_canceled OR assert_failure OR OTHERS THEN
             GET STACKED DIAGNOSTICS context = PG_EXCEPTION_CONTEXT;
             IF tbl_repl._is_transient(SQLSTATE) AND NOT (tbl_repl._is_too_slow(SQLSTATE, context, conn)
