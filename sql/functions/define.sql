@@ -367,6 +367,16 @@ DECLARE
 BEGIN
     answer := tbl_repl._call(conn, format($remote$
         SELECT pg_catalog.set_config('search_path', 'pg_catalog', true);
+        -- foreign keys: match says that a row r refers to a row d
+        WITH fk AS NOT MATERIALIZED (
+            SELECT r.*, k.match, k.columns
+            FROM pg_constraint AS r
+            CROSS JOIN LATERAL (
+                SELECT string_agg(format('r.%%I = d.%%I', h.attname, p.attname), ' AND ' ORDER BY n) AS match, jsonb_agg(p.attname) AS columns
+                FROM unnest(r.conkey, r.confkey) WITH ORDINALITY AS u (here, there, n)
+                JOIN pg_attribute AS h ON h.attrelid = r.conrelid AND h.attnum = u.here
+                JOIN pg_attribute AS p ON p.attrelid = r.confrelid AND p.attnum = u.there) AS k
+            WHERE r.contype = 'f')
         SELECT jsonb_build_object(
             'oid', c.oid,
             'kind', c.relkind,
@@ -388,26 +398,15 @@ BEGIN
                                                  AND p.checks = 'true' AND (o.cmd = 'a' OR p.uses = 'true')))),
             'referenced', EXISTS (SELECT FROM pg_constraint AS r WHERE r.confrelid = c.oid AND r.contype = 'f'),
             'cascades', EXISTS (SELECT FROM pg_constraint AS r WHERE r.confrelid = c.oid AND r.contype = 'f' AND r.confdeltype IN ('c', 'n', 'd')),
-            'follows', (SELECT coalesce(jsonb_agg(jsonb_build_object('schema', y.nspname, 'name', x.relname, 'action', r.confdeltype, 'match', k.match, 'columns', k.columns)), '[]')
-                        FROM pg_constraint AS r JOIN pg_class AS x ON x.oid = r.confrelid JOIN pg_namespace AS y ON y.oid = x.relnamespace
-                        CROSS JOIN LATERAL (
-                            SELECT string_agg(format('r.%%I = d.%%I', h.attname, p.attname), ' AND ' ORDER BY n) AS match, jsonb_agg(p.attname) AS columns
-                            FROM unnest(r.conkey, r.confkey) WITH ORDINALITY AS u (here, there, n)
-                            JOIN pg_attribute AS h ON h.attrelid = r.conrelid AND h.attnum = u.here
-                            JOIN pg_attribute AS p ON p.attrelid = r.confrelid AND p.attnum = u.there) AS k
-                        WHERE r.conrelid = c.oid AND r.contype = 'f' AND r.confdeltype IN ('c', 'n', 'd')),
-            'unreferred', (SELECT coalesce(string_agg(format(' AND NOT EXISTS (SELECT FROM %%s AS r WHERE %%s%%s)', r.conrelid::regclass, k.match,
+            'follows', (SELECT coalesce(jsonb_agg(jsonb_build_object('schema', y.nspname, 'name', x.relname, 'action', r.confdeltype, 'match', r.match, 'columns', r.columns)), '[]')
+                        FROM fk AS r JOIN pg_class AS x ON x.oid = r.confrelid JOIN pg_namespace AS y ON y.oid = x.relnamespace
+                        WHERE r.conrelid = c.oid AND r.confdeltype IN ('c', 'n', 'd')),
+            'unreferred', (SELECT coalesce(string_agg(format(' AND NOT EXISTS (SELECT FROM %%s AS r WHERE %%s%%s)', r.conrelid::regclass, r.match,
                                                     CASE WHEN r.conrelid = c.oid THEN ' AND (r.tableoid, r.ctid) <> (d.tableoid, d.ctid)' END), ''), '')
                                   -- those that came later are not known here
                                   || format(' AND %%s = (SELECT pg_catalog.count(*) FROM pg_catalog.pg_constraint AS f WHERE f.contype = ''f'' '
                                             'AND f.conparentid = 0 AND f.confrelid = %%L::pg_catalog.regclass)', count(*), c.oid::regclass)
-                           FROM pg_constraint AS r
-                           CROSS JOIN LATERAL (
-                               SELECT string_agg(format('r.%%I = d.%%I', h.attname, p.attname), ' AND ' ORDER BY n) AS match
-                               FROM unnest(r.conkey, r.confkey) WITH ORDINALITY AS u (here, there, n)
-                               JOIN pg_attribute AS h ON h.attrelid = r.conrelid AND h.attnum = u.here
-                               JOIN pg_attribute AS p ON p.attrelid = r.confrelid AND p.attnum = u.there) AS k
-                           WHERE r.confrelid = c.oid AND r.contype = 'f' AND r.conparentid = 0),
+                           FROM fk AS r WHERE r.confrelid = c.oid AND r.conparentid = 0),
             'followed', (SELECT coalesce(jsonb_agg(DISTINCT a.attname), '[]') FROM pg_constraint AS r
                          JOIN pg_attribute AS a ON a.attrelid = c.oid AND a.attnum = ANY (r.confkey)
                          WHERE r.confrelid = c.oid AND r.contype = 'f' AND r.confupdtype IN ('c', 'n', 'd')),
